@@ -1,0 +1,30 @@
+// Facts about the library itself.
+#include "native.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+SQDF_FAST_EXPORT int32_t sqdf_fast_abi_version() { return SQDF_FAST_ABI_VERSION; }
+
+// Threads an op may use at most; 1 when the library was built without OpenMP.
+SQDF_FAST_EXPORT int32_t sqdf_fast_max_threads() {
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// The instruction set that the cloned functions run with on this processor.
+SQDF_FAST_EXPORT const char* sqdf_fast_instruction_set() {
+#if defined(SQDF_FAST_CLONES_BY_LEVEL) || defined(SQDF_FAST_CLONES_BY_FEATURE)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+        return "AVX-512";
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
+#endif
+    return "baseline";
+}

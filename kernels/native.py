@@ -1,0 +1,103 @@
+"""The native library: found, loaded once through ctypes, and checked. Importing this module does none of that."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1
+"""Must equal SQDF_FAST_ABI_VERSION in native.h."""
+
+_FILE_NAME = {"win32": "sqdf_fast_native.dll", "darwin": "libsqdf_fast_native.dylib"}.get(
+    sys.platform, "libsqdf_fast_native.so"
+)
+
+_log = logging.getLogger("sqdf_fast.kernels")
+
+
+def available() -> bool:
+    """Whether the native library can be used. The first call loads it and logs one line when it cannot."""
+    return _load()[0] is not None
+
+
+def unavailable_reason() -> str | None:
+    """One line that says why the native library cannot be used and what to do; None when it can."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: the library is not available; the message is `unavailable_reason()`.
+    """
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(reason)
+    return loaded
+
+
+def instruction_set() -> str:
+    """What the inner loops run with here: "AVX-512", "AVX2" or "baseline"."""
+    function = library().sqdf_fast_instruction_set
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def threads() -> int:
+    """The `threads` argument of every native op: as many as PyTorch uses for its own operators."""
+    return torch.get_num_threads()
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    """The address of a contiguous CPU tensor's first element.
+
+    Raises:
+        ValueError: the tensor is on another device or not contiguous.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(
+            f"a native op takes contiguous CPU tensors, not {tuple(tensor.shape)} with strides {tensor.stride()} "
+            f"on {tensor.device}"
+        )
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    path = find()
+    if path is None:
+        loaded, reason = None, (
+            f"{_FILE_NAME} is not installed (no C++ compiler when the package was built); "
+            "install a compiler and run the installation again"
+        )
+    else:
+        loaded, reason = _open(path)
+    if reason is not None:
+        _log.warning("native kernels are off: %s", reason)
+    return loaded, reason
+
+
+def find() -> Path | None:
+    """The installed library file, or None. A wheel and an editable install keep it in different places."""
+    import sqdf_fast.kernels
+
+    candidates = (Path(folder) / _FILE_NAME for folder in sqdf_fast.kernels.__path__)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _open(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    # PyTorch is imported first (above), so that both share one OpenMP runtime and its threads.
+    try:
+        loaded = ctypes.CDLL(str(path))
+        version = loaded.sqdf_fast_abi_version()
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} does not load ({error}); run the installation again"
+    if version != ABI_VERSION:
+        return None, f"{path.name} has ABI {version}, this package needs {ABI_VERSION}; run the installation again"
+    return loaded, None

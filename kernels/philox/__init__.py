@@ -1,0 +1,171 @@
+"""Counter-based noise: element e of a sample is a function of the sample's seed and of e, and of nothing else.
+
+So chunking, neighbours and batch size never change a sample's noise. Word 4 c + lane of a sample is lane `lane` of
+Philox-4x32-10 at counter (c, 0, 0, 0) under the key (seed's low half, seed's high half): what Triton's `randint4x(seed, c)` and
+`randn4x(seed, c)` draw with a 32-bit offset c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sqdf_fast.errors import UserError
+
+from .. import native
+from . import reference
+
+__all__ = ["derive_seed", "derive_seeds", "philox_normal", "philox_uint32", "select"]
+
+_MAX_ELEMENTS = 4 * 2**32
+
+
+def philox_normal(
+    seed: torch.Tensor,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Standard normal noise, one seed a sample.
+
+    Args:
+        seed: int64 [B].
+        shape: the shape of one sample, without B; at most 2^34 elements.
+        dtype: of the result. The noise is drawn in float32 and then converted.
+        device: of the result; the seed's device by default.
+        impl: "auto", "native" (CPU) or "reference".
+
+    Returns:
+        [B, *shape]. Two implementations differ by at most 2e-6.
+
+    Raises:
+        UserError: the seed is not int64 [B], a sample is too large, or impl cannot run here.
+    """
+    shape = list(shape)
+    _check(seed, math.prod(shape))
+    seed = seed if device is None else seed.to(device)
+    return torch.ops.sqdf_fast.philox_normal(seed, shape, select(impl, seed.device)).to(dtype)
+
+
+def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torch.Tensor:
+    """The 32-bit words behind `philox_normal`.
+
+    Args:
+        seed: int64 [B].
+        numel: elements of one sample, at most 2^34.
+        impl: "auto", "native" (CPU) or "reference".
+
+    Returns:
+        int64 [B, 4 * ceil(numel / 4)], values in 0 .. 2^32 - 1, the same in every implementation.
+
+    Raises:
+        UserError: as `philox_normal`.
+    """
+    _check(seed, numel)
+    if select(impl, seed.device) == "reference":
+        return reference.words(seed, numel)
+    out = torch.empty(len(seed), 4 * math.ceil(numel / 4), dtype=torch.int32)
+    _call_native("sqdf_fast_philox_words", seed, out)
+    return out.to(torch.int64) & 0xFFFFFFFF
+
+
+def derive_seed(*integers: int) -> int:
+    """One int64 seed from a sequence of integers, such as (run seed, stream, step, sample id).
+
+    Each integer is taken modulo 2^64 and absorbed in turn, h <- mix(mix(h + 0x9E3779B97F4A7C15) ^ integer), h starting at 0, with the
+    finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) as mix. Order and
+    length matter; for a fixed prefix different last integers never collide.
+    """
+    state = 0
+    for integer in integers:
+        state = _mix(_mix((state + 0x9E3779B97F4A7C15) & _MASK64) ^ (integer & _MASK64))
+    return state - 2**64 if state >= 2**63 else state
+
+
+def derive_seeds(*base: int, ids: torch.Tensor) -> torch.Tensor:
+    """`derive_seed(*base, id)` for every id: ids int64 [B] -> int64 [B] on the same device."""
+    prefix = _signed(_mix((derive_seed(*base) + 0x9E3779B97F4A7C15) & _MASK64))
+    return _mix_tensor(ids.to(torch.int64) ^ prefix)
+
+
+def select(impl: str, device: torch.device) -> str:
+    """The implementation that `impl` means for tensors on `device`: "native" or "reference".
+
+    Raises:
+        UserError: impl is unknown or cannot run there.
+    """
+    if impl not in ("auto", "native", "reference"):
+        raise UserError(f"philox: impl {impl!r} is unknown; choose auto, native or reference")
+    if impl == "native":
+        if device.type != "cpu":
+            raise UserError(f"philox: impl 'native' runs on the CPU, the seed is on {device}; choose auto")
+        if not native.available():
+            raise UserError(f"philox: impl 'native' cannot run: {native.unavailable_reason()}")
+    if impl == "auto":
+        return "native" if device.type == "cpu" and native.available() else "reference"
+    return impl
+
+
+@torch.library.custom_op("sqdf_fast::philox_normal", mutates_args=())
+def _philox_normal(seed: torch.Tensor, shape: Sequence[int], impl: str) -> torch.Tensor:
+    if impl == "reference":
+        return reference.normal(seed, math.prod(shape)).view(len(seed), *shape)
+    out = torch.empty(len(seed), *shape, dtype=torch.float32)
+    _call_native("sqdf_fast_philox_normal", seed, out)
+    return out
+
+
+@_philox_normal.register_fake
+def _(seed: torch.Tensor, shape: Sequence[int], impl: str) -> torch.Tensor:
+    return seed.new_empty((len(seed), *shape), dtype=torch.float32)
+
+
+def _call_native(name: str, seed: torch.Tensor, out: torch.Tensor) -> None:
+    """Fills out [B, ...], whose rows hold numel contiguous elements each."""
+    seed = seed.contiguous()
+    batch, numel = len(seed), out.numel() // max(len(seed), 1)
+    function = getattr(native.library(), name)
+    function.restype = None
+    function(
+        native.pointer(seed),
+        ctypes.c_int64(batch),
+        ctypes.c_int64(numel),
+        native.pointer(out),
+        ctypes.c_int32(native.threads()),
+    )
+
+
+def _check(seed: torch.Tensor, numel: int) -> None:
+    if seed.dtype != torch.int64 or seed.dim() != 1:
+        raise UserError(f"philox: seed must be int64 [B], one a sample, not {seed.dtype} {list(seed.shape)}")
+    if not 0 <= numel <= _MAX_ELEMENTS:
+        raise UserError(f"philox: a sample has 0 to {_MAX_ELEMENTS} elements (32-bit counters), not {numel}")
+
+
+_MASK64 = 2**64 - 1
+
+
+def _mix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _mix_tensor(value: torch.Tensor) -> torch.Tensor:
+    value = (value ^ _shift(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift(value, 27)) * _signed(0x94D049BB133111EB)
+    return value ^ _shift(value, 31)
+
+
+def _shift(value: torch.Tensor, bits: int) -> torch.Tensor:
+    # int64's own shift copies the sign bit.
+    return (value >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
