@@ -1,0 +1,162 @@
+"""One denoising step of the policy, and what it costs in KL to the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.errors import UserError
+from sqdf_fast.kernels.dispatch import implementation
+from sqdf_fast.kernels.validation import (
+    check_batch,
+    check_floating,
+    check_network_output,
+    check_table,
+    math_dtype,
+)
+
+
+def denoise_step(
+    x: Tensor,
+    policy: Tensor,
+    reference: Tensor,
+    transition: Tensor,
+    index: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    kl_scale: float = 1.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Draw x_{t-1} ~ p_policy(. | x_t), reparameterised, and measure the KL to the reference's transition.
+
+    With (p, q, sigma) = transition[index] and m = m_uncond + g (m_cond - m_uncond):
+
+        x_prev = p x + q m + sigma z,     z ~ N(0, I)
+        kl     = kl_scale * mean over the elements of a sample of (q (m - m_ref) / sigma)^2
+
+    The published programs use kl_scale = 1; 0.5 is the Gaussian KL per element. The KL of equal outputs is exactly 0 and so is
+    its gradient. Where sigma = 0 (a deterministic step) the KL of different outputs is what it is, infinite: draw only the
+    schedule's trainable indices. Gradients flow to `x` and `policy`, never to `reference`. Arithmetic is float32, or float64
+    when an input is float64.
+
+    Args:
+        x: [B, ...] latents at the step's level, any float dtype, any strides.
+        policy: network output of the policy, [2B, ...] ordered [uncond; cond] if guidance_scale != 1, else [B, ...].
+        reference: network output of the frozen reference, like `policy`.
+        transition: [T, 3] float32 or float64, columns p, q, sigma (`DenoisingSchedule.transition`).
+        index: [B] int64, positions in the schedule, 0 = noisiest.
+        guidance_scale: g.
+        noise: z, shaped like x; exactly one of `noise` and `seed`.
+        seed: [B] int64, one a sample; z is then counter-based and independent of the sample's neighbours.
+        kl_scale: factor of the KL.
+        impl: "auto", "triton", "native" or "reference".
+
+    Returns:
+        x_prev in the shape and dtype of x; kl [B] float32 (float64 when an input is float64).
+
+    Raises:
+        UserError: shapes, dtypes or devices that do not fit, both or none of noise and seed, an `impl` that cannot run.
+    """
+    x_prev, kl, _ = denoise_step_staged(
+        x,
+        policy,
+        reference,
+        transition,
+        index,
+        guidance_scale=guidance_scale,
+        noise=noise,
+        seed=seed,
+        kl_scale=kl_scale,
+        impl=impl,
+    )
+    return x_prev, kl
+
+
+def denoise_step_staged(
+    x: Tensor,
+    policy: Tensor,
+    reference: Tensor,
+    transition: Tensor,
+    index: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    kl_scale: float = 1.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`denoise_step` that also returns delta = m - m_ref, all that its backward needs (see `denoise_step_vjp`).
+
+    Returns:
+        x_prev, kl as `denoise_step`; delta shaped like x, in the dtype of `policy`, carrying no gradient.
+    """
+    op = "denoise_step"
+    check_batch(op, x)
+    check_floating(op, x, policy=policy, reference=reference, noise=noise)
+    check_network_output(op, "policy", policy, x, guidance_scale)
+    check_network_output(op, "reference", reference, x, guidance_scale)
+    check_table(op, "transition", transition, 3, index, x)
+    _check_noise(x, noise, seed)
+    module = implementation(op, impl, x.device, math_dtype(x, policy, reference, noise))
+    x_prev, kl, delta = module.denoise_step_staged(
+        x, policy, reference, transition, index, float(guidance_scale), noise, seed, float(kl_scale)
+    )
+    return x_prev, kl, delta
+
+
+def denoise_step_vjp(
+    grad_x_prev: Tensor,
+    grad_kl: Tensor,
+    delta: Tensor,
+    transition: Tensor,
+    index: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    kl_scale: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Cotangent of the policy's network output, from those of x_prev and kl and the delta of `denoise_step_staged`.
+
+    With G = q grad_x_prev + grad_kl 2 kl_scale q^2 / (sigma^2 N) delta, N the elements of a sample, this is
+    [(1 - g) G; g G] under guidance and G without: what the policy network's backward starts from.
+
+    Args:
+        grad_x_prev: [B, ...] d loss / d x_prev.
+        grad_kl: [B] d loss / d kl.
+        delta: [B, ...] from `denoise_step_staged`.
+        transition, index, guidance_scale, kl_scale, impl: as given to `denoise_step_staged`.
+
+    Returns:
+        [2B, ...] or [B, ...], float32 (float64 when an input is float64): scale it before a cast to float16.
+    """
+    op = "denoise_step"
+    check_batch(op, delta)
+    check_floating(op, delta, grad_x_prev=grad_x_prev, grad_kl=grad_kl)
+    check_network_output(op, "grad_x_prev", grad_x_prev, delta, 1.0)
+    check_table(op, "transition", transition, 3, index, delta)
+    if grad_kl.shape != index.shape:
+        raise UserError(f"{op}: grad_kl has shape {tuple(grad_kl.shape)}; it must be [{delta.shape[0]}]")
+    module = implementation(op, impl, delta.device, math_dtype(grad_x_prev, grad_kl, delta))
+    grad: Tensor = module.denoise_step_vjp(
+        grad_x_prev, grad_kl, delta, transition, index, float(guidance_scale), float(kl_scale)
+    )
+    return grad
+
+
+def _check_noise(x: Tensor, noise: Tensor | None, seed: Tensor | None) -> None:
+    if (noise is None) == (seed is None):
+        given = "neither" if noise is None else "both"
+        raise UserError(f"denoise_step: exactly one of noise and seed must be given, got {given}")
+    if noise is not None and noise.shape != x.shape:
+        raise UserError(
+            f"denoise_step: noise has shape {tuple(noise.shape)}; it must be {tuple(x.shape)}, like x"
+        )
+    if seed is not None and (
+        seed.dtype != torch.int64 or tuple(seed.shape) != (x.shape[0],) or seed.device != x.device
+    ):
+        raise UserError(
+            f"denoise_step: seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}; "
+            f"it must be int64 [{x.shape[0]}] on {x.device}"
+        )

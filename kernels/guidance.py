@@ -1,0 +1,18 @@
+"""Classifier-free guidance and the broadcasting of per-sample coefficients, as every reference implementation uses them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def guide(output: Tensor, guidance_scale: float) -> Tensor:
+    """[2B, ...] ordered [uncond; cond] -> m_uncond + g (m_cond - m_uncond), [B, ...]; unchanged when g = 1."""
+    if guidance_scale == 1:
+        return output
+    unconditional, conditional = output.chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def per_sample(coefficient: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1, ..., 1], to multiply with x [B, ...]."""
+    return coefficient.reshape(-1, *(1,) * (x.ndim - 1))

@@ -1,0 +1,61 @@
+"""The clean sample that a network output implies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.errors import UserError
+from sqdf_fast.kernels.dispatch import implementation
+from sqdf_fast.kernels.validation import (
+    check_batch,
+    check_floating,
+    check_network_output,
+    check_table,
+    math_dtype,
+)
+
+
+def posterior_mean(
+    x: Tensor,
+    model_output: Tensor,
+    posterior: Tensor,
+    index: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """x0_hat = a x + b m with (a, b) = posterior[index] and m = m_uncond + g (m_cond - m_uncond).
+
+    Tweedie's formula for any prediction type, a consistency model's jump and a deterministic sampler step alike: which of
+    them it is lies in the table. A row with b = 0 never reads m, so that a NaN there reaches neither result nor gradient.
+    Arithmetic is float32, or float64 when an input is float64. Gradients flow to `x` and `model_output`.
+
+    Args:
+        x: [B, ...] latents, any float dtype, any strides.
+        model_output: [2B, ...] ordered [uncond; cond] if guidance_scale != 1, else [B, ...].
+        posterior: [T, 2] float32 or float64, columns a, b (`DenoisingSchedule.posterior`, a column pair of
+            `Lookahead.rows`, or `transition[:, :2]` for the mean of a sampler step).
+        index: [B] int64.
+        guidance_scale: g.
+        out_dtype: dtype of the result; None: that of x.
+        impl: "auto", "triton", "native" or "reference".
+
+    Returns:
+        x0_hat shaped like x.
+
+    Raises:
+        UserError: shapes, dtypes or devices that do not fit, an `impl` that cannot run.
+    """
+    op = "posterior_mean"
+    check_batch(op, x)
+    check_floating(op, x, model_output=model_output)
+    check_network_output(op, "model_output", model_output, x, guidance_scale)
+    check_table(op, "posterior", posterior, 2, index, x)
+    dtype = x.dtype if out_dtype is None else out_dtype
+    if not dtype.is_floating_point:
+        raise UserError(f"{op}: out_dtype is {dtype}; it must be a floating-point dtype")
+    module = implementation(op, impl, x.device, math_dtype(x, model_output))
+    x0: Tensor = module.posterior_mean(x, model_output, posterior, index, float(guidance_scale), dtype)
+    return x0

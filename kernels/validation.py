@@ -1,0 +1,62 @@
+"""Checks at the door of the public ops: shapes, dtypes and devices, never values (reading them would wait for the device)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.errors import UserError
+
+
+def math_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Precision of an op's arithmetic: float64 as soon as one tensor is float64, float32 otherwise."""
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    )
+
+
+def check_floating(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Every tensor is floating point and lies on the device of x."""
+    for name, tensor in {"x": x, **others}.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise UserError(f"{op}: {name} is {tensor.dtype}; pass a floating-point tensor")
+        if tensor.device != x.device:
+            raise UserError(f"{op}: {name} is on {tensor.device}, x on {x.device}; move them to one device")
+
+
+def check_network_output(op: str, name: str, output: Tensor, x: Tensor, guidance_scale: float) -> None:
+    """A network output is [2B, ...] ordered [uncond; cond] under guidance, [B, ...] without."""
+    rows = x.shape[0] * (1 if guidance_scale == 1 else 2)
+    expected = (rows, *x.shape[1:])
+    if tuple(output.shape) != expected:
+        layout = "[B, ...]" if guidance_scale == 1 else "[2B, ...] ordered [uncond; cond]"
+        raise UserError(
+            f"{op}: {name} has shape {tuple(output.shape)}; with x {tuple(x.shape)} and guidance_scale={guidance_scale:g} "
+            f"it must be {layout} = {expected}"
+        )
+
+
+def check_table(op: str, name: str, table: Tensor, columns: int, index: Tensor, x: Tensor) -> None:
+    """A coefficient table is [T, columns], and the index int64 [B], both on the device of x."""
+    if table.ndim != 2 or table.shape[1] != columns or table.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"{op}: {name} is {table.dtype} {tuple(table.shape)}; it must be float32 or float64 [T, {columns}], "
+            "as in DenoisingSchedule"
+        )
+    if index.dtype != torch.int64 or tuple(index.shape) != (x.shape[0],):
+        raise UserError(f"{op}: index is {index.dtype} {tuple(index.shape)}; it must be int64 [{x.shape[0]}]")
+    if table.device != x.device or index.device != x.device:
+        raise UserError(
+            f"{op}: x is on {x.device}, {name} on {table.device}, index on {index.device}; "
+            "move them to one device (schedule.to(device))"
+        )
+
+
+def check_batch(op: str, x: Tensor) -> None:
+    """x has a batch axis and at least one element a sample."""
+    if x.ndim < 2 or x.numel() == 0:
+        raise UserError(
+            f"{op}: x has shape {tuple(x.shape)}; it must be [B, ...] with at least one element a sample"
+        )
