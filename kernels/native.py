@@ -54,7 +54,7 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+def pointer(tensor: torch.Tensor) -> int:
     """The address of a contiguous CPU tensor's first element.
 
     Raises:
@@ -65,7 +65,7 @@ def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
             f"a native op takes contiguous CPU tensors, not {tuple(tensor.shape)} with strides {tensor.stride()} "
             f"on {tensor.device}"
         )
-    return ctypes.c_void_p(tensor.data_ptr())
+    return tensor.data_ptr()
 
 
 @functools.cache

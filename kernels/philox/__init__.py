@@ -7,18 +7,15 @@ Philox-4x32-10 at counter (c, 0, 0, 0) under the key (seed's low half, seed's hi
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 
 import torch
 
 from sqdf_fast.errors import UserError
+from sqdf_fast.kernels.dispatch import implementation, resolve
 
-from .. import native
-from . import reference
-
-__all__ = ["derive_seed", "derive_seeds", "philox_normal", "philox_uint32", "select"]
+__all__ = ["derive_seed", "derive_seeds", "philox_normal", "philox_uint32"]
 
 _MAX_ELEMENTS = 4 * 2**32
 
@@ -38,7 +35,7 @@ def philox_normal(
         shape: the shape of one sample, without B; at most 2^34 elements.
         dtype: of the result. The noise is drawn in float32 and then converted.
         device: of the result; the seed's device by default.
-        impl: "auto", "native" (CPU) or "reference".
+        impl: "auto" or the name of an implementation.
 
     Returns:
         [B, *shape]. Two implementations differ by at most 2e-6.
@@ -49,7 +46,8 @@ def philox_normal(
     shape = list(shape)
     _check(seed, math.prod(shape))
     seed = seed if device is None else seed.to(device)
-    return torch.ops.sqdf_fast.philox_normal(seed, shape, select(impl, seed.device)).to(dtype)
+    impl = resolve("philox", impl, seed.device, torch.float32)
+    return torch.ops.sqdf_fast.philox_normal(seed, shape, impl).to(dtype)
 
 
 def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torch.Tensor:
@@ -58,7 +56,7 @@ def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torc
     Args:
         seed: int64 [B].
         numel: elements of one sample, at most 2^34.
-        impl: "auto", "native" (CPU) or "reference".
+        impl: "auto" or the name of an implementation.
 
     Returns:
         int64 [B, 4 * ceil(numel / 4)], values in 0 .. 2^32 - 1, the same in every implementation.
@@ -67,11 +65,7 @@ def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torc
         UserError: as `philox_normal`.
     """
     _check(seed, numel)
-    if select(impl, seed.device) == "reference":
-        return reference.words(seed, numel)
-    out = torch.empty(len(seed), 4 * math.ceil(numel / 4), dtype=torch.int32)
-    _call_native("sqdf_fast_philox_words", seed, out)
-    return out.to(torch.int64) & 0xFFFFFFFF
+    return implementation("philox", impl, seed.device, torch.float32).words(seed, numel)
 
 
 def derive_seed(*integers: int) -> int:
@@ -93,51 +87,15 @@ def derive_seeds(*base: int, ids: torch.Tensor) -> torch.Tensor:
     return _mix_tensor(ids.to(torch.int64) ^ prefix)
 
 
-def select(impl: str, device: torch.device) -> str:
-    """The implementation that `impl` means for tensors on `device`: "native" or "reference".
-
-    Raises:
-        UserError: impl is unknown or cannot run there.
-    """
-    if impl not in ("auto", "native", "reference"):
-        raise UserError(f"philox: impl {impl!r} is unknown; choose auto, native or reference")
-    if impl == "native":
-        if device.type != "cpu":
-            raise UserError(f"philox: impl 'native' runs on the CPU, the seed is on {device}; choose auto")
-        if not native.available():
-            raise UserError(f"philox: impl 'native' cannot run: {native.unavailable_reason()}")
-    if impl == "auto":
-        return "native" if device.type == "cpu" and native.available() else "reference"
-    return impl
-
-
 @torch.library.custom_op("sqdf_fast::philox_normal", mutates_args=())
 def _philox_normal(seed: torch.Tensor, shape: Sequence[int], impl: str) -> torch.Tensor:
-    if impl == "reference":
-        return reference.normal(seed, math.prod(shape)).view(len(seed), *shape)
-    out = torch.empty(len(seed), *shape, dtype=torch.float32)
-    _call_native("sqdf_fast_philox_normal", seed, out)
-    return out
+    module = implementation("philox", impl, seed.device, torch.float32)
+    return module.normal(seed, math.prod(shape)).view(len(seed), *shape)
 
 
 @_philox_normal.register_fake
 def _(seed: torch.Tensor, shape: Sequence[int], impl: str) -> torch.Tensor:
     return seed.new_empty((len(seed), *shape), dtype=torch.float32)
-
-
-def _call_native(name: str, seed: torch.Tensor, out: torch.Tensor) -> None:
-    """Fills out [B, ...], whose rows hold numel contiguous elements each."""
-    seed = seed.contiguous()
-    batch, numel = len(seed), out.numel() // max(len(seed), 1)
-    function = getattr(native.library(), name)
-    function.restype = None
-    function(
-        native.pointer(seed),
-        ctypes.c_int64(batch),
-        ctypes.c_int64(numel),
-        native.pointer(out),
-        ctypes.c_int32(native.threads()),
-    )
 
 
 def _check(seed: torch.Tensor, numel: int) -> None:

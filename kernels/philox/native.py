@@ -1,0 +1,35 @@
+"""Philox on the CPU through the native library; the arguments and results of reference.py."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+
+from sqdf_fast.kernels import native
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this implementation cannot run there, or None."""
+    return "runs on the CPU only" if device.type != "cpu" else native.unavailable_reason()
+
+
+def words(seed: torch.Tensor, numel: int) -> torch.Tensor:
+    """seed int64 [B] -> int64 [B, 4 * ceil(numel / 4)], values in 0 .. 2^32 - 1."""
+    out = torch.empty(len(seed), 4 * math.ceil(numel / 4), dtype=torch.int32)
+    return _fill("sqdf_fast_philox_words", seed, out).to(torch.int64) & 0xFFFFFFFF
+
+
+def normal(seed: torch.Tensor, numel: int) -> torch.Tensor:
+    """seed int64 [B] -> float32 [B, numel]."""
+    return _fill("sqdf_fast_philox_normal", seed, torch.empty(len(seed), numel, dtype=torch.float32))
+
+
+def _fill(name: str, seed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    function = getattr(native.library(), name)
+    function.restype = None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32)
+    seed = seed.contiguous()
+    function(native.pointer(seed), len(seed), out.shape[1], native.pointer(out), native.threads())
+    return out
