@@ -1,0 +1,109 @@
+"""Checkpoints: a folder each, whole or absent, verified when read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sqdf_fast.errors import UserError
+
+_TENSORS, _VALUES = "state.safetensors", "state.json"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises inside the block into a UserError that names ``path``."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from None
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling to fill; it takes the place of ``path`` when the block ends well and vanishes when it does not.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with disk_errors(path):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.iterdir():
+                _sync(file)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write ``folder/step_{step}`` atomically and drop all but the newest ``keep`` checkpoints.
+
+    Args:
+        tensors: any names, any dtypes; values: what JSON can hold.
+
+    Raises:
+        UserError: the disk refuses; what was there before is untouched.
+    """
+    path = folder / f"step_{step:06d}"
+    with atomic_folder(path) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / _TENSORS)
+        record = {**values, "step": step, "sha256": _sha256(partial / _TENSORS)}
+        (partial / _VALUES).write_text(json.dumps(record), encoding="utf-8")
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first."""
+    return sorted(folder.glob("step_[0-9]*"))
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step a checkpoint was taken after."""
+    return int(path.name.removeprefix("step_"))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and values of one checkpoint.
+
+    Raises:
+        UserError: a file is missing, unreadable, or not the one that was written.
+    """
+    try:
+        values = json.loads((path / _VALUES).read_text(encoding="utf-8"))
+        if _sha256(path / _TENSORS) != values.pop("sha256"):
+            raise ValueError("the tensors are not those that were saved")
+        return load_file(path / _TENSORS), values
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise UserError(
+            f"checkpoint {path} is damaged ({reason}); delete that folder to resume from the one before it"
+        ) from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,230 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sqdf_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from sqdf_fast.config import Config
+
+# What the commands import is imported inside them: --help and a typing error must not wait for torch.
+
+
+class HelpfulGroup(click.Group):
+    """A group whose commands are listed in the order of the work, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=HelpfulGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="sqdf-fast")
+def app() -> None:
+    """Align a diffusion model with a reward, on one GPU or on the CPU.
+
+    \b
+    sqdf-fast train                       fine-tune (without a GPU: the embedded shapes world, in minutes)
+    sqdf-fast sample RUN "a red star"     pictures from the fine-tuned model
+    sqdf-fast evaluate RUN                reward, alignment and diversity against the base model
+    """
+
+
+@app.command()
+@click.option("--preset", help="Named hyperparameters: shapes, aesthetic, hpsv2, hpsv2-script, black-box.")
+@click.option("--model", help="'shapes', a diffusers folder, or a hub id. Default: SD1.5 with a CUDA GPU, else shapes.")
+@click.option("--reward", help="A registered reward (taste, aesthetic, ...) or module:function of your own.")
+@click.option("--prompts", help="A named set (shapes, animals) or a text file, one prompt a line.")
+@click.option("--output", type=click.Path(path_type=Path), help="New run folder. Default: runs/MODEL-REWARD-NNN.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Run folder to continue; takes no other settings.")
+@click.option("--steps", type=int, help="Optimizer steps.")
+@click.option("--seed", type=int, help="Every random number derives from it.")
+@click.option("--alpha", type=float, help="KL coefficient (objective.alpha).")
+@click.option("--gamma", type=float, help="Discount per denoising step, in (0, 1] (objective.gamma).")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of settings, e.g. a run's config.yaml.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. --set policy.rank=8.")
+@click.option("--help-settings", is_flag=True, help="List every setting with its meaning and default, and exit.")
+def train(
+    output: Path | None,
+    resume: Path | None,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    help_settings: bool,
+    **flags: Any,
+) -> None:
+    """Fine-tune a diffusion model with SQDF.
+
+    Settings: defaults < --preset < --config < --set < flags. Out of memory? Lower optimizer.micro_batch_size and
+    sampling.batch_size first (neither changes the result's distribution), then set gradient_checkpointing=true.
+    Ctrl-C saves a checkpoint and says how to go on.
+    """
+    if help_settings:
+        click.echo(_settings_table())
+        return
+    given = {name: value for name, value in flags.items() if value is not None}
+    if resume is not None:
+        unwanted = [f"--{name}" for name in given] + ["--set"] * bool(assignments) + ["--config"] * bool(file)
+        if unwanted or output is not None:
+            named = ", ".join(dict.fromkeys(unwanted + ["--output"] * (output is not None)))
+            raise UserError(f"--resume continues a run with its own config.yaml; leave out {named}")
+        _train(resume, None)
+        return
+    config = _config(given, file, assignments)
+    _train(output, config)
+
+
+@app.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("prompts", nargs=-1, required=True)
+@click.option("--number", "-n", type=click.IntRange(min=1), default=4, show_default=True, help="Pictures a prompt.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--base", is_flag=True, help="Draw from the base model instead of the fine-tuned one.")
+@click.option("--output", type=click.Path(path_type=Path), help="PNG to write. Default: RUN/sample.png.")
+def sample(run: Path, prompts: tuple[str, ...], number: int, seed: int, base: bool, output: Path | None) -> None:
+    """Draw pictures for PROMPTS from the fine-tuned model of RUN (a run folder) into one grid."""
+    from sqdf_fast.inference import draw
+
+    path = output or run / ("sample-base.png" if base else "sample.png")
+    draw(run, list(prompts), number=number, seed=seed, base=base, output=path)
+    click.echo(f"{path}")
+
+
+@app.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompts", help="Held-out prompts: a named set or a file. Default: the run's own.")
+@click.option("--images", type=click.IntRange(min=2), help="Pictures a prompt. Default: the run's own.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Other than the run's evaluations, which use 0.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(run: Path, prompts: str | None, images: int | None, seed: int, as_json: bool) -> None:
+    """Judge the fine-tuned model of RUN against its base model, on held-out prompts and fresh seeds."""
+    from sqdf_fast.inference import compare_with_base
+
+    table = compare_with_base(run, prompts=prompts, images_per_prompt=images, seed=seed)
+    click.echo(json.dumps(table.as_dict(), indent=1) if as_json else table.as_text())
+
+
+@app.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def report(run: Path) -> None:
+    """Write RUN/report.html again from what the run folder holds."""
+    from sqdf_fast.report import write_report
+
+    click.echo(f"{write_report(run)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, the native library, and which implementation each op takes here and why."""
+    from sqdf_fast.info import report as environment
+
+    click.echo(environment())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0, 2 for bad input (one line on stderr), 130 for an interruption."""
+    # diffusers, transformers and peft narrate their loading; a user needs their errors only.
+    for name in ("diffusers", "transformers", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        result = app.main(arguments, prog_name="sqdf-fast", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except UserError as error:
+        return _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else str(error))
+        return 2
+    except click.ClickException as error:
+        return _fail(f"{error.format_message()} (see sqdf-fast --help)")
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+
+
+def _fail(message: str) -> int:
+    click.echo(f"sqdf-fast: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _settings_table() -> str:
+    from sqdf_fast.config import describe_settings
+
+    return describe_settings()
+
+
+def _config(given: dict[str, Any], file: Path | None, assignments: tuple[str, ...]) -> Config:
+    from sqdf_fast.config import make_config, parse_assignments, read_config_file
+
+    layers = {"file": read_config_file(file) if file else None, "assignments": parse_assignments(assignments)}
+    objective = {name: given.pop(name) for name in ("alpha", "gamma") if name in given}
+    if objective:
+        given["objective"] = objective
+    return make_config(_default_preset(given, layers), flags=given, **layers)
+
+
+def _default_preset(given: dict[str, Any], layers: dict[str, Any]) -> str | None:
+    chosen = [layer for layer in (given, *layers.values()) if layer and ("preset" in layer or "model" in layer)]
+    if layers["file"] and "objective" in layers["file"]:
+        return None
+    if any("preset" in layer for layer in chosen):
+        return None
+    if chosen:
+        return "shapes" if next(layer["model"] for layer in chosen) == "shapes" else "aesthetic"
+    import torch
+
+    if torch.cuda.is_available():
+        return "aesthetic"
+    click.echo("No CUDA GPU and no --model: training the embedded shapes model on the CPU.", err=True)
+    return "shapes"
+
+
+def _train(path: Path | None, config: Config | None) -> None:
+    from sqdf_fast.train import Interrupted, continue_run, new_run
+
+    with _interruption() as interrupted:
+        run = None
+        try:
+            if config is None:
+                assert path is not None
+                run = continue_run(path, interrupted)
+            else:
+                run = new_run(config, path, interrupted)
+        except Interrupted as stop:
+            click.echo(f"Interrupted. Continue with: sqdf-fast train --resume {stop}", err=True)
+            sys.exit(130)
+    click.echo(run)
+
+
+@contextmanager
+def _interruption() -> Iterator[Any]:
+    """The first Ctrl-C (or SIGTERM) asks the run to stop after its current network call, the second one kills it."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        click.echo("Stopping after the current network call; once more to stop at once.", err=True)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""One run, described: every hyperparameter, its bounds and the paper's presets.
+
+A run's configuration is a nested, frozen model that is validated once, at the door; the rest of the code trusts it.
+Layers, later ones win: defaults of the fields < preset < file < ``--set key=value`` < flags.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sqdf_fast.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class Sampling(Section):
+    """How trajectories are drawn from the current policy, for the replay buffer and for evaluation."""
+
+    num_inference_steps: Positive = Field(50, description="denoising steps T of a trajectory")
+    eta: float = Field(1.0, gt=0, description="stochasticity of the sampler; 0 leaves no policy gradient")
+    guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance g; 1 = conditional branch only")
+    batch_size: Positive = Field(4, description="samples denoised at once; changes speed and memory, not the noise")
+
+
+class Objective(Section):
+    """loss = mean(-gamma^k r(x0_hat(x_{t-1})) + alpha KL); see docs/algorithm.md."""
+
+    alpha: float = Field(2.0, ge=0, description="KL coefficient")
+    gamma: float = Field(0.9, gt=0, le=1, description="discount per remaining denoising step")
+    kl_scale: float = Field(1.0, gt=0, description="1 = the published programs; 0.5 = exact Gaussian KL per element")
+    credit: Literal["discount", "posterior"] = Field(
+        "discount", description="gamma^k, or the variance-aware weight 1 / (1 + (1 - A_prev) / beta)"
+    )
+    lookahead: Literal["consistency", "tweedie", "deterministic"] = Field(
+        "consistency", description="x0_hat: consistency model, Tweedie's formula, or n DDIM steps of the reference"
+    )
+    lookahead_steps: Positive = Field(2, description="n of the deterministic look-ahead")
+    consistency_grid: Positive | None = Field(
+        None, description="snap the consistency model to LCM's own grid of this many points (published code: 50)"
+    )
+    mask_nonpositive: bool = Field(False, description="samples with r <= 0 give neither reward nor KL (published: on)")
+
+
+class Policy(Section):
+    """The trained LoRA."""
+
+    rank: Positive = Field(4, description="LoRA rank")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="LoRA alpha; default: the rank")
+    target_modules: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="layers that get a LoRA, by suffix"
+    )
+
+
+class Optimizer(Section):
+    """AdamW on the LoRA parameters."""
+
+    lr: float = Field(1e-3, gt=0, description="learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this L2 norm")
+    batch_size: Positive = Field(64, description="samples an optimizer step averages over")
+    micro_batch_size: Positive = Field(1, description="samples whose graph is in memory at once")
+
+
+class Replay(Section):
+    """The off-policy buffer D."""
+
+    capacity: Positive = Field(1024, description="trajectories kept; the oldest leave first")
+    mode: Literal["uniform", "prioritised", "on-policy"] = Field("uniform", description="how states are drawn")
+    refill: Positive = Field(64, description="trajectories sampled at each refill")
+    steps_per_refill: Positive = Field(1, description="replay ratio: optimizer steps between two refills")
+
+
+class Evaluation(Section):
+    """Held-out prompts, the same seeds before, during and after."""
+
+    every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0 = only before and after")
+    prompts: str | None = Field(None, description="named set or file of held-out prompts; default: the preset's")
+    num_prompts: Positive = Field(16, description="held-out prompts used, evenly spread over the set")
+    images_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="diversity needs at least two")
+    grid: Positive = Field(16, description="images kept on disk at each evaluation")
+
+
+class Config(Section):
+    """Everything that decides a run. ``config.yaml`` in the run folder is this, whole."""
+
+    preset: str | None = Field(None, description="the named preset these values started from")
+    model: str = Field("shapes", description="'shapes', a diffusers folder, or a hub id")
+    reward: str = Field("taste", description="a registered reward or module:function; see docs/adding_a_reward.md")
+    reward_options: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="keywords of the reward's loader"
+    )
+    prompts: str = Field("shapes", description="named set ('shapes', 'animals') or a text file, one prompt a line")
+    consistency_lora: str | None = Field(
+        None, description="folder, file or hub id of the consistency LoRA; default: the family's own"
+    )
+    steps: Positive = Field(100, description="optimizer steps")
+    seed: int = Field(0, ge=0, lt=2**31, description="every random number of the run derives from it")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of the frozen network; the LoRA is float32 (float64 with float64)"
+    )
+    impl: Literal["auto", "triton", "native", "reference"] = Field("auto", description="implementation of the kernels")
+    gradient_checkpointing: bool = Field(False, description="recompute the network's blocks in the backward pass")
+    checkpoint_every: int = Field(50, ge=0, description="optimizer steps between checkpoints; 0 = only at the end")
+    sampling: Sampling = Field(default_factory=Sampling)
+    objective: Objective = Field(default_factory=Objective)
+    policy: Policy = Field(default_factory=Policy)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    replay: Replay = Field(default_factory=Replay)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _buffer_holds_a_refill(self) -> Config:
+        if self.replay.refill > self.replay.capacity:
+            raise ValueError(
+                f"replay.refill = {self.replay.refill} does not fit replay.capacity = {self.replay.capacity}: "
+                "sample fewer trajectories a refill or enlarge the buffer"
+            )
+        return self
+
+
+# Hyperparameters of the paper's tables and scripts (objective terms keep the names of docs/algorithm.md).
+_PAPER: dict[str, Any] = {
+    "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "reward": "aesthetic",
+    "prompts": "animals",
+    "steps": 500,
+    "sampling": {"num_inference_steps": 50, "eta": 1.0, "guidance_scale": 5.0},
+    "objective": {"alpha": 2.0, "gamma": 0.9, "lookahead": "consistency", "mask_nonpositive": True},
+    "policy": {"rank": 4},
+    "optimizer": {"lr": 1e-3, "weight_decay": 1e-4, "max_grad_norm": 1.0, "batch_size": 64},
+    "replay": {"capacity": 1024, "mode": "uniform", "refill": 64, "steps_per_refill": 1},
+}
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "shapes": {
+        "model": "shapes",
+        "reward": "taste",
+        "prompts": "shapes",
+        "steps": 120,
+        "sampling": {"num_inference_steps": 20, "guidance_scale": 4.0, "batch_size": 16},
+        "objective": {"alpha": 3.0, "gamma": 0.9},
+        "policy": {"rank": 8},
+        "optimizer": {"lr": 1e-3, "batch_size": 16, "micro_batch_size": 16},
+        "replay": {"capacity": 64, "refill": 16, "steps_per_refill": 8},
+        "evaluation": {"prompts": "shapes-held-out", "every": 40},
+    },
+    "aesthetic": _PAPER,
+    "hpsv2": _merge(
+        _PAPER,
+        {
+            "reward": "hpsv2",
+            "objective": {"alpha": 0.05, "gamma": 0.93},
+            "policy": {"rank": 32},
+            "optimizer": {"lr": 5e-4, "batch_size": 256},
+            "replay": {"capacity": 4096, "refill": 256},
+        },
+    ),
+    "black-box": _merge(
+        _PAPER,
+        {
+            "sampling": {"guidance_scale": 7.5},
+            "objective": {"alpha": 1.0},
+            "optimizer": {"weight_decay": 0.1, "max_grad_norm": 5.0},
+            "replay": {"mode": "prioritised"},
+        },
+    ),
+}
+PRESETS["hpsv2-script"] = _merge(
+    PRESETS["hpsv2"], {"objective": {"alpha": 0.005, "gamma": 0.9}, "optimizer": {"lr": 2e-4}}
+)
+
+
+def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key that ``--set`` accepts."""
+    names = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += setting_names(field.annotation, f"{prefix}{name}.")
+        else:
+            names.append(f"{prefix}{name}")
+    return names
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """``["objective.alpha=2", ...]`` as a nested dictionary; values are YAML scalars or lists.
+
+    Raises UserError for a missing '=' and for a value that is not YAML.
+    """
+    nested: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {assignment}: expected key=value, e.g. --set objective.alpha=2")
+        try:
+            value = _number(yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise UserError(f"--set {assignment}: the value is not valid YAML; quote it if it holds ':' or '['") from None
+        nested = _merge(nested, _nest(key.split("."), value))
+    return nested
+
+
+def _nest(path: list[str], value: Any) -> dict[str, Any]:
+    return {path[0]: value if len(path) == 1 else _nest(path[1:], value)}
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-3 (no dot) as a string.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """A YAML file as a nested dictionary. Raises UserError when it is missing or is not a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UserError(f"configuration file {path}: not valid YAML{line}; see a run's config.yaml for an example") from None
+    if not isinstance(data, dict):
+        raise UserError(f"configuration file {path}: expected a mapping of settings; see a run's config.yaml")
+    return data
+
+
+def make_config(
+    preset: str | None = None,
+    file: Mapping[str, Any] | None = None,
+    assignments: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Merge the layers and validate. Raises UserError: one line that names the key, the value and what is allowed."""
+    layers = [dict(layer) for layer in (file, assignments, flags) if layer]
+    for layer in layers:
+        preset = layer.get("preset") or preset
+    merged: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UserError(f"preset {preset!r} is unknown; allowed: {', '.join(sorted(PRESETS))}")
+        merged = _merge(PRESETS[preset], {"preset": preset})
+    for layer in layers:
+        merged = _merge(merged, layer)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-int", "constrained-float"))
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, setting_names(), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else "run `sqdf-fast train --help-settings` for the list"
+        return f"setting {key!r} is unknown; {hint}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    message = first["msg"].removeprefix("Input should be ").rstrip(".")
+    return f"setting {key} = {first['input']!r} is not allowed: it must be {message}"
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, readable back with :func:`read_config_file`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_settings(section: type[BaseModel] = Config, prefix: str = "") -> str:
+    """Every setting with its default and meaning, one a line: what ``--help-settings`` prints."""
+    lines = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            heading = (field.annotation.__doc__ or "").strip().splitlines()[0]
+            lines += ["", heading, describe_settings(field.annotation, f"{prefix}{name}.")]
+        else:
+            default = field.get_default(call_default_factory=True, validated_data={})
+            shown = ",".join(default) if isinstance(default, tuple) else default
+            lines.append(f"  {prefix + name:<34}{shown!s:<24}{field.description or ''}".rstrip())
+    return "\n".join(lines)

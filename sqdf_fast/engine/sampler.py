@@ -1,0 +1,107 @@
+"""Drawing trajectories x_T, ..., x_0 from a role of the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.backbone import Backbone, Role
+from sqdf_fast.engine.noise import Stream
+from sqdf_fast.kernels import posterior_mean
+from sqdf_fast.kernels.philox import derive_seeds, philox_normal
+from sqdf_fast.schedule import DenoisingSchedule
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Sampled trajectories.
+
+    Attributes:
+        x0: final latents [n, ...].
+        states: x_t at the schedule's K trainable indices, [n, K, ...] on the CPU; None unless asked for.
+    """
+
+    x0: Tensor
+    states: Tensor | None
+
+
+class Sampler:
+    """Guided ancestral sampling along a schedule; a step is x <- p x + q m + sigma z.
+
+    Args:
+        backbone: the network; schedule: its per-step coefficients.
+        guidance_scale: 1 runs the conditional branch only.
+        batch_size: samples denoised at once. A sample's noise does not depend on it.
+        impl: implementation of the kernels.
+    """
+
+    def __init__(
+        self, backbone: Backbone, schedule: DenoisingSchedule, *, guidance_scale: float, batch_size: int, impl: str = "auto"
+    ) -> None:
+        self.backbone, self.schedule, self.impl = backbone, schedule, impl
+        self.guidance_scale, self.batch_size = guidance_scale, batch_size
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Tensor,
+        *,
+        role: Role = "policy",
+        keep_states: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Trajectories:
+        """Trajectories for the prompts.
+
+        Args:
+            prompts: n prompts; seeds: [n] int64, one a sample.
+            role: whose trajectories.
+            keep_states: also return x_t at the trainable indices.
+            on_progress: called with (network calls done, network calls in all).
+        """
+        x0, states = [], []
+        chunks = range(0, len(prompts), self.batch_size)
+        steps = len(self.schedule.timesteps)
+        with self.backbone.role(role):
+            for number, start in enumerate(chunks):
+                part = slice(start, start + self.batch_size)
+
+                def report(step: int, done: int = number * steps) -> None:
+                    if on_progress:
+                        on_progress(done + step, len(chunks) * steps)
+
+                latents, kept = self._denoise(prompts[part], seeds[part], keep_states, report)
+                x0.append(latents)
+                states += kept
+        return Trajectories(torch.cat(x0), torch.cat(states) if keep_states else None)
+
+    def _denoise(
+        self, prompts: Sequence[str], seeds: Tensor, keep: bool, report: Callable[[int], None]
+    ) -> tuple[Tensor, list[Tensor]]:
+        family = self.backbone.family
+        device = family.device
+        tables = self.schedule.to(device, torch.float64 if family.dtype == torch.float64 else torch.float32)
+        conditioning = family.encode(prompts)
+        unconditional = family.encode([""]) if self.guidance_scale != 1 else None
+        x = self._noise(derive_seeds(Stream.INITIAL, ids=seeds), tables.transition.dtype)
+        states = []
+        for i in range(len(self.schedule.timesteps)):
+            if keep and self.schedule.trainable[i]:
+                states.append(x.to("cpu", family.dtype))
+            index = torch.full((len(x),), i, device=device)
+            m = self.backbone.predict(x, tables.timesteps[index], conditioning, unconditional)
+            mean = posterior_mean(
+                x, m, tables.transition[:, :2], index, guidance_scale=self.guidance_scale, out_dtype=x.dtype, impl=self.impl
+            )
+            sigma = float(self.schedule.transition[i, 2])
+            # The noise of a step that adds none is not drawn.
+            x = mean if sigma == 0 else mean + sigma * self._noise(derive_seeds(Stream.DENOISING, i, ids=seeds), x.dtype)
+            report(i + 1)
+        return x, [torch.stack(states, dim=1)] if keep else []
+
+    def _noise(self, seeds: Tensor, dtype: torch.dtype) -> Tensor:
+        family = self.backbone.family
+        return philox_normal(seeds.to(family.device), family.latent_shape, dtype=dtype, device=family.device)

@@ -1,0 +1,57 @@
+"""From a model's name to a loaded family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+from sqdf_fast import shapes
+from sqdf_fast.errors import UserError
+from sqdf_fast.families.family import Family
+from sqdf_fast.families.stable_diffusion import StableDiffusion
+
+SUPPORTED = ("StableDiffusionPipeline",)
+
+
+def load_family(model: str, *, device: torch.device, dtype: torch.dtype) -> Family:
+    """Load ``model``: 'shapes', a diffusers folder, or a hub id.
+
+    Raises UserError when there is no such model, a file of it is damaged, or its pipeline is of no supported family.
+    """
+    consistency: dict[str, str] = {}
+    source = model
+    if model == "shapes":
+        source = str(shapes.pipeline_folder())
+        consistency = {"consistency_lora": str(shapes.consistency_lora_folder())}
+    elif Path(model).exists():
+        _check_folder(Path(model))
+    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"model {model!r} is unknown; allowed: 'shapes', an existing diffusers folder, or a hub id owner/name")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            source, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model {model!r} cannot be loaded ({reason}); check the folder or id, and the network") from None
+    if type(pipeline).__name__ not in SUPPORTED:
+        raise UserError(_unsupported(model, type(pipeline).__name__))
+    assert isinstance(pipeline, StableDiffusionPipeline)
+    return StableDiffusion(pipeline.to(device, dtype), **consistency)
+
+
+def _check_folder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"model {str(folder)!r} is no diffusers folder: no readable model_index.json with a _class_name") from None
+    if kind not in SUPPORTED:
+        raise UserError(_unsupported(str(folder), kind))
+
+
+def _unsupported(model: str, kind: str) -> str:
+    return f"model {model!r} is a {kind}; allowed: {', '.join(SUPPORTED)}"

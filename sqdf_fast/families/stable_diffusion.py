@@ -1,0 +1,90 @@
+"""Stable Diffusion 1.x/2.x and every pipeline of its format, the embedded shapes world included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from peft import get_peft_model_state_dict
+from torch import Tensor
+
+from sqdf_fast.errors import UserError
+from sqdf_fast.families.family import ClipKeepingGradient, Conditioning, Family
+
+_LCM_LORA_SD15 = "latent-consistency/lcm-lora-sdv1-5"
+
+
+class StableDiffusion(Family):
+    """A loaded StableDiffusionPipeline: UNet, VAE (KL or tiny), one CLIP text encoder.
+
+    Args:
+        pipeline: as loaded by diffusers, weights already in the wanted dtype and device.
+        consistency_lora: where its consistency LoRA is; default: the published LCM-LoRA of SD1.5.
+    """
+
+    name: ClassVar[str] = "stable-diffusion"
+
+    def __init__(self, pipeline: StableDiffusionPipeline, consistency_lora: str | None = _LCM_LORA_SD15) -> None:
+        super().__init__()
+        self.network = pipeline.unet
+        self.vae, self.text_encoder, self.tokenizer = pipeline.vae, pipeline.text_encoder, pipeline.tokenizer
+        for module in (self.network, self.vae, self.text_encoder):
+            module.requires_grad_(False).eval()
+        self.scheduler = _stochastic_scheduler(pipeline.scheduler)
+        size = self.network.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.latent_shape = (self.network.config.in_channels, height, width)
+        self._consistency_lora = consistency_lora
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        states = self.text_encoder(tokens.input_ids.to(self.text_encoder.device))[0]
+        return Conditioning({"encoder_hidden_states": states.to(self.device, self.dtype)})
+
+    def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.network(x, timesteps, return_dict=False, **conditioning.tensors)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        return ClipKeepingGradient.apply(images / 2 + 0.5)
+
+    def load_lora(self, source: str, adapter_name: str) -> None:
+        try:
+            state, alphas = StableDiffusionPipeline.lora_state_dict(source)
+            StableDiffusionPipeline.load_lora_into_unet(state, alphas, self.network, adapter_name=adapter_name)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{adapter_name} LoRA {source!r} cannot be loaded into this model ({reason}); give the folder of a LoRA "
+                "made for this base"
+            ) from None
+
+    def save_lora(self, folder: Path, adapter_name: str) -> None:
+        config = self.network.peft_config[adapter_name]
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=get_peft_model_state_dict(self.network, adapter_name=adapter_name),
+            unet_lora_adapter_metadata=config.to_dict(),
+        )
+
+    def default_consistency_lora(self) -> str | None:
+        return self._consistency_lora
+
+
+def _stochastic_scheduler(scheduler: Any) -> Any:
+    # A pipeline saved with PNDM, Euler, ... shares the noise schedule; only DDIM and DDPM have the affine stochastic step.
+    # Those samplers never clip, so clip_sample is set where their configuration leaves it out.
+    if isinstance(scheduler, (DDIMScheduler, DDPMScheduler)):
+        return scheduler
+    clip = scheduler.config.get("clip_sample", False)
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=clip)

@@ -1,0 +1,412 @@
+"""The training loop: sample, store, step, evaluate, save."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.backbone import Backbone
+from sqdf_fast.checkpoint import atomic_folder, checkpoints, read_checkpoint, save_checkpoint, step_of
+from sqdf_fast.config import Config
+from sqdf_fast.engine.joint import JointExecutor, StepResult
+from sqdf_fast.engine.noise import Stream, generator, sample_seeds
+from sqdf_fast.engine.sampler import Sampler
+from sqdf_fast.errors import UserError
+from sqdf_fast.evaluate import Judges, evaluate_images
+from sqdf_fast.families import Family, load_family
+from sqdf_fast.kernels.philox import derive_seed
+from sqdf_fast.prompts import load_prompts
+from sqdf_fast.replay import ReplayBuffer
+from sqdf_fast.report import (
+    MetricsLog,
+    TrainingProgress,
+    read_run,
+    save_samples,
+    summary_lines,
+    write_environment,
+    write_report,
+)
+from sqdf_fast.rewards import checked_reward, load_reward, preflight
+from sqdf_fast.run_folder import RunFolder
+from sqdf_fast.schedule import DenoisingSchedule
+
+
+class Interrupted(Exception):
+    """The user asked to stop; the trainer's state is that of its last whole step."""
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is CUDA where there is one. Raises UserError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use cpu or auto") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 on a GPU that has it in hardware, float32 elsewhere."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def load_backbone(config: Config, policy_lora: str | None = None) -> Backbone:
+    """The model of a configuration with its adapters. Raises UserError when something of it cannot be had.
+
+    Args:
+        policy_lora: folder of a trained LoRA to start from; None: a fresh one.
+    """
+    device = pick_device(config.device)
+    family = load_family(config.model, device=device, dtype=pick_dtype(config.dtype, device))
+    return Backbone(
+        family,
+        rank=config.policy.rank,
+        alpha=config.policy.alpha,
+        target_modules=config.policy.target_modules,
+        seed=derive_seed(config.seed, Stream.LORA) & (2**63 - 1),
+        policy_lora=policy_lora,
+        consistency_lora=_consistency_lora(config, family),
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+
+
+def _consistency_lora(config: Config, family: Family) -> str | None:
+    if config.objective.lookahead != "consistency":
+        return None
+    source = config.consistency_lora or family.default_consistency_lora()
+    if source is None:
+        raise UserError(
+            f"model {config.model!r} has no consistency LoRA of its own; give consistency_lora (`sqdf-fast distill` makes "
+            "one) or set objective.lookahead=tweedie"
+        )
+    return source
+
+
+def make_sampler(config: Config, backbone: Backbone) -> Sampler:
+    """The sampler of a configuration, along the family's own scheduler."""
+    sampling = config.sampling
+    schedule = DenoisingSchedule.from_scheduler(backbone.family.scheduler, sampling.num_inference_steps, sampling.eta)
+    return Sampler(
+        backbone, schedule, guidance_scale=sampling.guidance_scale, batch_size=sampling.batch_size, impl=config.impl
+    )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What every evaluation of a run samples: the same prompts and seeds each time."""
+
+    prompts: list[str]
+    seeds: Tensor
+
+    @staticmethod
+    def of(config: Config) -> HeldOut:
+        """Prompts evenly spread over the held-out set, each ``images_per_prompt`` times."""
+        evaluation = config.evaluation
+        pool = load_prompts(evaluation.prompts or config.prompts)
+        count = min(evaluation.num_prompts, len(pool))
+        chosen = [pool[i * len(pool) // count] for i in range(count)]
+        prompts = [prompt for prompt in chosen for _ in range(evaluation.images_per_prompt)]
+        # Not the run's seed: runs of different seeds are judged on the same noise.
+        return HeldOut(prompts, sample_seeds(0, Stream.EVALUATION, 0, len(prompts)))
+
+
+@torch.no_grad()
+def decode_images(family: Family, latents: Tensor, batch_size: int) -> Tensor:
+    """Images [n, 3, H, W] float32 in [0, 1] on the CPU, decoded a few at a time."""
+    parts = [family.decode(part.to(family.dtype)).float().cpu() for part in latents.split(batch_size)]
+    return torch.cat(parts)
+
+
+class Trainer:
+    """One SQDF run, from a configuration to a LoRA.
+
+    State that decides what follows is (step, refills, evaluated), policy, optimizer and replay buffer; every random number
+    derives from the run's seed and these counters, so a resumed run equals the uninterrupted one bit for bit (on one
+    machine and version, on the CPU).
+
+    Args:
+        config: validated; run: the folder it owns; progress: told what happens.
+        interrupted: asked between network calls; True ends the run with :class:`Interrupted`.
+
+    Raises:
+        UserError: anything of the configuration that cannot be had or does not fit; the reward's preflight.
+    """
+
+    def __init__(
+        self, config: Config, run: RunFolder, progress: TrainingProgress, interrupted: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.config, self.run, self.progress, self._interrupted = config, run, progress, interrupted
+        self.prompts = load_prompts(config.prompts)
+        self.held_out = HeldOut.of(config)
+        self.backbone = load_backbone(config)
+        family = self.backbone.family
+        self.reward = load_reward(config.reward, device=family.device, dtype=family.dtype, **config.reward_options)
+        self.judges = Judges.of(config.model, self.reward)
+        self.sampler = make_sampler(config, self.backbone)
+        schedule = self.sampler.schedule
+        self.replay = ReplayBuffer(
+            config.replay.capacity, schedule.trainable, config.replay.mode, gamma=config.objective.gamma
+        )
+        self.executor = JointExecutor(
+            self.backbone,
+            schedule,
+            self._score,
+            config.objective,
+            guidance_scale=config.sampling.guidance_scale,
+            micro_batch_size=config.optimizer.micro_batch_size,
+            impl=config.impl,
+        )
+        self.parameters = list(self.backbone.policy_parameters.values())
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        self.step, self.refills, self.evaluated = 0, 0, -1
+
+    def preflight(self) -> None:
+        """Check the reward's value and gradient on images of the base model before anything is trained."""
+        family = self.backbone.family
+        noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
+        images = decode_images(family, noise.to(family.device), 2).to(family.device)
+        preflight(self.reward, images, self.prompts[:1] * 2)
+
+    def train(self) -> None:
+        """Train to the end. Raises Interrupted, and UserError when reward, gradient or disk fail; weights stay finite."""
+        every, total = self.config.checkpoint_every, self.config.steps
+        with MetricsLog(self.run.metrics) as log:
+            log.truncate(self.step)
+            while True:
+                if self._evaluation_due():
+                    self._evaluate(log)
+                if self.step == total:
+                    break
+                if every and self.step > 0 and self.step % every == 0:
+                    self.save()
+                self._optimize(log)
+        self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state as it is now, and its LoRA."""
+        replay = self.replay.state_dict()
+        tensors = {f"replay.{name}": tensor for name, tensor in replay.pop("tensors").items()}
+        for name, parameter in self.backbone.policy_parameters.items():
+            tensors[f"policy.{name}"] = parameter
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+        values = {
+            "refills": self.refills,
+            "evaluated": self.evaluated,
+            "replay": replay,
+        }
+        path = save_checkpoint(self.run.checkpoints, self.step, tensors, values)
+        with atomic_folder(self.run.lora) as folder:
+            self.backbone.family.save_lora(folder, "policy")
+        return path
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint; without one, from the start.
+
+        Raises:
+            UserError: the checkpoint is damaged or of another configuration.
+        """
+        found = checkpoints(self.run.checkpoints)
+        if not found:
+            return
+        tensors, values = read_checkpoint(found[-1])
+        try:
+            self._restore(tensors, values)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"checkpoint {found[-1]} does not belong to this configuration ({str(error).splitlines()[0]}); "
+                "resume with the config.yaml of its run"
+            ) from None
+
+    def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.backbone.policy_parameters.items():
+                parameter.copy_(tensors[f"policy.{name}"])
+                prefix = f"optimizer.{name}."
+                state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+                self.optimizer.state[parameter] = {
+                    key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in state.items()
+                }
+        stored = {key.removeprefix("replay."): tensor for key, tensor in tensors.items() if key.startswith("replay.")}
+        self.replay.load_state_dict({**values["replay"], "tensors": stored})
+        self.step, self.refills, self.evaluated = values["step"], values["refills"], values["evaluated"]
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.evaluation.every
+        due = self.step in (0, self.config.steps) or (every > 0 and self.step % every == 0)
+        return due and self.evaluated < self.step
+
+    def _evaluate(self, log: MetricsLog) -> None:
+        started = time.monotonic()
+        sampled = self.sampler.sample(
+            self.held_out.prompts, self.held_out.seeds, on_progress=self._report("evaluating")
+        )
+        images = decode_images(self.backbone.family, sampled.x0, self.config.sampling.batch_size)
+        scores = evaluate_images(images, self.held_out.prompts, self.reward, self.judges)
+        self._keep_samples(images)
+        record = {"kind": "evaluation", "step": self.step, **scores, "seconds": time.monotonic() - started}
+        log.append(record)
+        self.evaluated = self.step
+        self.progress.message(_evaluation_line(record))
+
+    def _keep_samples(self, images: Tensor) -> None:
+        # One image of each prompt first, then the second of each, ...: a grid shows as many prompts as it can.
+        each = self.config.evaluation.images_per_prompt
+        order = sorted(range(len(images)), key=lambda i: (i % each, i))[: self.config.evaluation.grid]
+        save_samples(
+            self.run.path,
+            self.step,
+            images[order],
+            [self.held_out.prompts[i] for i in order],
+            self.held_out.seeds[order].tolist(),
+        )
+
+    def _refill(self) -> None:
+        count = self.config.replay.refill
+        choice = torch.randint(
+            len(self.prompts), (count,), generator=generator(self.config.seed, Stream.PROMPTS, self.refills)
+        )
+        prompts = [self.prompts[i] for i in choice.tolist()]
+        seeds = sample_seeds(self.config.seed, Stream.REFILL, self.refills, count)
+        sampled = self.sampler.sample(prompts, seeds, keep_states=True, on_progress=self._report("sampling"))
+        assert sampled.states is not None
+        rewards = self._rewards(sampled.x0, prompts) if self.replay.mode == "prioritised" else None
+        self.replay.add(sampled.states, prompts, rewards)
+        self.refills += 1
+
+    @torch.no_grad()
+    def _rewards(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        family, size = self.backbone.family, self.config.sampling.batch_size
+        parts = [
+            self._score(family.decode(latents[i : i + size].to(family.dtype)), prompts[i : i + size])
+            for i in range(0, len(prompts), size)
+        ]
+        return torch.cat(parts)
+
+    def _optimize(self, log: MetricsLog) -> None:
+        started, evaluations = time.monotonic(), self.backbone.evaluations
+        if self.refills * self.config.replay.steps_per_refill <= self.step:
+            self._refill()
+        self.progress.phase("training")
+        size = self.config.optimizer.batch_size
+        batch = self.replay.draw(size, generator(self.config.seed, Stream.REPLAY, self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        result = self.executor.accumulate(batch, sample_seeds(self.config.seed, Stream.TRANSITION, self.step, size))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"step {self.step + 1}: the gradient is not finite; the weights are untouched. Lower optimizer.lr, raise "
+                "objective.alpha, or check the reward's backward pass"
+            )
+        self.optimizer.step()
+        self.step += 1
+        record = {
+            **self._record(result),
+            "grad_norm": float(norm),
+            "seconds": time.monotonic() - started,
+            "unet_evaluations": self.backbone.evaluations - evaluations,
+            "memory_bytes": _peak_memory(self.backbone.family.device),
+        }
+        log.append(record)
+        self.progress.update(self.step, record["reward_mean"], record["kl_mean"], record["memory_bytes"])
+
+    def _record(self, result: StepResult) -> dict[str, Any]:
+        reward, kl = result.reward.double(), result.kl.double().cpu()
+        return {
+            "kind": "step",
+            "step": self.step,
+            "reward_mean": reward.mean().item(),
+            "reward_std": reward.std(correction=0).item(),
+            "kl_mean": kl.mean().item(),
+            "kl_by_index": {str(i): kl[result.index == i].mean().item() for i in result.index.unique().tolist()},
+            "loss": result.loss,
+        }
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self._interrupted():
+            raise Interrupted
+        return checked_reward(self.reward, images, prompts)
+
+    def _report(self, phase: str) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            if self._interrupted():
+                raise Interrupted
+            self.progress.phase(phase, done, total)
+
+        return report
+
+
+def _evaluation_line(record: dict[str, Any]) -> str:
+    names = ("proxy_reward", "true_reward", "attribute_accuracy", "diversity", "alignment")
+    scores = [(name, record.get(f"eval_{name}")) for name in names]
+    shown = [f"{name.replace('_', ' ')} {score:.3f}" for name, score in scores if score is not None]
+    return f"evaluation at step {record['step']}: " + ", ".join(shown)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the CUDA allocator, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def new_run(config: Config, path: Path | None, interrupted: Callable[[], bool] = lambda: False) -> str:
+    """Train into a new run folder (default ``runs/MODEL-REWARD-NNN``) and return its summary.
+
+    Everything that can be refused is refused before the folder is made.
+
+    Raises:
+        UserError: bad input; Interrupted: the user stopped it, a checkpoint is written.
+    """
+    if path is None:
+        name = f"{config.model}-{config.reward}".replace("/", "-").replace(":", "-")
+        path = RunFolder.next_free(Path("runs"), name)
+    RunFolder.refuse_existing(path)
+    with TrainingProgress(config.steps) as progress:
+        trainer = Trainer(config, RunFolder(path), progress, interrupted)
+        trainer.preflight()
+        RunFolder.create(path, config)
+        return _finish(trainer)
+
+
+def continue_run(path: Path, interrupted: Callable[[], bool] = lambda: False) -> str:
+    """Train on from the newest checkpoint of a run folder and return its summary. Raises as :func:`new_run`."""
+    run, config = RunFolder.open(path)
+    found = checkpoints(run.checkpoints)
+    with TrainingProgress(config.steps, step_of(found[-1]) if found else 0) as progress:
+        trainer = Trainer(config, run, progress, interrupted)
+        trainer.resume()
+        return _finish(trainer)
+
+
+def _finish(trainer: Trainer) -> str:
+    folder = trainer.run.path
+    write_environment(folder)
+    try:
+        trainer.train()
+    except Interrupted:
+        trainer.save()
+        write_report(folder)
+        raise Interrupted(folder) from None
+    write_report(folder)
+    return "\n".join(summary_lines(read_run(folder)))
