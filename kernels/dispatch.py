@@ -1,8 +1,8 @@
 """Which implementation of an op runs.
 
-An implementation of the op OP is the module `sqdf_fast.kernels.OP.NAME`, NAME one of `IMPLEMENTATIONS`. A module other than the
-reference defines `unavailable(device, dtype) -> str | None`: the reason why it cannot run there, or None. Adding an
-implementation means adding that module; nothing here and no caller changes.
+An implementation of the op OP is the module `sqdf_fast.kernels.OP.NAME`, NAME one of `IMPLEMENTATIONS`. A
+module other than the reference defines `unavailable(device, dtype) -> str | None`: the reason why it cannot
+run there, or None. Adding an implementation means adding that module; nothing here and no caller changes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _loaded: dict[tuple[str, str], ModuleType] = {}
 
 
 def reason_against(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the implementation `name` of `op` cannot run on `device` with a math precision of `dtype`; None if it can."""
+    """Why `name` cannot run `op` on `device` with a math precision of `dtype`; None if it can."""
     if name == "reference":
         return None
     if importlib.util.find_spec(f"sqdf_fast.kernels.{op}.{name}") is None:

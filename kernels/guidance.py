@@ -1,4 +1,4 @@
-"""Classifier-free guidance and the broadcasting of per-sample coefficients, as every reference implementation uses them."""
+"""Classifier-free guidance and broadcasting of per-sample coefficients, as the references use them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def guide(output: Tensor, guidance_scale: float) -> Tensor:
-    """[2B, ...] ordered [uncond; cond] -> m_uncond + g (m_cond - m_uncond), [B, ...]; unchanged when g = 1."""
+    """[2B, ...] ordered [uncond; cond] -> m_uncond + g (m_cond - m_uncond), [B, ...]; as it is for g = 1."""
     if guidance_scale == 1:
         return output
     unconditional, conditional = output.chunk(2)

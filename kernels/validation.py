@@ -1,4 +1,4 @@
-"""Checks at the door of the public ops: shapes, dtypes and devices, never values (reading them would wait for the device)."""
+"""Checks at the door of the public ops: shapes, dtypes and devices, never values (no wait for the device)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def check_network_output(op: str, name: str, output: Tensor, x: Tensor, guidance
     if tuple(output.shape) != expected:
         layout = "[B, ...]" if guidance_scale == 1 else "[2B, ...] ordered [uncond; cond]"
         raise UserError(
-            f"{op}: {name} has shape {tuple(output.shape)}; with x {tuple(x.shape)} and guidance_scale={guidance_scale:g} "
-            f"it must be {layout} = {expected}"
+            f"{op}: {name} has shape {tuple(output.shape)}; with x {tuple(x.shape)} "
+            f"and guidance_scale={guidance_scale:g} it must be {layout} = {expected}"
         )
 
 
@@ -42,8 +42,8 @@ def check_table(op: str, name: str, table: Tensor, columns: int, index: Tensor, 
     """A coefficient table is [T, columns], and the index int64 [B], both on the device of x."""
     if table.ndim != 2 or table.shape[1] != columns or table.dtype not in (torch.float32, torch.float64):
         raise UserError(
-            f"{op}: {name} is {table.dtype} {tuple(table.shape)}; it must be float32 or float64 [T, {columns}], "
-            "as in DenoisingSchedule"
+            f"{op}: {name} is {table.dtype} {tuple(table.shape)}; "
+            f"it must be float32 or float64 [T, {columns}], as in DenoisingSchedule"
         )
     if index.dtype != torch.int64 or tuple(index.shape) != (x.shape[0],):
         raise UserError(f"{op}: index is {index.dtype} {tuple(index.shape)}; it must be int64 [{x.shape[0]}]")

@@ -36,14 +36,14 @@ def denoise_step(
         x_prev = p x + q m + sigma z,     z ~ N(0, I)
         kl     = kl_scale * mean over the elements of a sample of (q (m - m_ref) / sigma)^2
 
-    The published programs use kl_scale = 1; 0.5 is the Gaussian KL per element. The KL of equal outputs is exactly 0 and so is
-    its gradient. Where sigma = 0 (a deterministic step) the KL of different outputs is what it is, infinite: draw only the
-    schedule's trainable indices. Gradients flow to `x` and `policy`, never to `reference`. Arithmetic is float32, or float64
-    when an input is float64.
+    The published programs use kl_scale = 1; 0.5 is the Gaussian KL per element. The KL of equal outputs is
+    exactly 0 and so is its gradient. Where sigma = 0 (a deterministic step) the KL of different outputs is
+    what it is, infinite: draw only the schedule's trainable indices. Gradients flow to `x` and `policy`,
+    never to `reference`. Arithmetic is float32, or float64 when an input is float64.
 
     Args:
         x: [B, ...] latents at the step's level, any float dtype, any strides.
-        policy: network output of the policy, [2B, ...] ordered [uncond; cond] if guidance_scale != 1, else [B, ...].
+        policy: network output of the policy, [2B, ...] ordered [uncond; cond]; [B, ...] if guidance_scale = 1.
         reference: network output of the frozen reference, like `policy`.
         transition: [T, 3] float32 or float64, columns p, q, sigma (`DenoisingSchedule.transition`).
         index: [B] int64, positions in the schedule, 0 = noisiest.
@@ -57,7 +57,8 @@ def denoise_step(
         x_prev in the shape and dtype of x; kl [B] float32 (float64 when an input is float64).
 
     Raises:
-        UserError: shapes, dtypes or devices that do not fit, both or none of noise and seed, an `impl` that cannot run.
+        UserError: shapes, dtypes or devices that do not fit, both or none of noise and seed, an `impl` that
+            cannot run.
     """
     x_prev, kl, _ = denoise_step_staged(
         x,
@@ -87,7 +88,7 @@ def denoise_step_staged(
     kl_scale: float = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`denoise_step` that also returns delta = m - m_ref, all that its backward needs (see `denoise_step_vjp`).
+    """`denoise_step` that also returns delta = m - m_ref, all its backward needs: see `denoise_step_vjp`.
 
     Returns:
         x_prev, kl as `denoise_step`; delta shaped like x, in the dtype of `policy`, carrying no gradient.
@@ -117,7 +118,7 @@ def denoise_step_vjp(
     kl_scale: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Cotangent of the policy's network output, from those of x_prev and kl and the delta of `denoise_step_staged`.
+    """The backward of `denoise_step_staged`: cotangents of x_prev and kl -> cotangent of the policy's output.
 
     With G = q grad_x_prev + grad_kl 2 kl_scale q^2 / (sigma^2 N) delta, N the elements of a sample, this is
     [(1 - g) G; g G] under guidance and G without: what the policy network's backward starts from.

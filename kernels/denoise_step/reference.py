@@ -21,7 +21,7 @@ def denoise_step_staged(
     seed: Tensor | None,
     kl_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, ...], policy and reference [B or 2B, ...], transition [T, 3], index [B] -> x_prev [B, ...], kl [B], delta [B, ...].
+    """x [B, ...], policy and reference [B or 2B, ...] -> x_prev [B, ...], kl [B], delta [B, ...].
 
     Differentiable by autograd with respect to x and policy.
     """

@@ -33,16 +33,18 @@ def discounted_loss(
         remaining: k, int64, shaped like reward: steps that follow the one taken, 0 for the last.
         gamma: discount in (0, 1].
         alpha: KL coefficient, >= 0.
-        mask_nonpositive: samples with r <= 0 contribute neither reward nor KL (the published text-to-image program).
-        denominator: divisor of the sum; None: the number of samples, masked ones included. Give the size of the whole batch
-            to every micro-batch, and their losses and gradients add up to those of the batch.
+        mask_nonpositive: samples with r <= 0 contribute neither reward nor KL (the published text-to-image
+            program).
+        denominator: divisor of the sum; None: the number of samples, masked ones included. Give the size of
+            the whole batch to every micro-batch, and their losses and gradients add up to those of the batch.
         impl: "auto", "triton", "native" or "reference".
 
     Returns:
         Scalar float32 (float64 when reward or kl is float64), differentiable with respect to reward and kl.
 
     Raises:
-        UserError: shapes, dtypes or devices that do not fit, gamma, alpha or denominator out of range, an `impl` that cannot run.
+        UserError: shapes, dtypes or devices that do not fit, gamma, alpha or denominator out of range, an
+            `impl` that cannot run.
     """
     op = "discounted_loss"
     if not 0 < gamma <= 1:
@@ -60,12 +62,13 @@ def discounted_loss(
         or remaining.shape != reward.shape
     ):
         raise UserError(
-            f"{op}: reward {tuple(reward.shape)}, kl {tuple(kl.shape)} and remaining {tuple(remaining.shape)} "
-            "must have one shape, [B] or [K, B], and not be empty"
+            f"{op}: reward {tuple(reward.shape)}, kl {tuple(kl.shape)}, remaining {tuple(remaining.shape)}: "
+            "give one shape for all, [B] or [K, B], not empty"
         )
     if remaining.dtype != torch.int64 or not reward.device == kl.device == remaining.device:
         raise UserError(
-            f"{op}: remaining is {remaining.dtype} on {remaining.device}; it must be int64 on the device of reward and kl"
+            f"{op}: remaining is {remaining.dtype} on {remaining.device}; "
+            f"it must be int64, and reward ({reward.device}) and kl ({kl.device}) on the same device"
         )
     module = implementation(op, impl, reward.device, math_dtype(reward, kl))
     total = float(reward.numel() if denominator is None else denominator)

@@ -17,7 +17,7 @@ def discounted_loss(
     mask_nonpositive: bool,
     denominator: float,
 ) -> Tensor:
-    """reward, kl, remaining [B] or [K, B] -> scalar. Differentiable by autograd with respect to reward and kl."""
+    """reward, kl, remaining [B] or [K, B] -> scalar, differentiable with respect to reward and kl."""
     dtype = math_dtype(reward, kl)
     weight = torch.pow(gamma, remaining.to(dtype))
     loss = alpha * kl.to(dtype) - weight * reward.to(dtype)

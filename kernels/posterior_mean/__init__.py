@@ -28,9 +28,10 @@ def posterior_mean(
 ) -> Tensor:
     """x0_hat = a x + b m with (a, b) = posterior[index] and m = m_uncond + g (m_cond - m_uncond).
 
-    Tweedie's formula for any prediction type, a consistency model's jump and a deterministic sampler step alike: which of
-    them it is lies in the table. A row with b = 0 never reads m, so that a NaN there reaches neither result nor gradient.
-    Arithmetic is float32, or float64 when an input is float64. Gradients flow to `x` and `model_output`.
+    Tweedie's formula for any prediction type, a consistency model's jump and a deterministic sampler step
+    alike: which of them it is lies in the table. A row with b = 0 never reads m, so that a NaN there reaches
+    neither result nor gradient. Arithmetic is float32, or float64 when an input is float64. Gradients flow to `x`
+    and `model_output`.
 
     Args:
         x: [B, ...] latents, any float dtype, any strides.
