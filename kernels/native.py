@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,11 @@ ABI_VERSION = 1
 
 _FILE_NAME = {"win32": "sqdf_fast_native.dll", "darwin": "libsqdf_fast_native.dylib"}.get(
     sys.platform, "libsqdf_fast_native.so"
+)
+
+_NOT_INSTALLED = (
+    f"{_FILE_NAME} is not installed (no C++ compiler when the package was built); "
+    "install a compiler and run the installation again"
 )
 
 _log = logging.getLogger("sqdf_fast.kernels")
@@ -71,22 +77,21 @@ def pointer(tensor: torch.Tensor) -> int:
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     path = find()
-    if path is None:
-        loaded, reason = None, (
-            f"{_FILE_NAME} is not installed (no C++ compiler when the package was built); "
-            "install a compiler and run the installation again"
-        )
-    else:
-        loaded, reason = _open(path)
+    loaded, reason = (None, _NOT_INSTALLED) if path is None else _open(path)
     if reason is not None:
         _log.warning("native kernels are off: %s", reason)
     return loaded, reason
 
 
 def find() -> Path | None:
-    """The installed library file, or None. A wheel and an editable install keep it in different places."""
+    """The library file, or None. A wheel and an editable install keep it in different places.
+
+    The environment variable SQDF_FAST_NATIVE_LIBRARY names another build of it, one with sanitizers for example.
+    """
     import sqdf_fast.kernels
 
+    if chosen := os.environ.get("SQDF_FAST_NATIVE_LIBRARY"):
+        return Path(chosen)
     candidates = (Path(folder) / _FILE_NAME for folder in sqdf_fast.kernels.__path__)
     return next((path for path in candidates if path.is_file()), None)
 

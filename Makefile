@@ -1,0 +1,64 @@
+# Two commands do the work, from a bare clone: `make train` and `make test`. ARGS="..." is passed on.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# What an installation depends on; Python files do not count, the installation is editable.
+INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format native-asan clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+train: $(VENV)/.installed  ## Fine-tune; without a GPU on the embedded world. ARGS="--steps 50"
+	$(BIN)/sqdf-fast train $(ARGS)
+
+test: $(VENV)/.installed-test  ## Run the tests. ARGS="tests/kernels -q"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev build/package  ## Style, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd build/package && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+	cd build/package && PYTHONPATH=$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  $(abspath $(BIN))/python -S -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' \
+	  --config ../../pyproject.toml --cache-dir ../../.import_linter_cache
+
+format: $(VENV)/.installed-dev  ## Rewrite the files in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+native-asan: $(VENV)/.installed-test  ## The kernel tests on a native library built with sanitizers
+	cmake -S . -B build/asan -DSQDF_FAST_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/asan
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  SQDF_FAST_NATIVE_LIBRARY=build/asan/libsqdf_fast_native.so $(BIN)/python -m pytest tests/kernels $(ARGS)
+
+clean:  ## Remove the environment and everything built
+	rm -rf $(VENV) build
+
+# The package as it is once installed, with kernels/ inside, for tools that read folders and run no import hooks.
+.PHONY: build/package
+build/package:
+	rm -rf $@ && mkdir -p $@/sqdf_fast
+	ln -s $(filter-out %/__pycache__,$(wildcard $(CURDIR)/sqdf_fast/*)) $(CURDIR)/kernels $@/sqdf_fast/
+
+# Each stamp says which extra is installed; a larger installation makes the smaller stamps too.
+$(VENV)/.installed: $(INPUTS)
+	$(call install,.)
+	touch $@
+
+$(VENV)/.installed-test: $(INPUTS)
+	$(call install,.[test])
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: $(INPUTS)
+	$(call install,.[dev])
+	touch $@ $(VENV)/.installed-test $(VENV)/.installed
+
+define install
+test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '$(1)'
+endef
