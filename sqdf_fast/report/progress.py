@@ -1,0 +1,127 @@
+"""What a run shows while it runs: a live line on a terminal, an occasional line elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PLAIN_INTERVAL = 10.0
+
+
+class TrainingProgress:
+    """Step, time left, reward, KL, memory and phase of a run. A context manager.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        first_step: steps already done, by the run that is resumed.
+        console: where to write; standard error by default. Live only if it is a terminal.
+        clock: seconds; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps = total_steps
+        self.step = self.first_step = first_step
+        self.phase_name = "starting"
+        self.reward: float | None = None
+        self.kl: float | None = None
+        self.memory_bytes: int | None = None
+        self.console = console or Console(stderr=True)
+        self._clock = clock
+        self._began = clock()
+        self._last_plain: float | None = None
+        self._live = Live(
+            console=self.console, get_renderable=self._bar, refresh_per_second=4, transient=True
+        )
+
+    def __enter__(self) -> Self:
+        self._began = self._clock()
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Say what is being done: "sampling", "training", "evaluating"; and how far, where it takes long."""
+        self.phase_name = f"{name} {done}/{total}" if total else name
+
+    def update(self, step: int, reward: float, kl: float, memory_bytes: int | None = None) -> None:
+        """An optimizer step is finished: ``step`` of ``total_steps``, counted from 1."""
+        self.step, self.reward, self.kl, self.memory_bytes = step, reward, kl, memory_bytes
+        if not self.console.is_terminal and self._plain_line_due():
+            self._last_plain = self._clock()
+            self.message(" · ".join([f"step {step}/{self.total_steps}", *self._facts()]))
+
+    def message(self, text: str) -> None:
+        """Print a line that stays, above the live one."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _plain_line_due(self) -> bool:
+        last = self.step >= self.total_steps
+        return last or self._last_plain is None or self._clock() - self._last_plain >= PLAIN_INTERVAL
+
+    def _seconds_left(self) -> float | None:
+        done = self.step - self.first_step
+        if done <= 0:
+            return None
+        return (self._clock() - self._began) / done * (self.total_steps - self.step)
+
+    def _facts(self) -> list[str]:
+        facts = []
+        if self.reward is not None:
+            facts.append(f"reward {self.reward:.3f}")
+        if self.kl is not None:
+            facts.append(f"KL {self.kl:.3g}")
+        if self.memory_bytes is not None:
+            facts.append(f"memory {format_bytes(self.memory_bytes)}")
+        left = self._seconds_left()
+        if left is not None:
+            facts.append(f"{format_seconds(left)} left")
+        return facts
+
+    def _bar(self) -> Table:
+        row = Table.grid(padding=(0, 1))
+        row.add_row(
+            Text(f"{self.phase_name:<18}", style="cyan"),
+            ProgressBar(total=self.total_steps, completed=self.step, width=24),
+            Text(f"{self.step}/{self.total_steps}"),
+            Text(" · ".join(self._facts()), no_wrap=True, overflow="ellipsis"),
+        )
+        return row
+
+
+def format_seconds(seconds: float) -> str:
+    """``75.2`` as "1:15", ``4000`` as "1:06:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def format_bytes(count: float) -> str:
+    """``3_221_225_472`` as "3.00 GiB"; binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,9 @@
+"""Rewards: one file each, one registry, one differentiable preprocessing."""
+
+from __future__ import annotations
+
+from sqdf_fast.rewards.base import Reward
+from sqdf_fast.rewards.checks import checked_reward, preflight
+from sqdf_fast.rewards.registry import available_rewards, load_reward
+
+__all__ = ["Reward", "available_rewards", "checked_reward", "load_reward", "preflight"]

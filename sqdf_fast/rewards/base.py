@@ -1,0 +1,55 @@
+"""What a reward is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Reward(nn.Module):
+    """A score r(image, prompt), the higher the better. Subclasses implement ``forward``.
+
+    Attributes:
+        name: what the reports call it.
+        differentiable: whether the score has a gradient with respect to the images.
+    """
+
+    name: str = "reward"
+    differentiable: bool = True
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score every image on its own.
+
+        Args:
+            images: float [B, 3, H, W] in [0, 1]; a policy may leave the interval a little.
+            prompts: B prompts.
+
+        Returns:
+            float32 [B] (float64 for float64 images).
+        """
+        raise NotImplementedError
+
+    def features(self, images: Tensor) -> Tensor | None:
+        """Embeddings [B, F] in which images can be compared, or None where the reward has none."""
+        return None
+
+
+class FunctionReward(Reward):
+    """A plain function ``(images, prompts) -> [B]`` as a reward; it may carry ``differentiable = False``."""
+
+    def __init__(self, function: Callable[..., Tensor], name: str, options: dict[str, object]) -> None:
+        super().__init__()
+        self.name = name
+        self.differentiable = getattr(function, "differentiable", True)
+        self.function = function
+        self.options = options
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.function(images, prompts, **self.options)
+
+
+def scoring_dtype(images: Tensor) -> torch.dtype:
+    """Scores are float32, and float64 for float64 images: gradients are checked to 1e-10."""
+    return torch.float64 if images.dtype == torch.float64 else torch.float32

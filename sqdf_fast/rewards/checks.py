@@ -1,0 +1,126 @@
+"""A reward is somebody else's code: what it returns is checked before it can reach the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.errors import UserError
+from sqdf_fast.rewards.base import Reward, scoring_dtype
+
+
+def checked_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """``reward(images, prompts)``, refused unless it is one finite number an image.
+
+    Args:
+        images: float [B, 3, H, W] in [0, 1].
+        prompts: B prompts.
+
+    Returns:
+        float32 [B] (float64 for float64 images), with the reward's graph.
+
+    Raises:
+        UserError: the reward raises, or returns no tensor, the wrong shape, dtype or device, NaN or infinity.
+            Running out of memory is not the reward's fault and passes through.
+    """
+    scores = _call(reward, images, prompts)
+    if not isinstance(scores, Tensor):
+        raise UserError(
+            f"reward {reward.name!r} returned {type(scores).__name__}, not a torch tensor of shape [B]"
+        )
+    if scores.shape != (len(images),):
+        raise UserError(
+            f"reward {reward.name!r} returned shape {list(scores.shape)} for {len(images)} images; "
+            f"return one score an image, shape [{len(images)}]"
+        )
+    if not scores.is_floating_point():
+        raise UserError(
+            f"reward {reward.name!r} returned {scores.dtype}; return floating-point scores (float32)"
+        )
+    if scores.device != images.device:
+        raise UserError(
+            f"reward {reward.name!r} returned scores on {scores.device} for images on {images.device}; "
+            "keep the computation on the images' device"
+        )
+    finite = torch.isfinite(scores)
+    if not finite.all():
+        index = int(finite.logical_not().nonzero()[0])
+        raise UserError(
+            f"reward {reward.name!r} returned {scores[index].item()} for the prompt {prompts[index]!r}; "
+            "a score must be finite: guard logarithms, roots and divisions"
+        )
+    return scores.to(torch.promote_types(scores.dtype, scoring_dtype(images)))
+
+
+def preflight(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
+    """Run the reward and its gradient once, before the first training step.
+
+    Args:
+        images: float [B, 3, H, W] in [0, 1], B >= 1, as training will show them to the reward.
+        prompts: B prompts.
+
+    Raises:
+        UserError: whatever :func:`checked_reward` refuses; no gradient, or one that is not finite or zero
+            at every pixel.
+    """
+    if not reward.differentiable:
+        raise UserError(
+            f"reward {reward.name!r} has no gradient and SQDF follows d reward / d image; train on a "
+            "differentiable reward or a differentiable surrogate of it, and keep this one for evaluation"
+        )
+    with torch.enable_grad():
+        pixels = images.detach().clone().requires_grad_(True)
+        scores = checked_reward(reward, pixels, prompts)
+        if not scores.requires_grad:
+            raise UserError(
+                f"reward {reward.name!r} returned scores that are detached from the images; "
+                "compute them with torch operations on `images`, without .detach(), .item(), numpy or no_grad"
+            )
+        gradient = _gradient(reward, scores, pixels)
+    if gradient is None:
+        raise UserError(
+            f"reward {reward.name!r} has a gradient, but not with respect to the images: "
+            "its scores do not depend on `images`"
+        )
+    if not torch.isfinite(gradient).all():
+        raise UserError(
+            f"reward {reward.name!r} has finite scores but a gradient with NaN or infinity; "
+            "guard square roots and norms at zero, e.g. with a small epsilon"
+        )
+    if not gradient.any():
+        raise UserError(
+            f"reward {reward.name!r} has a gradient of zero at every pixel: SQDF would learn nothing; "
+            "replace rounding, comparisons, argmax and hard clamps by smooth operations"
+        )
+
+
+def _call(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    try:
+        return reward(images, prompts)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"reward {reward.name!r} raised {_described(error)}; it was given {_shown(images)}"
+        ) from error
+
+
+def _gradient(reward: Reward, scores: Tensor, pixels: Tensor) -> Tensor | None:
+    try:
+        return torch.autograd.grad(scores.sum(), pixels, allow_unused=True)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"reward {reward.name!r} raised {_described(error)} in its backward pass") from error
+
+
+def _described(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _shown(images: Tensor) -> str:
+    dtype = str(images.dtype).removeprefix("torch.")
+    return f"images {dtype} {list(images.shape)} in [0, 1] on {images.device} and {len(images)} prompts"

@@ -1,0 +1,74 @@
+"""From a picture in [0, 1] to what a CLIP-like network expects, with a gradient, and to 8-bit pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class _StraightThroughClamp(torch.autograd.Function):
+    """Clamp to [0, 1] whose gradient is the identity: a saturated pixel can still be pulled back."""
+
+    @staticmethod
+    def forward(context: object, images: Tensor) -> Tensor:
+        return images.clamp(0, 1)
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def saturate(images: Tensor) -> Tensor:
+    """Values clamped to [0, 1], gradient passed through unchanged. Any shape, floating dtype."""
+    return _StraightThroughClamp.apply(images)
+
+
+def preprocess(
+    images: Tensor,
+    size: int,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Tensor:
+    """Bicubic antialiased resize of the shorter edge to ``size``, centre crop, normalisation.
+
+    The numbers of the PIL path of CLIP's image processor, up to its rounding to 8 bits, with a gradient.
+
+    Args:
+        images: float [B, 3, H, W] in [0, 1].
+        size: side of the square that the network sees, in pixels.
+        mean: per channel, of images in [0, 1].
+        std: per channel.
+
+    Returns:
+        [B, 3, size, size], float32 (float64 for float64 images), also for pictures in half precision.
+    """
+    if images.dtype != torch.float64:
+        images = images.float()
+    height, width = images.shape[-2:]
+    shorter = min(height, width)
+    # Integer arithmetic, as PIL's callers do: a float ratio can be one pixel off.
+    resized = (size * height // shorter, size * width // shorter)
+    images = saturate(images)
+    if resized != (height, width):
+        # Bicubic weights overshoot at edges; the 8-bit path saturates there too.
+        images = saturate(F.interpolate(images, resized, mode="bicubic", antialias=True))
+    top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
+    images = images[..., top : top + size, left : left + size]
+    return (images - _per_channel(images, mean)) / _per_channel(images, std)
+
+
+def _per_channel(images: Tensor, values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """8-bit RGB pictures of float [B, 3, H, W] in [0, 1], rounded to the nearest level."""
+    levels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
