@@ -38,7 +38,7 @@ and would do little but hold the policy back.
 """
 
 MODERATE_KL_WEIGHT = 4.0
-"""An index whose KL weight is at most this is trainable whatever the median. Flow matching's weights grow smoothly over four decades, and none of them is large."""
+"""A KL weight up to this is moderate whatever the median: flow matching's grow smoothly over four decades."""
 
 _EXACT = ("cpu", torch.float64)
 
@@ -208,7 +208,7 @@ class DenoisingSchedule:
         """
         key = (str(torch.device(device)), dtype)
         if key not in self._copies:
-            moved = {
+            moved: dict[str, Any] = {
                 name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
                 for name, value in vars(self._exact).items()
                 if isinstance(value, Tensor)

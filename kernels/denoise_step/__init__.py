@@ -43,7 +43,7 @@ def denoise_step(
 
     Args:
         x: [B, ...] latents at the step's level, any float dtype, any strides.
-        policy: network output of the policy, [2B, ...] ordered [uncond; cond]; [B, ...] if guidance_scale = 1.
+        policy: the policy's network output, [2B, ...] ordered [uncond; cond]; [B, ...] if guidance_scale = 1.
         reference: network output of the frozen reference, like `policy`.
         transition: [T, 3] float32 or float64, columns p, q, sigma (`DenoisingSchedule.transition`).
         index: [B] int64, positions in the schedule, 0 = noisiest.

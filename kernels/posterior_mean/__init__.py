@@ -30,8 +30,8 @@ def posterior_mean(
 
     Tweedie's formula for any prediction type, a consistency model's jump and a deterministic sampler step
     alike: which of them it is lies in the table. A row with b = 0 never reads m, so that a NaN there reaches
-    neither result nor gradient. Arithmetic is float32, or float64 when an input is float64. Gradients flow to `x`
-    and `model_output`.
+    neither result nor gradient. Arithmetic is float32, or float64 when an input is float64. Gradients flow to
+    `x` and `model_output`.
 
     Args:
         x: [B, ...] latents, any float dtype, any strides.
