@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -136,9 +135,8 @@ def doctor() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, 2 for bad input (one line on stderr), 130 for an interruption."""
     # diffusers, transformers and peft narrate their loading; a user needs their errors only.
-    for name in ("diffusers", "transformers", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     try:
         result = app.main(arguments, prog_name="sqdf-fast", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -19,7 +19,7 @@ from sqdf_fast.engine.joint import JointExecutor, StepResult
 from sqdf_fast.engine.noise import Stream, generator, sample_seeds
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.errors import UserError
-from sqdf_fast.evaluate import Judges, evaluate_images
+from sqdf_fast.evaluate import evaluate_images, load_judges
 from sqdf_fast.families import Family, load_family
 from sqdf_fast.kernels.philox import derive_seed
 from sqdf_fast.prompts import load_prompts
@@ -112,15 +112,17 @@ class HeldOut:
     seeds: Tensor
 
     @staticmethod
-    def of(config: Config) -> HeldOut:
-        """Prompts evenly spread over the held-out set, each ``images_per_prompt`` times."""
+    def of(config: Config, seed: int = 0) -> HeldOut:
+        """Prompts evenly spread over the held-out set, each ``images_per_prompt`` times.
+
+        The seed is not the run's: runs of different seeds are judged on the same noise.
+        """
         evaluation = config.evaluation
         pool = load_prompts(evaluation.prompts or config.prompts)
         count = min(evaluation.num_prompts, len(pool))
         chosen = [pool[i * len(pool) // count] for i in range(count)]
         prompts = [prompt for prompt in chosen for _ in range(evaluation.images_per_prompt)]
-        # Not the run's seed: runs of different seeds are judged on the same noise.
-        return HeldOut(prompts, sample_seeds(0, Stream.EVALUATION, 0, len(prompts)))
+        return HeldOut(prompts, sample_seeds(seed, Stream.EVALUATION, 0, len(prompts)))
 
 
 @torch.no_grad()
@@ -154,7 +156,7 @@ class Trainer:
         self.backbone = load_backbone(config)
         family = self.backbone.family
         self.reward = load_reward(config.reward, device=family.device, dtype=family.dtype, **config.reward_options)
-        self.judges = Judges.of(config.model, self.reward)
+        self.judges = load_judges(config.model, self.reward)
         self.sampler = make_sampler(config, self.backbone)
         schedule = self.sampler.schedule
         self.replay = ReplayBuffer(
@@ -262,7 +264,7 @@ class Trainer:
             self.held_out.prompts, self.held_out.seeds, on_progress=self._report("evaluating")
         )
         images = decode_images(self.backbone.family, sampled.x0, self.config.sampling.batch_size)
-        scores = evaluate_images(images, self.held_out.prompts, self.reward, self.judges)
+        scores = evaluate_images(images.to(self.backbone.family.device), self.held_out.prompts, self.reward, self.judges)
         self._keep_samples(images)
         record = {"kind": "evaluation", "step": self.step, **scores, "seconds": time.monotonic() - started}
         log.append(record)

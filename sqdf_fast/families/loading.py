@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from sqdf_fast import shapes
 from sqdf_fast.errors import UserError
@@ -31,16 +35,31 @@ def load_family(model: str, *, device: torch.device, dtype: torch.dtype) -> Fami
     elif model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"model {model!r} is unknown; allowed: 'shapes', an existing diffusers folder, or a hub id owner/name")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            source, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
-        )
+        with _without_loading_bars():
+            pipeline = DiffusionPipeline.from_pretrained(
+                source, dtype=dtype, safety_checker=None, requires_safety_checker=False
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model {model!r} cannot be loaded ({reason}); check the folder or id, and the network") from None
     if type(pipeline).__name__ not in SUPPORTED:
         raise UserError(_unsupported(model, type(pipeline).__name__))
     assert isinstance(pipeline, StableDiffusionPipeline)
-    return StableDiffusion(pipeline.to(device, dtype), **consistency)
+    return StableDiffusion(pipeline.to(device), **consistency)
+
+
+@contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    # A bar for each part of a pipeline says nothing to a user; those of a download stay.
+    libraries = (diffusers_logging, transformers_logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _check_folder(folder: Path) -> None:

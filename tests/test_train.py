@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from tiny import write_pipeline
+
+from sqdf_fast.checkpoint import read_checkpoint
+from sqdf_fast.config import make_config
+from sqdf_fast.errors import UserError
+from sqdf_fast.report import read_metrics
+from sqdf_fast.train import Interrupted, continue_run, new_run
+
+REWARDS = '''
+import torch
+
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+calls = 0
+
+def nan_later(images, prompts):
+    global calls
+    calls += 1
+    return images.mean(dim=(1, 2, 3)) * (float("nan") if calls > 12 else 1.0)
+
+def wrong_shape(images, prompts):
+    return images.mean()
+
+def detached(images, prompts):
+    return images.detach().mean(dim=(1, 2, 3))
+
+def flat(images, prompts):
+    return images.mean(dim=(1, 2, 3)) * 0
+
+def negative(images, prompts):
+    return images.mean(dim=(1, 2, 3)) - 10
+
+def infinite_gradient(images, prompts):
+    return (images.mean(dim=(1, 2, 3)) - images.mean(dim=(1, 2, 3)).detach()).sqrt()
+'''
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    (tmp_path / "prompts.txt").write_text("a red star\na blue ring\na ring\n")
+    return tmp_path
+
+
+def config(model: Path, **changes):
+    settings = {
+        "model": str(model),
+        "reward": "my_rewards:brightness",
+        "prompts": "prompts.txt",
+        "steps": 5,
+        "checkpoint_every": 2,
+        "sampling": {"num_inference_steps": 4, "guidance_scale": 2.0, "batch_size": 4},
+        "objective": {"lookahead": "tweedie", "alpha": 0.01},
+        "optimizer": {"batch_size": 4, "micro_batch_size": 2, "lr": 1e-2},
+        "replay": {"capacity": 8, "refill": 4, "steps_per_refill": 2},
+        "evaluation": {"every": 4, "num_prompts": 2, "images_per_prompt": 2, "grid": 3},
+    }
+    for key, value in changes.items():
+        settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+    return make_config(file=settings)
+
+
+def lora(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def stop_after(calls: int):
+    """An `interrupted` that turns true after so many questions."""
+    asked = iter(range(10**9))
+    return lambda: next(asked) >= calls
+
+
+def test_the_run_folder_is_complete(model, folder):
+    run = folder / "run"
+    summary = new_run(config(model), run)
+    assert "proxy reward" in summary
+    lines = read_metrics(run / "metrics.jsonl")
+    steps = [line for line in lines if line["kind"] == "step"]
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in evaluations] == [0, 4, 5]
+    expected = {"reward_mean", "reward_std", "kl_mean", "loss", "grad_norm", "seconds", "unet_evaluations"}
+    assert all(expected <= line.keys() for line in steps)
+    assert all("eval_proxy_reward" in line and "eval_diversity" in line for line in evaluations)
+    assert steps[0]["kl_mean"] == 0
+    assert steps[-1]["kl_mean"] > 0
+    # A refill is 4 trajectories of 4 guided steps; a step runs policy and reference guided on 4 states.
+    assert 4 * 4 * 2 + 4 * 4 <= steps[0]["unet_evaluations"] <= 4 * 4 * 2 + 4 * 6
+    assert 4 * 4 <= steps[1]["unet_evaluations"] <= 4 * 6
+    assert sorted(os.listdir(run / "samples" / "step_000005")) == ["00.png", "01.png", "02.png"]
+    assert "<html" in (run / "report.html").read_text(encoding="utf-8")
+    assert make_config(file=__import__("yaml").safe_load((run / "config.yaml").read_text())) == config(model)
+
+
+def test_the_lora_loads_into_a_plain_pipeline_and_changes_it(model, folder):
+    new_run(config(model), folder / "run")
+    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    x, t, states = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 8, 16)
+    before = pipeline.unet(x, t, states).sample
+    pipeline.load_lora_weights(folder / "run" / "lora")
+    after = pipeline.unet(x, t, states).sample
+    assert not torch.allclose(before, after)
+    pipeline.unload_lora_weights()
+    assert torch.allclose(pipeline.unet(x, t, states).sample, before)
+
+
+def test_the_reward_rises_and_the_kl_holds_it(model, folder):
+    changes = {"steps": 25, "optimizer": {"lr": 3e-2, "batch_size": 8, "micro_batch_size": 8}}
+    new_run(config(model, **changes, objective={"alpha": 0.0}), folder / "free")
+    new_run(config(model, **changes, objective={"alpha": 10.0}), folder / "held")
+
+    def gain(name: str) -> float:
+        lines = [line for line in read_metrics(folder / name / "metrics.jsonl") if line["kind"] == "evaluation"]
+        return lines[-1]["eval_proxy_reward"] - lines[0]["eval_proxy_reward"]
+
+    assert gain("free") > 0.01
+    assert abs(gain("held")) < 0.1 * gain("free")
+
+
+@pytest.mark.parametrize("mode", ["uniform", "prioritised", "on-policy"])
+def test_same_seed_same_run_bit_for_bit(model, folder, mode):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        new_run(config(model, replay={"mode": mode}, seed=seed), folder / name)
+    assert same(lora(folder / "a"), lora(folder / "b"))
+    assert not same(lora(folder / "a"), lora(folder / "c"))
+
+
+@pytest.mark.parametrize("calls", [1, 9, 20, 26, 31])
+def test_stopped_and_resumed_equals_uninterrupted(model, folder, calls):
+    new_run(config(model, replay={"mode": "prioritised"}), folder / "whole")
+    with pytest.raises(Interrupted) as stop:
+        new_run(config(model, replay={"mode": "prioritised"}), folder / "parts", stop_after(calls))
+    assert str(stop.value) == str(folder / "parts")
+    continue_run(folder / "parts")
+    assert same(lora(folder / "whole"), lora(folder / "parts"))
+    untimed = [
+        [{k: v for k, v in line.items() if k not in ("seconds", "memory_bytes", "unet_evaluations")} for line in lines]
+        for lines in (read_metrics(folder / name / "metrics.jsonl") for name in ("whole", "parts"))
+    ]
+    assert untimed[0] == untimed[1]
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint(model, folder):
+    new_run(config(model), folder / "whole")
+    new_run(config(model), folder / "killed")
+    # As if killed after step 4's checkpoint: later checkpoints and the LoRA are not there, the log is longer.
+    (folder / "killed" / "checkpoints" / "step_000005").rename(folder / "gone")
+    continue_run(folder / "killed")
+    assert same(lora(folder / "whole"), lora(folder / "killed"))
+    steps = [line["step"] for line in read_metrics(folder / "killed" / "metrics.jsonl") if line["kind"] == "step"]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(model, folder):
+    arguments = [
+        *("train", "--model", str(model), "--reward", "my_rewards:brightness", "--prompts", "prompts.txt"),
+        *("--output", "run", "--steps", "100000", "--set", "objective.lookahead=tweedie"),
+        *("--set", "sampling.num_inference_steps=4", "--set", "optimizer.batch_size=2", "--set", "replay.refill=2"),
+        *("--set", "evaluation.num_prompts=1", "--set", "evaluation.images_per_prompt=2"),
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "sqdf_fast.cli", *arguments], stderr=subprocess.PIPE, text=True)
+    metrics = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"step": 3' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Continue with: sqdf-fast train --resume run" in said
+    (found,) = (folder / "run" / "checkpoints").glob("step_*")
+    assert read_checkpoint(found)[1]["step"] >= 3
+    assert (folder / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("wrong_shape", "shape"),
+        ("detached", "detached"),
+        ("flat", "zero at every pixel"),
+        ("infinite_gradient", "gradient"),
+    ],
+)
+def test_a_reward_that_is_none_is_refused_before_the_run_begins(model, folder, reward, said):
+    with pytest.raises(UserError, match=said):
+        new_run(config(model, reward=f"my_rewards:{reward}"), folder / "run")
+    assert not (folder / "run").exists()
+
+
+def test_nan_never_reaches_the_weights(model, folder):
+    with pytest.raises(UserError, match="nan"):
+        new_run(config(model, reward="my_rewards:nan_later", steps=50), folder / "run")
+    for checkpoint in (folder / "run" / "checkpoints").glob("step_*"):
+        tensors, _ = read_checkpoint(checkpoint)
+        assert all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point())
+    assert all(torch.isfinite(tensor).all() for tensor in lora(folder / "run").values())
+
+
+def test_prioritised_without_a_positive_reward_trains_on(model, folder):
+    new_run(config(model, reward="my_rewards:negative", replay={"mode": "prioritised"}), folder / "run")
+    assert (folder / "run" / "lora").exists()
+
+
+def test_an_existing_folder_is_left_alone(model, folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="exists"):
+        new_run(config(model), folder / "run")
+    assert os.listdir(folder / "run") == ["mine.txt"]
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(model, folder):
+    new_run(config(model), folder / "run")
+    newest = folder / "run" / "checkpoints" / "step_000005"
+    (newest / "state.json").write_text("{")
+    before = (folder / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="step_000005 is damaged"):
+        continue_run(folder / "run")
+    assert (folder / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(model, folder):
+    new_run(config(model), folder / "run")
+    settings = (folder / "run" / "config.yaml").read_text().replace("rank: 4", "rank: 2")
+    (folder / "run" / "config.yaml").write_text(settings)
+    with pytest.raises(UserError, match="does not belong"):
+        continue_run(folder / "run")
+
+
+def test_a_finished_run_resumed_changes_nothing(model, folder):
+    new_run(config(model), folder / "run")
+    before, lines = lora(folder / "run"), json.dumps(read_metrics(folder / "run" / "metrics.jsonl"))
+    continue_run(folder / "run")
+    assert same(before, lora(folder / "run"))
+    assert json.dumps(read_metrics(folder / "run" / "metrics.jsonl")) == lines
+
+
+def test_lookaheads_differ_and_all_train(model, folder):
+    for number, objective in enumerate(({"lookahead": "deterministic", "lookahead_steps": 2}, {"credit": "posterior"})):
+        new_run(config(model, objective=objective), folder / f"run{number}")
+    new_run(config(model), folder / "tweedie")
+    assert not same(lora(folder / "run0"), lora(folder / "tweedie"))
+    assert not same(lora(folder / "run1"), lora(folder / "tweedie"))
+
+
+def test_half_precision_base_keeps_a_float32_lora(model, folder):
+    new_run(config(model, dtype="bfloat16", steps=2), folder / "run")
+    assert {tensor.dtype for tensor in lora(folder / "run").values()} == {torch.float32}
