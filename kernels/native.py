@@ -1,4 +1,4 @@
-"""The native library: found, loaded once through ctypes, and checked. Importing this module does none of that."""
+"""The native library: found, loaded once through ctypes, checked. Importing this module does none of it."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def pointer(tensor: torch.Tensor) -> int:
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(
-            f"a native op takes contiguous CPU tensors, not {tuple(tensor.shape)} with strides {tensor.stride()} "
-            f"on {tensor.device}"
+            f"a native op takes contiguous CPU tensors, not {tuple(tensor.shape)} with strides "
+            f"{tensor.stride()} on {tensor.device}"
         )
     return tensor.data_ptr()
 
@@ -86,7 +86,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 def find() -> Path | None:
     """The library file, or None. A wheel and an editable install keep it in different places.
 
-    The environment variable SQDF_FAST_NATIVE_LIBRARY names another build of it, one with sanitizers for example.
+    The environment variable SQDF_FAST_NATIVE_LIBRARY names another build of it, one with sanitizers, say.
     """
     import sqdf_fast.kernels
 
@@ -104,5 +104,8 @@ def _open(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     except (OSError, AttributeError) as error:
         return None, f"{path.name} does not load ({error}); run the installation again"
     if version != ABI_VERSION:
-        return None, f"{path.name} has ABI {version}, this package needs {ABI_VERSION}; run the installation again"
+        return (
+            None,
+            f"{path.name} has ABI {version}, this package needs {ABI_VERSION}; run the installation again",
+        )
     return loaded, None

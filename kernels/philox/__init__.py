@@ -1,8 +1,8 @@
-"""Counter-based noise: element e of a sample is a function of the sample's seed and of e, and of nothing else.
+"""Counter-based noise: element e of a sample is a function of the sample's seed and of e alone.
 
-So chunking, neighbours and batch size never change a sample's noise. Word 4 c + lane of a sample is lane `lane` of
-Philox-4x32-10 at counter (c, 0, 0, 0) under the key (seed's low half, seed's high half): what Triton's `randint4x(seed, c)` and
-`randn4x(seed, c)` draw with a 32-bit offset c.
+So chunking, neighbours and batch size never change a sample's noise. Word 4 c + lane of a sample is lane
+`lane` of Philox-4x32-10 at counter (c, 0, 0, 0) under the key (seed's low half, seed's high half): what
+Triton's `randint4x(seed, c)` and `randn4x(seed, c)` draw with a 32-bit offset c.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torc
 def derive_seed(*integers: int) -> int:
     """One int64 seed from a sequence of integers, such as (run seed, stream, step, sample id).
 
-    Each integer is taken modulo 2^64 and absorbed in turn, h <- mix(mix(h + 0x9E3779B97F4A7C15) ^ integer), h starting at 0, with the
-    finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) as mix. Order and
-    length matter; for a fixed prefix different last integers never collide.
+    Each integer is taken modulo 2^64 and absorbed in turn, h <- mix(mix(h + 0x9E3779B97F4A7C15) ^ integer), h
+    starting at 0, with the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
+    generators", OOPSLA 2014) as mix. Order and length matter; different last integers after the same prefix
+    never collide.
     """
     state = 0
     for integer in integers:

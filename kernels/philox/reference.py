@@ -25,7 +25,7 @@ def philox_4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)
     for _ in range(10):
-        # The product of two 32-bit words wraps into the sign bit of int64; masking after the shift undoes that.
+        # The product of two 32-bit words reaches the sign bit of int64; masking after the shift undoes that.
         product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1 = ((product2 >> 32) & _MASK) ^ c1 ^ k0, product2 & _MASK
         c2, c3 = ((product0 >> 32) & _MASK) ^ c3 ^ k1, product0 & _MASK
@@ -34,7 +34,7 @@ def philox_4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def words(seed: torch.Tensor, numel: int) -> torch.Tensor:
-    """Words of numel elements a sample: seed int64 [B] -> int64 [B, 4 * ceil(numel / 4)], each in 0 .. 2^32 - 1."""
+    """Words of a sample's elements: seed int64 [B] -> int64 [B, 4 * ceil(numel / 4)], in 0 .. 2^32 - 1."""
     counters = math.ceil(numel / 4)
     counter = torch.zeros(1, counters, 4, dtype=torch.int64, device=seed.device)
     counter[..., 0] = torch.arange(counters, device=seed.device)
@@ -43,7 +43,7 @@ def words(seed: torch.Tensor, numel: int) -> torch.Tensor:
 
 
 def uniform(word: torch.Tensor) -> torch.Tensor:
-    """Words in int64 -> float32 in [0, 1): the word read as int32, its non-negative half kept, scaled by nearly 2^-31."""
+    """Words in int64 -> float32 in [0, 1): read as int32, folded to its non-negative half, scaled."""
     folded = torch.where(word >= 2**31, _MASK - word, word)
     return folded.to(torch.float32) * 4.6566127342e-10
 
@@ -51,8 +51,8 @@ def uniform(word: torch.Tensor) -> torch.Tensor:
 def normal(seed: torch.Tensor, numel: int) -> torch.Tensor:
     """Box-Muller on neighbouring words: seed int64 [B] -> float32 [B, numel].
 
-    The two float32 inputs of the transform, u1 clamped at 1e-7 and the angle 2 pi u2, are rounded as on a GPU. What follows is
-    evaluated in float64 and rounded once, so that it does not depend on a backend's vector mathematics.
+    The transform's two float32 inputs, u1 clamped at 1e-7 and the angle 2 pi u2, are rounded as on a GPU.
+    What follows is evaluated in float64 and rounded once: no dependence on a backend's vector mathematics.
     """
     u1, u2 = uniform(words(seed, numel)).unflatten(1, (-1, 2)).unbind(-1)
     radius = torch.sqrt(-2.0 * torch.log(u1.clamp(min=1e-7).double()))

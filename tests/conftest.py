@@ -1,0 +1,9 @@
+"""What every test shares: no hub, no display."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports the libraries that read them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"

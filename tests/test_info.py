@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sqdf_fast import info
+from sqdf_fast.kernels import native
+
+
+def test_packages_are_the_declared_ones_with_their_versions() -> None:
+    found = {package.name: package for package in info.packages()}
+    assert found["torch"] == info.Package("torch", importlib.metadata.version("torch"), "")
+    assert found["triton"].extra == "cuda"
+    assert found["pytest"].extra == "test"
+    assert "sqdf-fast" not in found
+
+
+def test_every_op_is_listed_with_the_implementation_it_takes() -> None:
+    assert set(info.ops()) >= {"denoise_step", "discounted_loss", "philox", "posterior_mean"}
+    choice = info.choose("philox", "cpu")
+    assert choice.implementation == ("native" if native.available() else "reference")
+    assert "triton" in choice.reasons
+    assert choice.implementation not in choice.reasons
+
+
+def test_the_report_says_which_implementation_and_why() -> None:
+    found = info.facts()
+    text = info.report(found)
+    assert f"torch uses {torch.get_num_threads()} threads" in text
+    assert (found.native or found.native_reason or "") in text
+    for choice in found.choices:
+        line = next(x for x in text.splitlines() if x.split()[:2] == [choice.op, choice.device])
+        assert choice.implementation in line
+        assert all(reason in line for reason in choice.reasons.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA is meant")
+def test_without_cuda_the_report_says_why() -> None:
+    found = info.facts()
+    assert found.gpus == []
+    assert found.gpu_reason
+    assert f"GPU: none ({found.gpu_reason})" in info.report(found)
+
+
+def test_a_gpu_is_described_in_one_line() -> None:
+    gpu = info.Gpu(0, "Card", (8, 9), 24 * 2**30, 20 * 2**30, "600.1", 7)
+    assert info._gpu_line(gpu) == "GPU 0: Card, sm_89, 20.0 of 24.0 GiB free, driver 600.1, 7 % busy"
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
+    assert info._package_state(info.Package("triton", None, "cuda")) == "not installed (extra: cuda)"
+    assert info._package_state(info.Package("torch", None, "")) == "MISSING"
+
+
+def test_the_module_prints_the_report() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sqdf_fast.info"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(f"sqdf-fast {importlib.metadata.version('sqdf-fast')}\n")
+    assert "denoise_step" in done.stdout
