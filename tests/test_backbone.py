@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import write_pipeline
+
+from sqdf_fast.backbone import Backbone
+from sqdf_fast.errors import UserError
+from sqdf_fast.families import load_family
+
+PROMPTS = ["a red star", "a blue ring", "a ring"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def consistency_lora(model, tmp_path_factory) -> str:
+    """A LoRA of another rank and on other layers than the policy's, far from zero."""
+    folder = tmp_path_factory.mktemp("consistency")
+    family = load_family(str(model), device=torch.device("cpu"), dtype=torch.float32)
+    backbone = Backbone(family, rank=2, target_modules=("to_q", "to_out.0", "conv1"), seed=5)
+    with torch.no_grad():
+        for parameter in backbone.policy_parameters.values():
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(7))
+    family.save_lora(folder, "policy")
+    return str(folder)
+
+
+def make(model: Path, dtype=torch.float32, **settings) -> Backbone:
+    family = load_family(str(model), device=torch.device("cpu"), dtype=dtype)
+    return Backbone(family, rank=4, **settings)
+
+
+def stir(backbone: Backbone) -> None:
+    """Move the policy away from the reference."""
+    with torch.no_grad():
+        for number, parameter in enumerate(backbone.policy_parameters.values()):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)), alpha=0.2)
+
+
+def inputs(backbone: Backbone):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 4, 8, 8, generator=generator).to(backbone.family.dtype)
+    return x, torch.tensor([900.0, 500.0, 20.0]), backbone.family.encode(PROMPTS)
+
+
+def output(backbone: Backbone, role, guided: bool = False) -> torch.Tensor:
+    unconditional = backbone.family.encode([""]) if guided else None
+    with backbone.role(role):
+        return backbone.predict(*inputs(backbone), unconditional)
+
+
+def test_a_fresh_policy_is_the_reference_bit_for_bit(model):
+    backbone = make(model)
+    assert torch.equal(output(backbone, "policy"), output(backbone, "reference"))
+
+
+def test_three_roles_on_one_network(model, consistency_lora):
+    backbone = make(model, consistency_lora=consistency_lora)
+    plain = make(model)
+    stir(backbone)
+    reference = output(plain, "reference")
+    assert torch.equal(output(backbone, "reference"), reference)
+    policy, consistency = output(backbone, "policy"), output(backbone, "consistency")
+    assert not torch.allclose(policy, reference, atol=1e-3)
+    assert not torch.allclose(consistency, reference, atol=1e-3)
+    assert not torch.allclose(consistency, policy, atol=1e-3)
+    alone = make(model, policy_lora=consistency_lora)
+    assert torch.allclose(output(alone, "policy"), consistency, atol=1e-6)
+
+
+def test_roles_nest_and_come_back_after_an_error(model):
+    backbone = make(model)
+    stir(backbone)
+    policy = output(backbone, "policy")
+    with backbone.role("policy"):
+        with pytest.raises(RuntimeError, match="inside"), backbone.role("reference"):
+            raise RuntimeError("inside")
+        assert torch.equal(backbone.predict(*inputs(backbone)), policy)
+
+
+def test_gradients_survive_a_switch_of_role_before_the_backward_pass(model, consistency_lora):
+    backbone = make(model, consistency_lora=consistency_lora)
+    stir(backbone)
+    loss = output(backbone, "policy").square().mean()
+    with backbone.role("consistency"):
+        x, timesteps, conditioning = inputs(backbone)
+        x.requires_grad_(True)
+        loss = loss + backbone.predict(x, timesteps, conditioning).square().mean()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in backbone.policy_parameters.values())
+    assert x.grad is not None
+    others = [p for name, p in backbone.family.network.named_parameters() if ".policy." not in name]
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in others)
+
+
+def test_checkpointing_recomputes_in_its_own_role_and_gives_the_same_gradient(model, consistency_lora):
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        backbone = make(model, torch.float64, consistency_lora=consistency_lora, gradient_checkpointing=checkpointing)
+        stir(backbone)
+        count = [0]
+        block = backbone.family.network.down_blocks[0].resnets[0]
+        block.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        with backbone.role("policy"):
+            first = backbone.predict(*inputs(backbone))
+        with backbone.role("consistency"):
+            x, timesteps, conditioning = inputs(backbone)
+            second = backbone.predict(x + 0.1 * first, timesteps, conditioning)
+        calls.append(count[0])
+        second.square().sum().backward()
+        calls.append(count[0])
+        gradients.append([parameter.grad for parameter in backbone.policy_parameters.values()])
+    assert calls[0:2] == [2, 2]
+    assert calls[2] == 2
+    assert calls[3] > 2  # recomputed in the backward pass
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.allclose(plain, recomputed, rtol=1e-10, atol=1e-12)
+
+
+def test_guided_batch_is_unconditional_then_conditional(model):
+    backbone = make(model)
+    x, timesteps, conditioning = inputs(backbone)
+    both = output(backbone, "reference", guided=True)
+    empty = backbone.family.encode([""] * 3)
+    with backbone.role("reference"):
+        assert torch.allclose(both[:3], backbone.predict(x, timesteps, empty), atol=1e-6)
+        assert torch.allclose(both[3:], backbone.predict(x, timesteps, conditioning), atol=1e-6)
+
+
+def test_evaluations_count_samples_through_the_network(model):
+    backbone = make(model)
+    output(backbone, "policy")
+    output(backbone, "reference", guided=True)
+    assert backbone.evaluations == 3 + 6
+
+
+@pytest.mark.parametrize(
+    ("base", "lora"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_precision_of_the_policy(model, base, lora):
+    backbone = make(model, base)
+    assert {parameter.dtype for parameter in backbone.policy_parameters.values()} == {lora}
+    assert output(backbone, "policy").dtype == base
+
+
+def test_the_seed_decides_the_start_and_nothing_else_does(model):
+    torch.manual_seed(1)
+    one = make(model, seed=3)
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    two = make(model, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    three = make(model, seed=4)
+    first, second, third = (list(backbone.policy_parameters.values()) for backbone in (one, two, three))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first, third, strict=True))
+
+
+def test_the_fingerprint_sees_frozen_weights_only(model):
+    backbone = make(model)
+    before = backbone.frozen_fingerprint()
+    stir(backbone)
+    assert backbone.frozen_fingerprint() == before
+    with torch.no_grad():
+        backbone.family.network.conv_in.weight[0, 0, 0, 0] += 1e-3
+    assert backbone.frozen_fingerprint() != before
+
+
+def test_faults_are_one_line(model, consistency_lora, tmp_path):
+    with pytest.raises(UserError, match="match no layer"):
+        make(model, target_modules=("to_qkv",))
+    with pytest.raises(UserError, match="no consistency LoRA"), make(model).role("consistency"):
+        pass
+    with pytest.raises(UserError, match="cannot be loaded"):
+        make(model, consistency_lora=str(tmp_path))
+    state = load_file(Path(consistency_lora) / "pytorch_lora_weights.safetensors")
+    wrong = {key: tensor[..., :3].contiguous() if "lora_A" in key else tensor for key, tensor in state.items()}
+    save_file(wrong, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        make(model, consistency_lora=str(tmp_path))
