@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import write_pipeline
+
+from sqdf_fast.cli import main
+from sqdf_fast.report import read_metrics
+
+SMALL = [
+    *("--reward", "warmth", "--prompts", "prompts.txt", "--steps", "2"),
+    *("--set", "objective.lookahead=tweedie", "--set", "sampling.num_inference_steps=4", "--set", "sampling.batch_size=4"),
+    *("--set", "optimizer.batch_size=2", "--set", "optimizer.micro_batch_size=2", "--set", "replay.refill=2"),
+    *("--set", "evaluation.num_prompts=2", "--set", "evaluation.images_per_prompt=2"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory) -> Path:
+    """A finished run that no test changes."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "prompts.txt").write_text("a red star\na blue ring\n")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        arguments = [*SMALL, "--set", f"evaluation.prompts={folder / 'prompts.txt'}"]
+        assert main(["train", "--model", str(model), *arguments, "--output", "run"]) == 0
+    finally:
+        os.chdir(before)
+    return folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
+    return tmp_path
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that a bad call prints; nothing on standard output, exit status 2."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("No CUDA GPU")]
+    assert out == ""
+    assert len(lines) == 1, err
+    assert lines[0].startswith("sqdf-fast: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "shapse"], "'shapes'"),
+        (["--reward", "tast"], "taste"),
+        (["--preset", "esthetic"], "aesthetic"),
+        (["--set", "objective.alhpa=1"], "objective.alpha"),
+        (["--alpha", "-1"], "objective.alpha = -1"),
+        (["--alpha", "two"], "--alpha"),
+        (["--gamma", "0"], "objective.gamma"),
+        (["--gamma", "1.5"], "objective.gamma"),
+        (["--set", "sampling.eta=0"], "sampling.eta"),
+        (["--steps", "0"], "steps = 0"),
+        (["--set", "sampling.num_inference_steps=0"], "num_inference_steps"),
+        (["--prompts", "absent.txt"], "absent.txt"),
+        (["--prompts", "empty.txt"], "empty.txt"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+        (["--device", "cuda:9"], "cuda:9"),
+        (["--device", "toaster"], "toaster"),
+        (["--resume", "absent"], "absent"),
+        (["--resume", "runs/x", "--steps", "3"], "--steps"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_bad_input_is_one_line_status_2_and_leaves_nothing(model, folder, capsys, arguments, said):
+    (folder / "empty.txt").write_text("\n\n")
+    given = [] if "--resume" in arguments else ["--model", str(model), *SMALL, "--output", "out"]
+    assert said in refused(capsys, "train", *given, *arguments)
+    assert sorted(os.listdir(folder)) == ["empty.txt", "prompts.txt"]
+
+
+def test_an_existing_run_folder_is_refused_before_anything_is_loaded(folder, capsys):
+    (folder / "out").mkdir()
+    (folder / "out" / "mine").write_text("precious")
+    assert "--resume out" in refused(capsys, "train", "--model", "absent/absent", "--output", "out")
+    assert os.listdir(folder / "out") == ["mine"]
+
+
+def test_an_unwritable_place(model, folder, capsys):
+    (folder / "file").write_text("")
+    assert "cannot be written" in refused(capsys, "train", "--model", str(model), *SMALL, "--output", "file/run")
+
+
+def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(model, folder):
+    # The kernel refuses files beyond this size, as a full disk does: the metrics still fit, the checkpoint does not.
+    script = f"""
+import resource, sys
+from sqdf_fast.cli import main
+arguments = {["train", "--model", str(model), *SMALL, "--output", "run"]!r}
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(main(arguments))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("sqdf-fast: ")
+    assert "cannot be written" in line
+    assert "Traceback" not in done.stderr
+    assert [entry["step"] for entry in read_metrics(folder / "run" / "metrics.jsonl") if entry["kind"] == "step"] == [1, 2]
+    assert not list((folder / "run" / "checkpoints").glob("*"))
+
+
+def test_default_run_folders_are_numbered(model, folder):
+    for _ in range(2):
+        assert main(["train", "--model", str(model), *SMALL]) == 0
+    assert sorted(path.name[-4:] for path in (folder / "runs").iterdir()) == ["-001", "-002"]
+
+
+def test_sample_draws_a_labelled_grid_from_the_tuned_and_the_base_model(run, folder, capsys):
+    assert main(["sample", str(run), "a red star", "a ring", "-n", "2", "--output", "tuned.png"]) == 0
+    assert main(["sample", str(run), "a red star", "a ring", "-n", "2", "--base", "--output", "base.png"]) == 0
+    assert main(["sample", str(run), "a red star", "a ring", "-n", "2", "--output", "again.png"]) == 0
+    tuned, base, again = (Image.open(folder / f"{name}.png").tobytes() for name in ("tuned", "base", "again"))
+    assert tuned == again
+    assert tuned != base
+    assert "tuned.png" in capsys.readouterr().out
+
+
+def test_evaluate_prints_both_models(run, capsys):
+    assert main(["evaluate", str(run), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["base"]["eval_proxy_reward"] != table["tuned"]["eval_proxy_reward"]
+    assert table["base"]["eval_diversity"] > 0
+    assert main(["evaluate", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["base", "fine-tuned"]
+    assert any(line.startswith("proxy reward") for line in lines)
+
+
+def test_report_can_be_written_again(run, capsys):
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert "<html" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", [["sample", "absent", "a ring"], ["evaluate", "absent"], ["report", "absent"]])
+def test_commands_on_no_run(capsys, command):
+    assert "absent" in refused(capsys, *command)
+
+
+def test_evaluate_with_prompts_of_ones_own(run, folder, capsys):
+    (folder / "mine.txt").write_text("a ring\n")
+    assert main(["evaluate", str(run), "--prompts", "mine.txt", "--images", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tuned"]["eval_diversity"] > 0
+
+
+def test_doctor_names_versions_and_implementations(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    assert "denoise_step" in said
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "report", "distill", "doctor"])
+def test_every_command_explains_itself(capsys, command):
+    assert main([command, "--help"]) == 0
+    assert "Usage: sqdf-fast" in capsys.readouterr().out
+
+
+def test_settings_can_be_listed(capsys):
+    assert main(["train", "--help-settings"]) == 0
+    assert "objective.gamma" in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from sqdf_fast.cli import main; main(['train', '--help']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
