@@ -88,7 +88,7 @@ def _load_vision(clip: str, dtype: torch.dtype) -> CLIPVisionModelWithProjection
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
-            f"aesthetic reward: {clip} holds no weights for {missing[0]} and {len(missing) - 1} more; "
+            f"aesthetic reward: {clip} holds no weights for {missing[0]} (of {len(missing)} missing); "
             f"a CLIP model with its vision tower is needed, e.g. {CLIP}"
         )
     return vision

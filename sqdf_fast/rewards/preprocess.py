@@ -56,9 +56,10 @@ def preprocess(
     # Integer arithmetic, as PIL's callers do: a float ratio can be one pixel off.
     resized = (size * height // shorter, size * width // shorter)
     images = saturate(images)
-    if resized != (height, width):
-        # Bicubic weights overshoot at edges; the 8-bit path saturates there too.
-        images = saturate(F.interpolate(images, resized, mode="bicubic", antialias=True))
+    # Bicubic weights overshoot at edges. PIL resizes along x, then along y, and saturates after each.
+    for step in ((height, resized[1]), resized):
+        if step != tuple(images.shape[-2:]):
+            images = saturate(F.interpolate(images, step, mode="bicubic", antialias=True))
     top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
     images = images[..., top : top + size, left : left + size]
     return (images - _per_channel(images, mean)) / _per_channel(images, std)

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from sqdf_fast.errors import UserError
+from sqdf_fast.rewards import load_reward, preflight
+from sqdf_fast.rewards.aesthetic import HEAD_FILE
+from sqdf_fast.rewards.preprocess import preprocess
+
+WIDTH = 24
+
+
+class PublishedHead(nn.Module):
+    """The layout of the published file: Linear and Dropout layers under the name "layers"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(WIDTH, 20),
+            nn.Dropout(0.2),
+            nn.Linear(20, 16),
+            nn.Dropout(0.2),
+            nn.Linear(16, 12),
+            nn.Dropout(0.1),
+            nn.Linear(12, 8),
+            nn.Linear(8, 1),
+        )
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=7,
+        projection_dim=WIDTH,
+    )
+    text = CLIPTextConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)
+    ).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def clip_folder(clip, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    clip.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head():
+    torch.manual_seed(1)
+    return PublishedHead().eval()
+
+
+@pytest.fixture(scope="module")
+def head_file(head, tmp_path_factory):
+    path = tmp_path_factory.mktemp("head") / HEAD_FILE
+    torch.save(head.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def expected_scores(clip, head, images):
+    pixels = preprocess(images, 28)
+    embeddings = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+    return head.layers(embeddings / embeddings.norm(dim=1, keepdim=True)).squeeze(1)
+
+
+def test_score_is_the_head_of_the_normalised_embedding(clip, head, clip_folder, head_file, images):
+    reward = load_reward("aesthetic", clip=str(clip_folder), head=str(head_file))
+    found = reward(images, ["a"] * 3)
+    torch.testing.assert_close(found, expected_scores(clip, head, images), rtol=1e-5, atol=1e-6)
+    assert found.unique().numel() == 3
+    features = reward.features(images)
+    assert features.shape == (3, WIDTH)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+
+
+def test_head_folds_into_one_vector(clip_folder, head_file, images):
+    reward = load_reward("aesthetic", clip=str(clip_folder), head=str(head_file), dtype=torch.float64)
+    vector, offset = torch.eye(WIDTH, dtype=torch.float64), torch.zeros(WIDTH, dtype=torch.float64)
+    for layer in reward.head:
+        vector, offset = layer.weight @ vector, layer.weight @ offset + layer.bias
+    embeddings = reward.features(images.double())
+    torch.testing.assert_close(
+        reward(images.double(), ["a"] * 3),
+        (embeddings @ vector.T + offset).squeeze(1),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_safetensors_head_gives_the_same(head, clip_folder, head_file, images, tmp_path):
+    path = tmp_path / "head.safetensors"
+    save_file(head.state_dict(), path)
+    first = load_reward("aesthetic", clip=str(clip_folder), head=str(head_file))
+    second = load_reward("aesthetic", clip=str(clip_folder), head=str(path))
+    assert torch.equal(first(images, ["a"] * 3), second(images, ["a"] * 3))
+
+
+def test_head_comes_from_the_hub(monkeypatch, clip_folder, head_file, images):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download",
+        lambda repository, name: asked.append((repository, name)) or str(head_file),
+    )
+    reward = load_reward("aesthetic", clip=str(clip_folder))
+    assert asked == [("camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth")]
+    local = load_reward("aesthetic", clip=str(clip_folder), head=str(head_file))
+    assert torch.equal(reward(images, ["a"] * 3), local(images, ["a"] * 3))
+
+
+def test_half_precision_network_keeps_a_float32_score(clip_folder, head_file, images):
+    reward = load_reward("aesthetic", clip=str(clip_folder), head=str(head_file), dtype=torch.bfloat16)
+    assert reward.vision.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in reward.head.parameters()} == {torch.float32}
+    exact = load_reward("aesthetic", clip=str(clip_folder), head=str(head_file))
+    found = reward(images.bfloat16(), ["a"] * 3)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact(images, ["a"] * 3), rtol=0, atol=0.05)
+
+
+def test_gradient_matches_finite_differences(clip_folder, head_file, images):
+    reward = load_reward("aesthetic", clip=str(clip_folder), head=str(head_file), dtype=torch.float64)
+    pixels = (0.1 + 0.8 * images[:1].double()).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(pixels, ["a"]).sum(), pixels)
+    direction = torch.randn(pixels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ahead, behind = (reward(pixels + h * direction, ["a"]) for h in (1e-6, -1e-6))
+    torch.testing.assert_close(
+        (gradient * direction).sum(), (ahead - behind).squeeze() / 2e-6, rtol=1e-6, atol=1e-9
+    )
+    preflight(reward, images.double(), ["a"] * 3)
+
+
+def test_missing_head_says_how_to_get_it(clip_folder, tmp_path):
+    with pytest.raises(
+        UserError, match=r"no head at .*gone\.pth.*download sac.*improved-aesthetic-predictor"
+    ) as caught:
+        load_reward("aesthetic", clip=str(clip_folder), head=str(tmp_path / "gone.pth"))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_clip_says_how_to_get_it(tmp_path, head_file):
+    with pytest.raises(
+        UserError, match=r"no CLIP model at .*hf download openai/clip-vit-large-patch14"
+    ) as caught:
+        load_reward("aesthetic", clip=str(tmp_path / "gone"), head=str(head_file))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_clip_weights(clip, head_file, tmp_path):
+    clip.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="no CLIP model at"):
+        load_reward("aesthetic", clip=str(tmp_path), head=str(head_file))
+
+
+def test_clip_without_its_projection(clip, head_file, tmp_path):
+    clip.vision_model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"holds no weights for visual_projection\.weight \(of 1 missing\)"):
+        load_reward("aesthetic", clip=str(tmp_path), head=str(head_file))
+
+
+def test_head_of_another_width(clip_folder, head, tmp_path):
+    tensors = {**head.state_dict(), "layers.0.weight": torch.zeros(20, WIDTH + 1)}
+    path = tmp_path / "wide.pth"
+    torch.save(tensors, path)
+    with pytest.raises(UserError, match=rf"embeddings of {WIDTH} numbers but the head .* reads {WIDTH + 1}"):
+        load_reward("aesthetic", clip=str(clip_folder), head=str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers.4.bias": None}, "is not the published head"),
+        ({"layers.4.bias": torch.zeros(7)}, "is not the published head"),
+        ({"layers.6.weight": torch.zeros(8, 13)}, "do not chain"),
+        ({"layers.7.weight": torch.zeros(2, 8), "layers.7.bias": torch.zeros(2)}, "do not chain"),
+    ],
+)
+def test_head_of_another_architecture(clip_folder, head, tmp_path, change, message):
+    tensors = {name: value for name, value in {**head.state_dict(), **change}.items() if value is not None}
+    path = tmp_path / "other.pth"
+    torch.save(tensors, path)
+    with pytest.raises(UserError, match=message):
+        load_reward("aesthetic", clip=str(clip_folder), head=str(path))
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("code in a weights file ran",))
+
+
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"", pickle.dumps(Harmful(), protocol=2)])
+def test_file_that_is_no_weights(clip_folder, tmp_path, content, capsys):
+    path = tmp_path / "head.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"head\.pth cannot be read .* download it again"):
+        load_reward("aesthetic", clip=str(clip_folder), head=str(path))
+    assert "code in a weights file ran" not in capsys.readouterr().out
