@@ -60,5 +60,5 @@ $(VENV)/.installed-dev: $(INPUTS)
 
 define install
 test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '$(1)'
+$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '$(1)'
 endef
