@@ -125,6 +125,55 @@ def report(run: Path) -> None:
 
 
 @app.command()
+@click.option("--model", default="shapes", show_default=True, help="'shapes', a diffusers folder, or a hub id.")
+@click.option("--prompts", default="shapes", show_default=True, help="A named set or a text file, one prompt a line.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="New folder for the LoRA.")
+@click.option("--preset", help="Named settings: default, shapes. Default: shapes for the shapes model.")
+@click.option("--reward", help="Adds its correlation with the final picture's reward to the closing table.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. --set steps=2000.")
+def distill(
+    model: str,
+    prompts: str,
+    output: Path,
+    preset: str | None,
+    reward: str | None,
+    device: str,
+    assignments: tuple[str, ...],
+) -> None:
+    """Make a consistency LoRA for any base model: the look-ahead of `train`, for models that have none.
+
+    Settings and what they did on the shapes model: docs/distill.md.
+    """
+    from sqdf_fast.config import parse_assignments
+    from sqdf_fast.distill import accuracy_table, make_distillation
+    from sqdf_fast.distill import distill as make_lora
+    from sqdf_fast.prompts import load_prompts
+    from sqdf_fast.report import StageProgress
+    from sqdf_fast.rewards import load_reward
+    from sqdf_fast.train import pick_device, pick_dtype
+
+    settings = make_distillation(
+        preset or ("shapes" if model == "shapes" else "default"), parse_assignments(assignments)
+    )
+    where = pick_device(device)
+    judge = load_reward(reward, device=where) if reward else None
+    with StageProgress() as progress:
+        summary = make_lora(
+            model,
+            load_prompts(prompts),
+            output,
+            settings,
+            device=where,
+            dtype=pick_dtype("auto", where),
+            reward=judge,
+            progress=progress,
+        )
+    click.echo(accuracy_table(summary["accuracy"]))
+    click.echo(f"{output / 'pytorch_lora_weights.safetensors'}")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices, the native library, and which implementation each op takes here and why."""
     from sqdf_fast.info import report as environment

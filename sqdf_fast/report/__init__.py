@@ -9,9 +9,11 @@ from sqdf_fast.report.metrics import MetricsLog, read_metrics
 from sqdf_fast.report.progress import TrainingProgress
 from sqdf_fast.report.run import read_run, summarise, summary_lines
 from sqdf_fast.report.samples import read_samples, save_samples
+from sqdf_fast.report.stages import StageProgress
 
 __all__ = [
     "MetricsLog",
+    "StageProgress",
     "TrainingProgress",
     "before_after_grid",
     "environment",
