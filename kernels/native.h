@@ -1,4 +1,5 @@
 // What every native op shares: how a function is exported, how it is compiled for several instruction sets.
+// For GCC and Clang; another compiler fails here, and the package installs without the library.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +7,7 @@
 // Raised whenever the signature or the meaning of an exported function changes; kernels/native.py checks it.
 #define SQDF_FAST_ABI_VERSION 1
 
-#if defined(_WIN32)
-#define SQDF_FAST_EXPORT extern "C" __declspec(dllexport)
-#else
 #define SQDF_FAST_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 // SQDF_FAST_CLONES marks the inner loop of an op: it is compiled for AVX-512, AVX2 and the baseline, and the loader picks
 // one. OpenMP regions belong in the caller, because their outlined bodies are not cloned.
@@ -23,8 +20,4 @@
 #endif
 
 // A function called from a cloned one must be inlined into it to be compiled for its instruction set.
-#if defined(__GNUC__)
 #define SQDF_FAST_INLINE static inline __attribute__((always_inline))
-#else
-#define SQDF_FAST_INLINE static inline
-#endif

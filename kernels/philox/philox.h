@@ -4,7 +4,6 @@
 // the key the two halves of the sample's seed, which is what Triton's randn4x(seed, offset) draws.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -66,7 +65,8 @@ SQDF_FAST_INLINE float log_positive(float u) {
 // Box-Muller on one pair of words: cosine first, sine second.
 SQDF_FAST_INLINE void box_muller(uint32_t word1, uint32_t word2, float* cosine, float* sine) {
     const float u1 = uniform(word1);
-    const float radius = std::sqrt(-2.0f * log_positive(u1 < 1e-7f ? 1e-7f : u1));
+    // The builtin: a call of libc++'s std::sqrt keeps clang from vectorising.
+    const float radius = __builtin_sqrtf(-2.0f * log_positive(u1 < 1e-7f ? 1e-7f : u1));
     const float angle = 6.2831853f * uniform(word2);
     const int32_t quadrant = static_cast<int32_t>(angle * 0.63661977f + 0.5f);
     const float turns = static_cast<float>(quadrant);
