@@ -178,16 +178,31 @@ def _data_uri(path: Path) -> str | None:
 
 
 def _curves(run: Run) -> str:
-    training = [
+    return _evaluation_curves(run) + _training_curves(run)
+
+
+def _training_curves(run: Run) -> str:
+    charts = [
         _smoothed_chart(run.steps, "Reward of the samples in the step", "reward_mean", spread="reward_std"),
         _smoothed_chart(run.steps, "KL from the reference", "kl_mean", colour=4),
         _kl_by_index(run.steps),
         _smoothed_chart(run.steps, "Loss", "loss"),
         _smoothed_chart(run.steps, "Gradient norm before clipping", "grad_norm", colour=3),
     ]
-    held_out = [
+    return _chart_section("Training", "Each optimizer step, pale, under its moving average.", charts)
+
+
+def _evaluation_curves(run: Run) -> str:
+    measure = next(
+        (record["diversity_measure"] for record in run.evaluations if record.get("diversity_measure")), ""
+    )
+    charts = [
         _proxy_and_true(run.evaluations),
-        line_chart("Diversity", [Line("", _points(run.evaluations, "eval_diversity"), 3)], include=(0,)),
+        line_chart(
+            f"Diversity of {measure}" if measure else "Diversity",
+            [Line("", _points(run.evaluations, "eval_diversity"), 3)],
+            include=(0,),
+        ),
         line_chart(
             "Alignment with the prompt",
             [
@@ -201,9 +216,12 @@ def _curves(run: Run) -> str:
             include=(0, 1),
         ),
     ]
-    return _chart_section(
-        "Held-out prompts", "Prompts that training never used, the same seeds each time.", held_out
-    ) + (_chart_section("Training", "Each optimizer step, pale, under its moving average.", training))
+    used = (run.config.get("evaluation") or {}).get("prompts")
+    held_out = used is not None and used != run.config.get("prompts")
+    origin = (
+        f"The prompts of {used}, which training never used" if held_out else "The prompts of the training"
+    )
+    return _chart_section("Evaluation", f"{escape(origin)}; the same seeds each time.", charts)
 
 
 def _chart_section(heading: str, note: str, charts: Sequence[str]) -> str:

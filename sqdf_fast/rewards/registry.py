@@ -44,7 +44,8 @@ def load_reward(
         options: keywords of the reward's constructor (of the function, at each call).
 
     Raises:
-        UserError: an unknown name, a module or attribute that is not there, options that do not fit.
+        UserError: an unknown name, a module or attribute that is not there, options that do not fit, or a
+            constructor that raises.
     """
     if spec not in _REGISTERED and ":" not in spec:
         close = difflib.get_close_matches(spec, _REGISTERED, n=1)
@@ -58,7 +59,7 @@ def load_reward(
         if "dtype" in inspect.signature(target).parameters:
             options["dtype"] = dtype
         _check_options(spec, target, (), options)
-        reward = target(**options)
+        reward = _make(spec, target, options)
     elif callable(target) and not inspect.isclass(target):
         _check_options(spec, target, ("images", "prompts"), options)
         reward = FunctionReward(target, spec, options)
@@ -68,6 +69,15 @@ def load_reward(
             "write a function (images, prompts) -> scores"
         )
     return reward.to(device).eval().requires_grad_(False)
+
+
+def _make(spec: str, target: type[Reward], options: dict[str, Any]) -> Reward:
+    try:
+        return target(**options)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"reward {spec!r} cannot be made ({type(error).__name__}: {error})") from error
 
 
 def _resolve(address: str) -> Any:

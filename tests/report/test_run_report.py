@@ -135,7 +135,7 @@ def test_page_holds_everything_and_asks_the_network_for_nothing(run_folder):
     assert "script" not in page.tags
     headings = [
         "Before and after",
-        "Held-out prompts",
+        "Evaluation",
         "Training",
         "On the way",
         "Cost",
@@ -148,6 +148,19 @@ def test_page_holds_everything_and_asks_the_network_for_nothing(run_folder):
     assert page.tags.count("svg") == 9
     # Two prompts before and after, and the same at three steps.
     assert page.tags.count("img") == 4 + 6
+
+
+def test_evaluation_says_which_prompts_and_which_diversity(run_folder):
+    assert "The prompts of the training; the same seeds" in write_report(run_folder).read_text(
+        encoding="utf-8"
+    )
+    config = CONFIG | {"prompts": "shapes", "evaluation": {"prompts": "shapes-held-out"}}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [json.dumps(evaluation(step, 0.0, 0.0, diversity_measure="<thumbnails>")) for step in (0, 1)]
+    (run_folder / "metrics.jsonl").write_text("\n".join(lines))
+    text = Page(write_report(run_folder).read_text(encoding="utf-8")).text
+    assert "The prompts of shapes-held-out, which training never used; the same seeds" in text
+    assert "Diversity of <thumbnails>" in text
 
 
 def test_headline_numbers(run_folder):

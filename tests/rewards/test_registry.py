@@ -79,6 +79,17 @@ def test_class_of_the_user(user_module):
         load_reward(f"{name}:Linear")
 
 
+def test_class_that_cannot_be_made(user_module):
+    name = user_module(
+        "from sqdf_fast.rewards import Reward\n"
+        "class Fails(Reward):\n"
+        "    def __init__(self):\n"
+        "        raise OSError('no weights')\n"
+    )
+    with pytest.raises(UserError, match=r"cannot be made \(OSError: no weights\)"):
+        load_reward(f"{name}:Fails")
+
+
 def test_function_may_say_that_it_has_no_gradient(user_module):
     name = user_module(
         "def size(images, prompts):\n    return images.detach().sum((1, 2, 3))\nsize.differentiable = False\n"

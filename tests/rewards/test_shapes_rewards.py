@@ -37,7 +37,7 @@ def test_taste_stays_in_single_precision_at_least(images):
 
 def test_taste_imitates_the_hidden_rule_imperfectly(images):
     pair = torch.stack([load_reward("taste")(images, PROMPTS), hidden_rule(images, PROMPTS)])
-    assert 0.8 < torch.corrcoef(pair)[0, 1] < 0.999
+    assert 0.5 < torch.corrcoef(pair)[0, 1] < 0.999
 
 
 def test_warmth_is_mean_red_minus_mean_blue():
