@@ -1,0 +1,168 @@
+"""How well one network call foresees what the guided model makes of a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.backbone import Backbone, Role
+from sqdf_fast.distill.trajectories import OnProgress, guided_trajectories, lookaheads, table_dtype
+from sqdf_fast.objective import look_ahead
+from sqdf_fast.schedule import DenoisingSchedule, Lookahead
+
+RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One kind of look-ahead at one noise level, over n states of the guided model's stochastic trajectories.
+
+    x_0 is what the guided model makes of such a state without further noise.
+
+    Attributes:
+        lookahead: "consistency" or "tweedie"; timestep: the network's.
+        error: squared error of x0_hat over the mean square of x_0, in latents.
+        sharpness: mean absolute difference of neighbouring pixels in x0_hat's picture, over that in x_0's.
+        correlation: Pearson's, of the rewards of the two pictures; None without a reward.
+    """
+
+    lookahead: str
+    timestep: float
+    error: float
+    sharpness: float
+    correlation: float | None
+
+
+@torch.no_grad()
+def measure_accuracy(
+    backbone: Backbone,
+    schedule: DenoisingSchedule,
+    prompts: Sequence[str],
+    seeds: Tensor,
+    states: Sequence[int],
+    *,
+    role: Role,
+    guidance_scale: float,
+    batch_size: int,
+    reward: RewardFunction | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[Accuracy]:
+    """The consistency function of ``role`` and Tweedie's formula of the guided reference, at the same states.
+
+    Args:
+        prompts: n prompts; seeds: [n] int64.
+        states: which of a trajectory's T states to measure at; 0 = the initial noise.
+        role: whose consistency function: "policy" while that is distilled, "consistency" once it is loaded.
+        guidance_scale: of the reference; batch_size: samples a network call takes.
+        reward: images [B, 3, H, W] in [0, 1] and prompts to [B].
+        on_progress: called with (network calls done, network calls in all), of the trajectories.
+    """
+    consistency, tweedie = lookaheads(schedule)
+    kinds: list[tuple[str, Role, Lookahead, float]] = [
+        ("consistency", role, consistency, 1.0),
+        ("tweedie", "reference", tweedie, guidance_scale),
+    ]
+    table = []
+    for number, state in enumerate(states):
+
+        def report(done: int, total: int, before: int = number) -> None:
+            if on_progress:
+                on_progress(before * total + done, len(states) * total)
+
+        reached = guided_trajectories(
+            backbone,
+            schedule,
+            prompts,
+            seeds,
+            torch.full((len(prompts),), state),
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+            on_progress=report,
+        )
+        true = _Judged.of(backbone, reached.x0, prompts, batch_size, reward)
+        for name, who, lookahead, scale in kinds:
+            x0_hat = _foresee(
+                backbone, who, reached.states[:, state], state, prompts, lookahead, scale, batch_size
+            )
+            judged = _Judged.of(backbone, x0_hat, prompts, batch_size, reward)
+            table.append(_compare(name, float(lookahead.timesteps[state, 0]), judged, true))
+    return table
+
+
+def accuracy_table(table: Sequence[Accuracy]) -> str:
+    """One line a row, for a terminal."""
+    lines = [f"{'look-ahead':<14}{'timestep':>10}{'error':>10}{'sharpness':>12}{'reward corr.':>14}"]
+    for row in table:
+        correlation = "-" if row.correlation is None else f"{row.correlation:.3f}"
+        lines.append(
+            f"{row.lookahead:<14}{row.timestep:>10.0f}{row.error:>10.3f}{row.sharpness:>12.3f}{correlation:>14}"
+        )
+    return "\n".join(lines)
+
+
+def _foresee(
+    backbone: Backbone,
+    role: Role,
+    x: Tensor,
+    state: int,
+    prompts: Sequence[str],
+    lookahead: Lookahead,
+    guidance_scale: float,
+    batch_size: int,
+) -> Tensor:
+    family = backbone.family
+    lookahead = lookahead.to(family.device, table_dtype(family))
+    unconditional = family.encode([""]) if guidance_scale != 1 else None
+    parts = []
+    with backbone.role(role):
+        for start in range(0, len(x), batch_size):
+            part = x[start : start + batch_size].to(family.device, table_dtype(family))
+            conditioning = family.encode(prompts[start : start + batch_size])
+            parts.append(
+                look_ahead(
+                    part,
+                    torch.full((len(part),), state, device=family.device),
+                    lookahead,
+                    lambda x, t, c=conditioning: backbone.predict(x, t, c, unconditional),  # type: ignore[misc]
+                    guidance_scale=guidance_scale,
+                ).cpu()
+            )
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    latents: Tensor
+    detail: float
+    rewards: Tensor | None
+
+    @staticmethod
+    def of(
+        backbone: Backbone,
+        latents: Tensor,
+        prompts: Sequence[str],
+        batch_size: int,
+        reward: RewardFunction | None,
+    ) -> _Judged:
+        family = backbone.family
+        detail, rewards = [], []
+        for start in range(0, len(latents), batch_size):
+            part = slice(start, start + batch_size)
+            images = family.decode(latents[part].to(family.device, family.dtype)).float()
+            detail += [images.diff(dim=axis).abs().mean(dim=(1, 2, 3)).double().cpu() for axis in (2, 3)]
+            if reward is not None:
+                rewards.append(reward(images, prompts[part]).double().cpu())
+        return _Judged(
+            latents.double(), float(torch.cat(detail).mean()), torch.cat(rewards) if rewards else None
+        )
+
+
+def _compare(name: str, timestep: float, judged: _Judged, true: _Judged) -> Accuracy:
+    error = (judged.latents - true.latents).square().mean() / true.latents.square().mean()
+    correlation = None
+    if judged.rewards is not None and true.rewards is not None:
+        correlation = float(torch.corrcoef(torch.stack([judged.rewards, true.rewards]))[0, 1])
+    return Accuracy(name, timestep, float(error), judged.detail / true.detail, correlation)

@@ -1,0 +1,278 @@
+"""From a base model and prompts to a consistency LoRA. No pictures are needed: the model is its own data."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sqdf_fast.backbone import Backbone
+from sqdf_fast.checkpoint import atomic_folder
+from sqdf_fast.distill.accuracy import Accuracy, RewardFunction, measure_accuracy
+from sqdf_fast.distill.settings import Distillation
+from sqdf_fast.distill.trajectories import Trajectories, guided_trajectories, lookaheads, table_dtype
+from sqdf_fast.engine.noise import Stream, generator, sample_seeds
+from sqdf_fast.errors import UserError
+from sqdf_fast.families import Family, load_family
+from sqdf_fast.kernels.philox import derive_seed
+from sqdf_fast.objective import look_ahead
+from sqdf_fast.schedule import DenoisingSchedule
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+def distill(
+    model: str,
+    prompts: Sequence[str],
+    output: Path,
+    settings: Distillation,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    reward: RewardFunction | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make a consistency LoRA for ``model`` and write it to the new folder ``output``.
+
+    With it the network is a consistency function f(x_t, t) = c_skip x_t + c_out (a x_t + b m): one
+    conditional call returns the x_0 that the guided model's probability-flow ODE reaches from x_t.
+    ``output`` gets ``pytorch_lora_weights.safetensors`` (float16, diffusers format) and the summary as
+    ``distillation.json``.
+
+    Args:
+        model: 'shapes', a diffusers folder, or a hub id; prompts: at least one, drawn in turn.
+        device, dtype: of the frozen network; the LoRA is trained in float32 (float64 with float64).
+        reward: images [B, 3, H, W] in [0, 1] and prompts to [B]; adds its correlation to the closing table.
+        progress: called with (stage, done, total, figures); stages: "trajectories", "training", "evaluation".
+
+    Returns:
+        The summary: settings, seconds of every stage, network evaluations, the mean loss of the last tenth
+        of the steps, and ``accuracy``, the rows of :class:`Accuracy` at an early, a middle and a late state.
+
+    Raises:
+        UserError: ``output`` exists or cannot be written, no prompts, a model that cannot be loaded, float16,
+            or a loss that stops being finite. Nothing is written then.
+    """
+    _check(prompts, output, dtype)
+    distiller = Distiller(load_family(model, device=device, dtype=dtype), prompts, settings, progress)
+    with atomic_folder(output) as partial:
+        summary = distiller.run(reward)
+        distiller.save(partial)
+        (partial / "distillation.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return summary
+
+
+def _check(prompts: Sequence[str], output: Path, dtype: torch.dtype) -> None:
+    if not prompts:
+        raise UserError("distillation without prompts: give at least one")
+    if output.exists():
+        raise UserError(f"output {output} exists; choose another folder or remove it first")
+    if dtype == torch.float16:
+        raise UserError("distillation in float16: its gradients underflow; use bfloat16 or float32")
+
+
+class Distiller:
+    """One distillation: the reference role is the teacher, the policy LoRA the student.
+
+    Args:
+        family: the base model; prompts: drawn in turn; progress: see :func:`distill`.
+
+    Raises:
+        UserError: settings that do not fit the model.
+    """
+
+    def __init__(
+        self, family: Family, prompts: Sequence[str], settings: Distillation, progress: Progress | None = None
+    ) -> None:
+        self.settings, self.prompts, self.progress = settings, list(prompts), progress
+        self.schedule = DenoisingSchedule.from_scheduler(family.scheduler, settings.num_inference_steps)
+        self.lookahead = lookaheads(self.schedule)[0].to(family.device, table_dtype(family))
+        self.backbone = Backbone(
+            family,
+            rank=settings.rank,
+            target_modules=settings.target_modules,
+            seed=derive_seed(settings.seed, Stream.LORA) & (2**63 - 1),
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+        self.parameters = list(self.backbone.policy_parameters.values())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+
+    def run(self, reward: RewardFunction | None = None) -> dict[str, Any]:
+        """Sample, train, measure; returns the summary. Then the policy LoRA is what :meth:`save` writes."""
+        clock = [time.monotonic()]
+        trajectories = self.sample()
+        clock.append(time.monotonic())
+        loss = self.train(trajectories)
+        clock.append(time.monotonic())
+        accuracy = self.measure(reward)
+        clock.append(time.monotonic())
+        stages = ("trajectories", "training", "evaluation")
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "seconds": {
+                stage: round(b - a, 1) for stage, a, b in zip(stages, clock, clock[1:], strict=False)
+            },
+            "network_evaluations": self.backbone.evaluations,
+            "lora_parameters": sum(parameter.numel() for parameter in self.parameters),
+            "loss": loss,
+            "accuracy": [asdict(row) for row in accuracy],
+        }
+
+    def sample(self) -> Trajectories:
+        """The teacher's trajectories; a share ``stochastic`` of them begins with noisy steps."""
+        n, steps = self.settings.num_trajectories, len(self.schedule)
+        draw = generator(self.settings.seed, Stream.DISTILL, 0)
+        branch = torch.randint(steps, (n,), generator=draw)
+        branch[torch.rand(n, generator=draw) >= self.settings.stochastic] = 0
+        return guided_trajectories(
+            self.backbone,
+            self.schedule,
+            self._prompts(n),
+            sample_seeds(self.settings.seed, Stream.DISTILL, 1, n),
+            branch,
+            guidance_scale=self.settings.guidance_scale,
+            batch_size=self.settings.sampling_batch_size,
+            on_progress=lambda done, total: self._report("trajectories", done, total),
+        )
+
+    def train(self, trajectories: Trajectories) -> float:
+        """Optimise the LoRA on the trajectories; returns the mean loss of the last tenth of the steps.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        settings = self.settings
+        optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+        draw = generator(settings.seed, Stream.DISTILL, 2)
+        weights = _every_state_alike(trajectories)
+        losses = []
+        for step in range(settings.steps):
+            chosen = torch.multinomial(weights, settings.batch_size, replacement=True, generator=draw)
+            losses.append(
+                self._accumulate(trajectories, chosen // len(self.schedule), chosen % len(self.schedule))
+            )
+            if not math.isfinite(losses[-1]):
+                raise UserError(
+                    f"the loss became {losses[-1]} at step {step}; lower lr (it is {settings.lr})"
+                )
+            nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+            self._update_average(min(settings.ema, (1 + step) / (10 + step)))
+            self._report("training", step + 1, settings.steps, loss=losses[-1])
+        self._keep_average_in_half()
+        tail = losses[-max(1, len(losses) // 10) :]
+        return sum(tail) / len(tail)
+
+    def measure(self, reward: RewardFunction | None = None) -> list[Accuracy]:
+        """The look-ahead's accuracy at an early, a middle and a late state of fresh noisy trajectories."""
+        n, steps = self.settings.evaluation_trajectories, len(self.schedule)
+        return measure_accuracy(
+            self.backbone,
+            self.schedule,
+            self._prompts(n),
+            sample_seeds(self.settings.seed, Stream.DISTILL, 3, n),
+            sorted({min(1, steps - 1), steps // 2, steps * 4 // 5}),
+            role="policy",
+            guidance_scale=self.settings.guidance_scale,
+            batch_size=self.settings.sampling_batch_size,
+            reward=reward,
+            on_progress=lambda done, total: self._report("evaluation", done, total),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder/pytorch_lora_weights.safetensors`` in float16; the end of this LoRA's training."""
+        for parameter in self.parameters:
+            parameter.data = parameter.data.half()
+        self.backbone.family.save_lora(folder, "policy")
+
+    def _accumulate(self, trajectories: Trajectories, row: Tensor, state: Tensor) -> float:
+        total = 0.0
+        for rows, states in zip(
+            row.split(self.settings.micro_batch_size),
+            state.split(self.settings.micro_batch_size),
+            strict=True,
+        ):
+            target = self._target(trajectories, rows, states)
+            estimate = self._consistency(
+                trajectories.states[rows, states], states, [trajectories.prompts[i] for i in rows]
+            )
+            loss = pseudo_huber(estimate - target, self.settings.huber) * (len(rows) / len(row))
+            loss.backward()
+            total += loss.item()
+        return total
+
+    @torch.no_grad()
+    def _target(self, trajectories: Trajectories, rows: Tensor, states: Tensor) -> Tensor:
+        family = self.backbone.family
+        target = trajectories.x0[rows].to(family.device, table_dtype(family))
+        later = torch.nonzero(states < len(self.schedule) - 1, as_tuple=True)[0]
+        if self.settings.target == "consistency" and len(later):
+            rows, states = rows[later], states[later] + 1
+            with self._averaged():
+                ahead = self._consistency(
+                    trajectories.states[rows, states], states, [trajectories.prompts[i] for i in rows]
+                )
+            target[later] = ahead
+        return target
+
+    def _consistency(self, x: Tensor, state: Tensor, prompts: Sequence[str]) -> Tensor:
+        family = self.backbone.family
+        conditioning = family.encode(prompts)
+        with self.backbone.role("policy"):
+            return look_ahead(
+                x.to(family.device, table_dtype(family)),
+                state.to(family.device),
+                self.lookahead,
+                lambda x, timesteps: self.backbone.predict(x, timesteps, conditioning),
+            )
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        trained = [parameter.data for parameter in self.parameters]
+        self._point_at(self.average)
+        try:
+            yield
+        finally:
+            self._point_at(trained)
+
+    def _point_at(self, tensors: Sequence[Tensor]) -> None:
+        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+            parameter.data = tensor
+
+    def _update_average(self, decay: float) -> None:
+        for average, parameter in zip(self.average, self.parameters, strict=True):
+            average.lerp_(parameter.detach(), 1 - decay)
+
+    def _keep_average_in_half(self) -> None:
+        # What is measured is what is saved.
+        self._point_at([average.half().to(average.dtype) for average in self.average])
+
+    def _prompts(self, count: int) -> list[str]:
+        return [self.prompts[i % len(self.prompts)] for i in range(count)]
+
+    def _report(self, stage: str, done: int, total: int, **figures: float) -> None:
+        if self.progress:
+            self.progress(stage, done, total, figures)
+
+
+def pseudo_huber(difference: Tensor, c: float) -> Tensor:
+    """Mean of sqrt(d^2 + c^2) - c over all elements: d^2 / 2c near 0, |d| far from it (arXiv 2310.14189)."""
+    return (difference.square() + c**2).sqrt().mean() - c
+
+
+def _every_state_alike(trajectories: Trajectories) -> Tensor:
+    """Weights [n T] of drawing (trajectory, state): every state equally likely, none before its branch."""
+    steps = trajectories.states.shape[1]
+    usable = (trajectories.branch[:, None] <= torch.arange(steps)).double()
+    return (usable / usable.sum(0).clamp(min=1)).flatten()
