@@ -10,7 +10,7 @@ INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/*.cpp
 .PHONY: help train test lint format native-asan clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(VENV)/.installed  ## Fine-tune; without a GPU on the embedded world. ARGS="--steps 50"
 	$(BIN)/sqdf-fast train $(ARGS)
@@ -30,9 +30,9 @@ format: $(VENV)/.installed-dev  ## Rewrite the files in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-native-asan: $(VENV)/.installed-test  ## The kernel tests on a native library built with sanitizers
-	cmake -S . -B build/asan -DSQDF_FAST_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
-	cmake --build build/asan
+native-asan: $(VENV)/.installed-dev  ## The kernel tests on a native library built with sanitizers
+	$(BIN)/cmake -S . -B build/asan -DSQDF_FAST_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	$(BIN)/cmake --build build/asan
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  SQDF_FAST_NATIVE_LIBRARY=build/asan/libsqdf_fast_native.so $(BIN)/python -m pytest tests/kernels $(ARGS)
 
