@@ -71,10 +71,10 @@ def table(runs: Sequence[Run]) -> str:
     lines = [
         "# The default run on the embedded world",
         "",
-        "`python bench/shapes_seeds.py` trains the shipped `shapes` preset once a seed and writes this page. Scores are of",
-        f"{images} pictures of {config['evaluation']['num_prompts']} held-out prompts, the same noise before and after; "
-        "arrows go from the base model to",
-        "the fine-tuned one. The true rule, accuracy, diversity and alignment are never seen by training.",
+        "`python bench/shapes_seeds.py` trains the shipped `shapes` preset once a seed and writes this page. Scores",
+        f"are of {images} pictures of {config['evaluation']['num_prompts']} held-out prompts, the same noise before",
+        "and after; arrows go from the base model to the fine-tuned one. The true rule, accuracy, diversity and alignment",
+        "are never seen by training.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -82,7 +82,9 @@ def table(runs: Sequence[Run]) -> str:
         "",
         f"Median gain of the proxy: {statistics.median(gains):.2f} standard deviations of the base model's score.",
         "Times are of one noisy machine and mean little: "
-        + ", ".join(f"{name} {environment[name]}" for name in ("CPU cores", "torch threads", "torch") if name in environment)
+        + ", ".join(
+            f"{name} {environment[name]}" for name in ("CPU cores", "torch threads", "torch") if name in environment
+        )
         + ".",
         "",
     ]

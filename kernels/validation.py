@@ -10,9 +10,7 @@ from sqdf_fast.errors import UserError
 
 def math_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Precision of an op's arithmetic: float64 as soon as one tensor is float64, float32 otherwise."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def check_floating(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -57,6 +55,4 @@ def check_table(op: str, name: str, table: Tensor, columns: int, index: Tensor, 
 def check_batch(op: str, x: Tensor) -> None:
     """x has a batch axis and at least one element a sample."""
     if x.ndim < 2 or x.numel() == 0:
-        raise UserError(
-            f"{op}: x has shape {tuple(x.shape)}; it must be [B, ...] with at least one element a sample"
-        )
+        raise UserError(f"{op}: x has shape {tuple(x.shape)}; it must be [B, ...] with at least one element a sample")

@@ -85,7 +85,11 @@ class Backbone:
             self._set(previous)
 
     def predict(
-        self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, unconditional: Conditioning | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning | None = None,
     ) -> Tensor:
         """Network output in the current role.
 
@@ -126,7 +130,9 @@ class Backbone:
 
     def _set(self, role: Role) -> None:
         if role == "consistency" and not self.has_consistency:
-            raise UserError("this model has no consistency LoRA; set objective.lookahead=tweedie or give consistency_lora")
+            raise UserError(
+                "this model has no consistency LoRA; set objective.lookahead=tweedie or give consistency_lora"
+            )
         active = [] if role == "reference" else [role]
         for layer in self._layers:
             layer.set_adapter(active, inference_mode=True)

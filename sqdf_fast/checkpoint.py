@@ -32,7 +32,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling to fill; it takes the place of ``path`` when the block ends well and vanishes when it does not.
+    """A temporary sibling to fill; it takes the place of ``path`` when the block ends well and vanishes otherwise.
 
     Raises:
         UserError: the disk refuses.
@@ -52,7 +52,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: int = 2) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], keep: int = 2
+) -> Path:
     """Write ``folder/step_{step}`` atomically and drop all but the newest ``keep`` checkpoints.
 
     Args:

@@ -53,7 +53,12 @@ def app() -> None:
 @click.option("--alpha", type=float, help="KL coefficient (objective.alpha).")
 @click.option("--gamma", type=float, help="Discount per denoising step, in (0, 1] (objective.gamma).")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
-@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of settings, e.g. a run's config.yaml.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path),
+    help="YAML file of settings, e.g. a run's config.yaml.",
+)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. --set policy.rank=8.")
 @click.option("--help-settings", is_flag=True, help="List every setting with its meaning and default, and exit.")
 def train(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,6 +23,9 @@ class Section(BaseModel):
     """A group of settings: unknown keys are refused, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Sampling(Section):
@@ -44,11 +47,13 @@ class Objective(Section):
         "discount", description="gamma^k, or the variance-aware weight 1 / (1 + (1 - A_prev) / beta)"
     )
     lookahead: Literal["consistency", "tweedie", "deterministic"] = Field(
-        "consistency", description="x0_hat: consistency model, Tweedie's formula, or n DDIM steps of the reference"
+        "consistency",
+        description="x0_hat: consistency model, Tweedie's formula, or n DDIM steps of the reference",
     )
     lookahead_steps: Positive = Field(2, description="n of the deterministic look-ahead")
     consistency_grid: Positive | None = Field(
-        None, description="snap the consistency model to LCM's own grid of this many points (published code: 50)"
+        None,
+        description="snap the consistency model to LCM's own grid of this many points (published code: 50)",
     )
     mask_nonpositive: bool = Field(False, description="samples with r <= 0 give neither reward nor KL (published: on)")
 
@@ -219,7 +224,9 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         try:
             value = _number(yaml.safe_load(text))
         except yaml.YAMLError:
-            raise UserError(f"--set {assignment}: the value is not valid YAML; quote it if it holds ':' or '['") from None
+            raise UserError(
+                f"--set {assignment}: the value is not valid YAML; quote it if it holds ':' or '['"
+            ) from None
         nested = _merge(nested, _nest(key.split("."), value))
     return nested
 
@@ -248,7 +255,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"configuration file {path}: not valid YAML{line}; see a run's config.yaml for an example") from None
+        raise UserError(
+            f"configuration file {path}: not valid YAML{line}; see a run's config.yaml for an example"
+        ) from None
     if not isinstance(data, dict):
         raise UserError(f"configuration file {path}: expected a mapping of settings; see a run's config.yaml")
     return data
@@ -271,18 +280,23 @@ def make_config(
         merged = _merge(PRESETS[preset], {"preset": preset})
     for layer in layers:
         merged = _merge(merged, layer)
+    return validate(Config, merged)
+
+
+def validate(section: type[S], values: Mapping[str, Any]) -> S:
+    """``values`` as a section. Raises UserError: one line that names the key, the value and what is allowed."""
     try:
-        return Config.model_validate(merged)
+        return section.model_validate(values)
     except ValidationError as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(_one_line(error, section)) from None
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, section: type[Section]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-int", "constrained-float"))
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, setting_names(), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else "run `sqdf-fast train --help-settings` for the list"
+        close = difflib.get_close_matches(key, setting_names(section), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(setting_names(section))}"
         return f"setting {key!r} is unknown; {hint}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])

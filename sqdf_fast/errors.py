@@ -6,5 +6,5 @@ from __future__ import annotations
 class UserError(Exception):
     """Bad input. The message is one line: what was given, what is allowed, what to do.
 
-    The command line prints the message alone and exits with status 2; library callers catch it like any other exception.
+    The command line prints the message alone and exits with status 2; library callers catch it like any other.
     """

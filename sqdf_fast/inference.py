@@ -111,7 +111,9 @@ def _role(base: bool) -> Role:
 
 def _trained_lora(run: RunFolder) -> str:
     if not (run.lora / "pytorch_lora_weights.safetensors").is_file():
-        raise UserError(f"run {run.path} has no trained LoRA yet; continue it with: sqdf-fast train --resume {run.path}")
+        raise UserError(
+            f"run {run.path} has no trained LoRA yet; continue it with: sqdf-fast train --resume {run.path}"
+        )
     return str(run.lora)
 
 

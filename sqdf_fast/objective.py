@@ -175,9 +175,7 @@ def sqdf_loss(
     )
     score = reward(x_prev)
     if score.shape != index.shape:
-        raise UserError(
-            f"the reward returned shape {tuple(score.shape)}; one number a sample, [{len(x)}], is needed"
-        )
+        raise UserError(f"the reward returned shape {tuple(score.shape)}; one number a sample, [{len(x)}], is needed")
     beta = temperature(alpha, kl_scale, x[0].numel())
     loss = credited_loss(
         score,

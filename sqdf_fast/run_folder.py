@@ -57,7 +57,9 @@ class RunFolder:
         """An existing run and its configuration. Raises UserError when it is none."""
         run = RunFolder(path)
         if not run.config.is_file():
-            raise UserError(f"{path} is no run folder: it has no config.yaml; give the folder that `sqdf-fast train` wrote")
+            raise UserError(
+                f"{path} is no run folder: it has no config.yaml; give the folder that `sqdf-fast train` wrote"
+            )
         return run, make_config(file=read_config_file(run.config))
 
     @staticmethod

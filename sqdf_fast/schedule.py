@@ -147,9 +147,7 @@ class DenoisingSchedule:
             scheduler.set_timesteps(num_inference_steps, **set_timesteps)
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(
-                f"{type(scheduler).__name__}.set_timesteps({num_inference_steps}): {reason}"
-            ) from error
+            raise UserError(f"{type(scheduler).__name__}.set_timesteps({num_inference_steps}): {reason}") from error
         steps = read(scheduler, float(eta))
         return cls._from_steps(steps, trainable_ratio, eta)
 
@@ -419,9 +417,7 @@ def _check(scheduler: Any, steps: int | None, eta: float, set_timesteps: dict[st
             "allowed are fixed_small, fixed_small_log and fixed_large"
         )
     if "DDPM" in name and eta != 1:
-        raise UserError(
-            f"{name} has no eta: eta={eta:g} was given, 1 is allowed; use DDIMScheduler for another eta"
-        )
+        raise UserError(f"{name} has no eta: eta={eta:g} was given, 1 is allowed; use DDIMScheduler for another eta")
 
 
 def _vp_ends(alphas: Tensor, timesteps: Tensor, ends: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:

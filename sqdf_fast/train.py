@@ -50,7 +50,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use cpu or auto") from None
+        raise UserError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use cpu or auto"
+        ) from None
     return device
 
 
@@ -89,8 +91,8 @@ def _consistency_lora(config: Config, family: Family) -> str | None:
     source = config.consistency_lora or family.default_consistency_lora()
     if source is None:
         raise UserError(
-            f"model {config.model!r} has no consistency LoRA of its own; give consistency_lora (`sqdf-fast distill` makes "
-            "one) or set objective.lookahead=tweedie"
+            f"model {config.model!r} has no consistency LoRA of its own; "
+            "give consistency_lora (`sqdf-fast distill` makes one) or set objective.lookahead=tweedie"
         )
     return source
 
@@ -100,7 +102,11 @@ def make_sampler(config: Config, backbone: Backbone) -> Sampler:
     sampling = config.sampling
     schedule = DenoisingSchedule.from_scheduler(backbone.family.scheduler, sampling.num_inference_steps, sampling.eta)
     return Sampler(
-        backbone, schedule, guidance_scale=sampling.guidance_scale, batch_size=sampling.batch_size, impl=config.impl
+        backbone,
+        schedule,
+        guidance_scale=sampling.guidance_scale,
+        batch_size=sampling.batch_size,
+        impl=config.impl,
     )
 
 
@@ -135,9 +141,9 @@ def decode_images(family: Family, latents: Tensor, batch_size: int) -> Tensor:
 class Trainer:
     """One SQDF run, from a configuration to a LoRA.
 
-    State that decides what follows is (step, refills, evaluated), policy, optimizer and replay buffer; every random number
-    derives from the run's seed and these counters, so a resumed run equals the uninterrupted one bit for bit (on one
-    machine and version, on the CPU).
+    State that decides what follows is (step, refills, evaluated), policy, optimizer and replay buffer; every
+    random number derives from the run's seed and these counters, so a resumed run equals the uninterrupted one
+    bit for bit (on one machine and version, on the CPU).
 
     Args:
         config: validated; run: the folder it owns; progress: told what happens.
@@ -148,7 +154,11 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, run: RunFolder, progress: TrainingProgress, interrupted: Callable[[], bool] = lambda: False
+        self,
+        config: Config,
+        run: RunFolder,
+        progress: TrainingProgress,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.run, self.progress, self._interrupted = config, run, progress, interrupted
         self.prompts = load_prompts(config.prompts)
@@ -190,7 +200,7 @@ class Trainer:
         preflight(self.reward, images, self.prompts[:1] * 2)
 
     def train(self) -> None:
-        """Train to the end. Raises Interrupted, and UserError when reward, gradient or disk fail; weights stay finite."""
+        """Train to the end. Raises Interrupted, and UserError when reward, gradient or disk fail."""
         every, total = self.config.checkpoint_every, self.config.steps
         with MetricsLog(self.run.metrics) as log:
             log.truncate(self.step)
@@ -264,7 +274,9 @@ class Trainer:
             self.held_out.prompts, self.held_out.seeds, on_progress=self._report("evaluating")
         )
         images = decode_images(self.backbone.family, sampled.x0, self.config.sampling.batch_size)
-        scores = evaluate_images(images.to(self.backbone.family.device), self.held_out.prompts, self.reward, self.judges)
+        scores = evaluate_images(
+            images.to(self.backbone.family.device), self.held_out.prompts, self.reward, self.judges
+        )
         self._keep_samples(images)
         record = {"kind": "evaluation", "step": self.step, **scores, "seconds": time.monotonic() - started}
         log.append(record)
@@ -317,8 +329,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
         if not torch.isfinite(norm):
             raise UserError(
-                f"step {self.step + 1}: the gradient is not finite; the weights are untouched. Lower optimizer.lr, raise "
-                "objective.alpha, or check the reward's backward pass"
+                f"step {self.step + 1}: the gradient is not finite; the weights are untouched. "
+                "Lower optimizer.lr, raise objective.alpha, or check the reward's backward pass"
             )
         self.optimizer.step()
         self.step += 1

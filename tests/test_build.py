@@ -14,9 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(code: str) -> str:
     """What a fresh interpreter, started outside the source tree, prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.anchor
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.anchor)
     return done.stdout.strip()
 
 

@@ -16,7 +16,14 @@ from sqdf_fast.report import read_metrics
 
 SMALL = [
     *("--reward", "warmth", "--prompts", "prompts.txt", "--steps", "2"),
-    *("--set", "objective.lookahead=tweedie", "--set", "sampling.num_inference_steps=4", "--set", "sampling.batch_size=4"),
+    *(
+        "--set",
+        "objective.lookahead=tweedie",
+        "--set",
+        "sampling.num_inference_steps=4",
+        "--set",
+        "sampling.batch_size=4",
+    ),
     *("--set", "optimizer.batch_size=2", "--set", "optimizer.micro_batch_size=2", "--set", "replay.refill=2"),
     *("--set", "evaluation.num_prompts=2", "--set", "evaluation.images_per_prompt=2"),
 ]
@@ -119,7 +126,10 @@ sys.exit(main(arguments))
     assert line.startswith("sqdf-fast: ")
     assert "cannot be written" in line
     assert "Traceback" not in done.stderr
-    assert [entry["step"] for entry in read_metrics(folder / "run" / "metrics.jsonl") if entry["kind"] == "step"] == [1, 2]
+    assert [entry["step"] for entry in read_metrics(folder / "run" / "metrics.jsonl") if entry["kind"] == "step"] == [
+        1,
+        2,
+    ]
     assert not list((folder / "run" / "checkpoints").glob("*"))
 
 

@@ -57,8 +57,6 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
 
 
 def test_the_module_prints_the_report() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "sqdf_fast.info"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "sqdf_fast.info"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"sqdf-fast {importlib.metadata.version('sqdf-fast')}\n")
     assert "denoise_step" in done.stdout

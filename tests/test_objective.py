@@ -135,9 +135,7 @@ def test_look_ahead_with_guidance():
     schedule = make_schedule()
     x_prev, index = make_batch()[0], torch.tensor([0, 1, 2, 3])
     a, b = (c.view(-1, 1, 1, 1) for c in schedule.lookahead[index].unbind(1))
-    x0 = look_ahead(
-        x_prev, index, schedule.tweedie(), lambda x, t: torch.cat([x.sin(), x.cos()]), guidance_scale=3.0
-    )
+    x0 = look_ahead(x_prev, index, schedule.tweedie(), lambda x, t: torch.cat([x.sin(), x.cos()]), guidance_scale=3.0)
     torch.testing.assert_close(x0, a * x_prev + b * (x_prev.sin() + 3 * (x_prev.cos() - x_prev.sin())))
 
 
@@ -247,9 +245,7 @@ def test_one_step_without_discount_is_draft_1_with_kl():
         unread = torch.full_like(x_prev, torch.nan)
         return brightness(look_ahead(x_prev, index, schedule.consistency(), lambda x, t: unread))
 
-    loss = sqdf_loss(
-        x, policy, reference, schedule, index, score, alpha=0.1, guidance_scale=5.0, noise=noise
-    ).loss
+    loss = sqdf_loss(x, policy, reference, schedule, index, score, alpha=0.1, guidance_scale=5.0, noise=noise).loss
     p, q, sigma = schedule.transition[0]
     m = policy[:4] + 5 * (policy[4:] - policy[:4])
     m_ref = reference[:4] + 5 * (reference[4:] - reference[:4])
@@ -271,18 +267,14 @@ def test_equal_policy_and_reference():
     with_kl = sqdf_loss(*arguments, alpha=1e6, **settings)
     without = sqdf_loss(*arguments, alpha=0.0, **settings)
     assert with_kl.kl.tolist() == [0, 0, 0, 0]
-    assert torch.equal(
-        torch.autograd.grad(with_kl.loss, policy)[0], torch.autograd.grad(without.loss, policy)[0]
-    )
+    assert torch.equal(torch.autograd.grad(with_kl.loss, policy)[0], torch.autograd.grad(without.loss, policy)[0])
 
 
 def test_float32_latents_take_float32_tables():
     schedule = make_schedule()
     x, policy, reference, noise = (t.float() for t in make_batch())
     index = torch.tensor([0, 5, 3, 1])
-    result = sqdf_loss(
-        x, policy, reference, schedule, index, brightness, alpha=2.0, guidance_scale=5.0, noise=noise
-    )
+    result = sqdf_loss(x, policy, reference, schedule, index, brightness, alpha=2.0, guidance_scale=5.0, noise=noise)
     assert result.loss.dtype == result.kl.dtype == result.x_prev.dtype == torch.float32
     exact = sqdf_loss(
         *(t.double() for t in (x, policy, reference)),

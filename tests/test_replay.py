@@ -10,7 +10,9 @@ TRAINABLE = torch.tensor([True, True, True, False])
 
 def states(first: int, n: int) -> torch.Tensor:
     """Trajectory k holds k at its first index, k + 0.1 at its second, ...: a draw says where it came from."""
-    number = torch.arange(first, first + n, dtype=torch.float64)[:, None] + torch.tensor([0.0, 0.1, 0.2], dtype=torch.float64)
+    number = torch.arange(first, first + n, dtype=torch.float64)[:, None] + torch.tensor(
+        [0.0, 0.1, 0.2], dtype=torch.float64
+    )
     return number[:, :, None].expand(-1, -1, 5).clone()
 
 

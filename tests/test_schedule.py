@@ -32,9 +32,7 @@ def in_float64(scheduler):
 
 
 def ddim(**config):
-    return in_float64(
-        DDIMScheduler(**{**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False, **config})
-    )
+    return in_float64(DDIMScheduler(**{**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False, **config}))
 
 
 def latents(number, seed=0):
@@ -68,9 +66,7 @@ def test_ddim_step(spacing, prediction, steps, eta, to_one):
 @pytest.mark.parametrize("steps", [3, 20])
 def test_ddpm_step(spacing, prediction, variance, steps):
     scheduler = in_float64(
-        DDPMScheduler(
-            clip_sample=False, timestep_spacing=spacing, prediction_type=prediction, variance_type=variance
-        )
+        DDPMScheduler(clip_sample=False, timestep_spacing=spacing, prediction_type=prediction, variance_type=variance)
     )
     schedule = DenoisingSchedule.from_scheduler(scheduler, steps)
     scheduler.set_timesteps(steps)
@@ -220,9 +216,7 @@ def test_consistency_grid():
 
 def test_consistency_boundary():
     """At t = 0 a consistency model is the identity."""
-    rows = consistency_rows(
-        torch.tensor([[3.0, -2.0]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    )
+    rows = consistency_rows(torch.tensor([[3.0, -2.0]], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
     assert rows.tolist() == [[1, 0]]
 
 

@@ -20,7 +20,7 @@ from sqdf_fast.errors import UserError
 from sqdf_fast.report import read_metrics
 from sqdf_fast.train import Interrupted, continue_run, new_run
 
-REWARDS = '''
+REWARDS = """
 import torch
 
 def brightness(images, prompts):
@@ -47,7 +47,7 @@ def negative(images, prompts):
 
 def infinite_gradient(images, prompts):
     return (images.mean(dim=(1, 2, 3)) - images.mean(dim=(1, 2, 3)).detach()).sqrt()
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model, folder):
     arguments = [
         *("train", "--model", str(model), "--reward", "my_rewards:brightness", "--prompts", "prompts.txt"),
         *("--output", "run", "--steps", "100000", "--set", "objective.lookahead=tweedie"),
-        *("--set", "sampling.num_inference_steps=4", "--set", "optimizer.batch_size=2", "--set", "replay.refill=2"),
+        *(
+            "--set",
+            "sampling.num_inference_steps=4",
+            "--set",
+            "optimizer.batch_size=2",
+            "--set",
+            "replay.refill=2",
+        ),
         *("--set", "evaluation.num_prompts=1", "--set", "evaluation.images_per_prompt=2"),
     ]
     process = subprocess.Popen([sys.executable, "-m", "sqdf_fast.cli", *arguments], stderr=subprocess.PIPE, text=True)

@@ -151,9 +151,7 @@ def _check_noise(x: Tensor, noise: Tensor | None, seed: Tensor | None) -> None:
         given = "neither" if noise is None else "both"
         raise UserError(f"denoise_step: exactly one of noise and seed must be given, got {given}")
     if noise is not None and noise.shape != x.shape:
-        raise UserError(
-            f"denoise_step: noise has shape {tuple(noise.shape)}; it must be {tuple(x.shape)}, like x"
-        )
+        raise UserError(f"denoise_step: noise has shape {tuple(noise.shape)}; it must be {tuple(x.shape)}, like x")
     if seed is not None and (
         seed.dtype != torch.int64 or tuple(seed.shape) != (x.shape[0],) or seed.device != x.device
     ):

@@ -55,12 +55,7 @@ def discounted_loss(
         raise UserError(f"{op}: denominator={denominator} must be a number > 0")
     if not reward.is_floating_point() or not kl.is_floating_point():
         raise UserError(f"{op}: reward is {reward.dtype}, kl {kl.dtype}; both must be floating point")
-    if (
-        reward.ndim not in (1, 2)
-        or reward.numel() == 0
-        or kl.shape != reward.shape
-        or remaining.shape != reward.shape
-    ):
+    if reward.ndim not in (1, 2) or reward.numel() == 0 or kl.shape != reward.shape or remaining.shape != reward.shape:
         raise UserError(
             f"{op}: reward {tuple(reward.shape)}, kl {tuple(kl.shape)}, remaining {tuple(remaining.shape)}: "
             "give one shape for all, [B] or [K, B], not empty"

@@ -39,7 +39,13 @@ class Sampler:
     """
 
     def __init__(
-        self, backbone: Backbone, schedule: DenoisingSchedule, *, guidance_scale: float, batch_size: int, impl: str = "auto"
+        self,
+        backbone: Backbone,
+        schedule: DenoisingSchedule,
+        *,
+        guidance_scale: float,
+        batch_size: int,
+        impl: str = "auto",
     ) -> None:
         self.backbone, self.schedule, self.impl = backbone, schedule, impl
         self.guidance_scale, self.batch_size = guidance_scale, batch_size
@@ -94,11 +100,21 @@ class Sampler:
             index = torch.full((len(x),), i, device=device)
             m = self.backbone.predict(x, tables.timesteps[index], conditioning, unconditional)
             mean = posterior_mean(
-                x, m, tables.transition[:, :2], index, guidance_scale=self.guidance_scale, out_dtype=x.dtype, impl=self.impl
+                x,
+                m,
+                tables.transition[:, :2],
+                index,
+                guidance_scale=self.guidance_scale,
+                out_dtype=x.dtype,
+                impl=self.impl,
             )
             sigma = float(self.schedule.transition[i, 2])
             # The noise of a step that adds none is not drawn.
-            x = mean if sigma == 0 else mean + sigma * self._noise(derive_seeds(Stream.DENOISING, i, ids=seeds), x.dtype)
+            x = (
+                mean
+                if sigma == 0
+                else mean + sigma * self._noise(derive_seeds(Stream.DENOISING, i, ids=seeds), x.dtype)
+            )
             report(i + 1)
         return x, [torch.stack(states, dim=1)] if keep else []
 

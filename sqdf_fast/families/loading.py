@@ -33,7 +33,9 @@ def load_family(model: str, *, device: torch.device, dtype: torch.dtype) -> Fami
     elif Path(model).exists():
         _check_folder(Path(model))
     elif model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"model {model!r} is unknown; allowed: 'shapes', an existing diffusers folder, or a hub id owner/name")
+        raise UserError(
+            f"model {model!r} is unknown; allowed: 'shapes', an existing diffusers folder, or a hub id owner/name"
+        )
     try:
         with _without_loading_bars():
             pipeline = DiffusionPipeline.from_pretrained(
@@ -41,7 +43,9 @@ def load_family(model: str, *, device: torch.device, dtype: torch.dtype) -> Fami
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {model!r} cannot be loaded ({reason}); check the folder or id, and the network") from None
+        raise UserError(
+            f"model {model!r} cannot be loaded ({reason}); check the folder or id, and the network"
+        ) from None
     if type(pipeline).__name__ not in SUPPORTED:
         raise UserError(_unsupported(model, type(pipeline).__name__))
     assert isinstance(pipeline, StableDiffusionPipeline)
@@ -67,7 +71,9 @@ def _check_folder(folder: Path) -> None:
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"model {str(folder)!r} is no diffusers folder: no readable model_index.json with a _class_name") from None
+        raise UserError(
+            f"model {str(folder)!r} is no diffusers folder: no readable model_index.json with a _class_name"
+        ) from None
     if kind not in SUPPORTED:
         raise UserError(_unsupported(str(folder), kind))
 

@@ -65,8 +65,8 @@ class StableDiffusion(Family):
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"{adapter_name} LoRA {source!r} cannot be loaded into this model ({reason}); give the folder of a LoRA "
-                "made for this base"
+                f"{adapter_name} LoRA {source!r} cannot be loaded into this model ({reason}); "
+                "give the folder of a LoRA made for this base"
             ) from None
 
     def save_lora(self, folder: Path, adapter_name: str) -> None:
@@ -82,8 +82,8 @@ class StableDiffusion(Family):
 
 
 def _stochastic_scheduler(scheduler: Any) -> Any:
-    # A pipeline saved with PNDM, Euler, ... shares the noise schedule; only DDIM and DDPM have the affine stochastic step.
-    # Those samplers never clip, so clip_sample is set where their configuration leaves it out.
+    # A pipeline saved with PNDM, Euler, ... shares the noise schedule; DDIM and DDPM have the affine stochastic
+    # step. Those samplers never clip, so clip_sample is set where their configuration leaves it out.
     if isinstance(scheduler, (DDIMScheduler, DDPMScheduler)):
         return scheduler
     clip = scheduler.config.get("clip_sample", False)

@@ -65,9 +65,7 @@ def read_prompts(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"prompt file {path}: not UTF-8 (byte {error.start}); save it as UTF-8 text"
-        ) from None
+        raise UserError(f"prompt file {path}: not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
     except OSError as error:
         raise UserError(
             f"prompt file {path}: cannot be read ({error.strerror}); give a text file with one prompt a line"

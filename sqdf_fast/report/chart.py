@@ -146,9 +146,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis, plot_right: float, x_label: str, y_label
     ]
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{plot_right}" y1="{bottom}" y2="{bottom}"/>')
     middle = (LEFT + plot_right) / 2
-    parts.append(
-        f'<text class="name" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    parts.append(f'<text class="name" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     if y_label:
         parts.append(_side_name(y_label, 12))
     return "".join(parts)

@@ -78,8 +78,7 @@ def _header(run: Run, title: str) -> str:
     tiles = "".join(_tiles(summary))
     return (
         f'<h1>{escape(title)}</h1><div class="soft">{escape(" · ".join(facts))}</div>'
-        f'<p class="verdict">{escape(summary.verdict)}</p>'
-        + (f'<div class="tiles">{tiles}</div>' if tiles else "")
+        f'<p class="verdict">{escape(summary.verdict)}</p>' + (f'<div class="tiles">{tiles}</div>' if tiles else "")
     )
 
 
@@ -87,9 +86,7 @@ def _tiles(summary: Summary) -> list[str]:
     tiles = []
     if summary.proxy and summary.proxy_gain is not None:
         tiles.append(
-            _tile(
-                f"{summary.proxy_gain:+.2f} sd", "proxy reward", _pair(summary.proxy), summary.proxy_gain > 0
-            )
+            _tile(f"{summary.proxy_gain:+.2f} sd", "proxy reward", _pair(summary.proxy), summary.proxy_gain > 0)
         )
     if summary.true and summary.true_gain is not None:
         tiles.append(
@@ -101,9 +98,7 @@ def _tiles(summary: Summary) -> list[str]:
             )
         )
     if summary.accuracy and summary.accuracy_kept is not None:
-        tiles.append(
-            _tile(f"{summary.accuracy_kept:.0%}", "attribute accuracy kept", _pair(summary.accuracy))
-        )
+        tiles.append(_tile(f"{summary.accuracy_kept:.0%}", "attribute accuracy kept", _pair(summary.accuracy)))
     if summary.diversity and summary.diversity_kept is not None:
         tiles.append(_tile(f"{summary.diversity_kept:.0%}", "diversity kept", _pair(summary.diversity)))
     if summary.alignment:
@@ -142,9 +137,7 @@ def _before_after(run: Run) -> str:
             for moment, step in zip(("before", "after"), shown, strict=False)
         )
         caption = f"{escape(prompt)} <small>seed {escape(str(run.samples.seeds[index]))}</small>"
-        figures.append(
-            f'<figure class="pair"><div>{pictures}</div><figcaption>{caption}</figcaption></figure>'
-        )
+        figures.append(f'<figure class="pair"><div>{pictures}</div><figcaption>{caption}</figcaption></figure>')
     note = "Same prompt, same seed: left the base model, right the latest samples of this run."
     if first == last:
         note = "The base model's samples; this run has drawn no later ones yet."
@@ -193,9 +186,7 @@ def _training_curves(run: Run) -> str:
 
 
 def _evaluation_curves(run: Run) -> str:
-    measure = next(
-        (record["diversity_measure"] for record in run.evaluations if record.get("diversity_measure")), ""
-    )
+    measure = next((record["diversity_measure"] for record in run.evaluations if record.get("diversity_measure")), "")
     charts = [
         _proxy_and_true(run.evaluations),
         line_chart(
@@ -218,9 +209,7 @@ def _evaluation_curves(run: Run) -> str:
     ]
     used = (run.config.get("evaluation") or {}).get("prompts")
     held_out = used is not None and used != run.config.get("prompts")
-    origin = (
-        f"The prompts of {used}, which training never used" if held_out else "The prompts of the training"
-    )
+    origin = f"The prompts of {used}, which training never used" if held_out else "The prompts of the training"
     return _chart_section("Evaluation", f"{escape(origin)}; the same seeds each time.", charts)
 
 
@@ -233,9 +222,7 @@ def _points(records: Sequence[Record], key: str) -> list[Point]:
     return [(record["step"], record[key]) for record in records if record.get(key) is not None]
 
 
-def _smoothed_chart(
-    records: Sequence[Record], title: str, key: str, colour: int = 1, spread: str | None = None
-) -> str:
+def _smoothed_chart(records: Sequence[Record], title: str, key: str, colour: int = 1, spread: str | None = None) -> str:
     raw = _points(records, key)
     window = len(raw) // 10 | 1
     if window < 3:

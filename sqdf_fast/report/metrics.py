@@ -78,9 +78,7 @@ def read_metrics(path: Path) -> list[Record]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise UserError(
-            f"metrics {path}: cannot be read ({error.strerror}); give the folder of a run"
-        ) from None
+        raise UserError(f"metrics {path}: cannot be read ({error.strerror}); give the folder of a run") from None
     records = []
     for number, line in enumerate(lines, start=1):
         record = _parsed(line)
@@ -134,6 +132,4 @@ def _refuse_non_finite(value: Any, step: Any, key: str = "") -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path}: cannot be written ({error.strerror}); free some space or choose another run folder"
-    )
+    return UserError(f"{path}: cannot be written ({error.strerror}); free some space or choose another run folder")

@@ -46,9 +46,7 @@ class TrainingProgress:
         self._clock = clock
         self._began = clock()
         self._last_plain: float | None = None
-        self._live = Live(
-            console=self.console, get_renderable=self._bar, refresh_per_second=4, transient=True
-        )
+        self._live = Live(console=self.console, get_renderable=self._bar, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
         self._began = self._clock()

@@ -117,9 +117,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_environment(path: Path) -> dict[str, str]:
     try:
-        return {
-            str(name): str(version) for name, version in json.loads(path.read_text(encoding="utf-8")).items()
-        }
+        return {str(name): str(version) for name, version in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError):
         return {}
 

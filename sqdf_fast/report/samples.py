@@ -35,9 +35,7 @@ class Samples:
     steps: dict[int, list[Path | None]]
 
 
-def save_samples(
-    run_folder: Path, step: int, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]
-) -> None:
+def save_samples(run_folder: Path, step: int, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> None:
     """Write the pictures of one step, and the list of prompts and seeds.
 
     Args:

@@ -77,9 +77,7 @@ def _load_vision(clip: str, dtype: torch.dtype) -> CLIPVisionModelWithProjection
     from transformers import CLIPVisionModelWithProjection
 
     try:
-        vision, loading = CLIPVisionModelWithProjection.from_pretrained(
-            clip, dtype=dtype, output_loading_info=True
-        )
+        vision, loading = CLIPVisionModelWithProjection.from_pretrained(clip, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"aesthetic reward: no CLIP model at {clip!r} ({_first_line(error)}); "
@@ -113,9 +111,7 @@ def _load_head(head: str, head_file: str) -> nn.Sequential:
         ) from None
     chained = all(first.out_features == second.in_features for first, second in pairwise(layers))
     if not chained or layers[-1].out_features != 1:
-        raise UserError(
-            f"aesthetic reward: the layers of {path} do not chain to one score; get {HEAD_FILE} again"
-        )
+        raise UserError(f"aesthetic reward: the layers of {path} do not chain to one score; get {HEAD_FILE} again")
     return nn.Sequential(*layers)
 
 

@@ -27,18 +27,14 @@ def checked_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Te
     """
     scores = _call(reward, images, prompts)
     if not isinstance(scores, Tensor):
-        raise UserError(
-            f"reward {reward.name!r} returned {type(scores).__name__}, not a torch tensor of shape [B]"
-        )
+        raise UserError(f"reward {reward.name!r} returned {type(scores).__name__}, not a torch tensor of shape [B]")
     if scores.shape != (len(images),):
         raise UserError(
             f"reward {reward.name!r} returned shape {list(scores.shape)} for {len(images)} images; "
             f"return one score an image, shape [{len(images)}]"
         )
     if not scores.is_floating_point():
-        raise UserError(
-            f"reward {reward.name!r} returned {scores.dtype}; return floating-point scores (float32)"
-        )
+        raise UserError(f"reward {reward.name!r} returned {scores.dtype}; return floating-point scores (float32)")
     if scores.device != images.device:
         raise UserError(
             f"reward {reward.name!r} returned scores on {scores.device} for images on {images.device}; "
@@ -102,9 +98,7 @@ def _call(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise UserError(
-            f"reward {reward.name!r} raised {_described(error)}; it was given {_shown(images)}"
-        ) from error
+        raise UserError(f"reward {reward.name!r} raised {_described(error)}; it was given {_shown(images)}") from error
 
 
 def _gradient(reward: Reward, scores: Tensor, pixels: Tensor) -> Tensor | None:

@@ -51,8 +51,7 @@ def load_reward(
         close = difflib.get_close_matches(spec, _REGISTERED, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
-            f"reward {spec!r} is unknown; {hint}allowed: {', '.join(_REGISTERED)}, "
-            "or module:function of your own"
+            f"reward {spec!r} is unknown; {hint}allowed: {', '.join(_REGISTERED)}, or module:function of your own"
         )
     target = _resolve(_REGISTERED.get(spec, spec))
     if inspect.isclass(target) and issubclass(target, Reward):

@@ -28,9 +28,7 @@ def test_values_of_one_group_count_as_one_draw():
     of_group = rng.normal(0, 1, 25)
     values = np.repeat(of_group, 16).tolist()
     groups = [f"prompt {i // 16}" for i in range(400)]
-    assert bootstrap_interval(values, groups) == pytest.approx(
-        bootstrap_interval(of_group.tolist()), abs=1e-12
-    )
+    assert bootstrap_interval(values, groups) == pytest.approx(bootstrap_interval(of_group.tolist()), abs=1e-12)
     naive_low, naive_high = bootstrap_interval(values)
     low, high = bootstrap_interval(values, groups)
     assert high - low == pytest.approx(4 * (naive_high - naive_low), rel=0.1)
@@ -47,7 +45,5 @@ def test_groups_of_unequal_size_keep_the_mean():
 def test_same_seed_same_interval():
     values = [0.1, 0.7, 0.4, 0.9]
     assert bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5)
-    assert bootstrap_interval(values, seed=5, resamples=50) != bootstrap_interval(
-        values, seed=6, resamples=50
-    )
+    assert bootstrap_interval(values, seed=5, resamples=50) != bootstrap_interval(values, seed=6, resamples=50)
     assert bootstrap_interval([2.5]) == (2.5, 2.5)

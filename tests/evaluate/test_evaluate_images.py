@@ -29,9 +29,7 @@ class ColourJudges(Judges):
     def alignment(self, images, prompts):
         assert not torch.is_grad_enabled()
         self.batches.append(len(images))
-        return images.mean(dim=(2, 3))[
-            range(len(prompts)), [["red", "green", "blue"].index(p) for p in prompts]
-        ]
+        return images.mean(dim=(2, 3))[range(len(prompts)), [["red", "green", "blue"].index(p) for p in prompts]]
 
     def attribute_accuracy(self, images, prompts):
         return 0.75

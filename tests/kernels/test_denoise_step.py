@@ -59,9 +59,7 @@ def relative_error(value, truth):
 @pytest.mark.parametrize("g", [1.0, 5.0, 0.0])
 def test_equals_definition(shape, dtype, g):
     x, policy, reference, noise, index = make(shape, dtype, guided=g != 1)
-    x_prev, kl = denoise_step(
-        x, policy, reference, TRANSITION, index, guidance_scale=g, noise=noise, kl_scale=0.5
-    )
+    x_prev, kl = denoise_step(x, policy, reference, TRANSITION, index, guidance_scale=g, noise=noise, kl_scale=0.5)
     expected_x_prev, expected_kl = define(x, policy, reference, noise, index, g, kl_scale=0.5)
     assert x_prev.dtype == dtype
     assert kl.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -152,9 +150,7 @@ def test_staged_backward_equals_autograd(g, dtype):
 def test_staged_equals_plain():
     x, policy, reference, noise, index = make((3, 5, 5))
     plain = denoise_step(x, policy, reference, TRANSITION, index, guidance_scale=5.0, noise=noise)
-    *staged, delta = denoise_step_staged(
-        x, policy, reference, TRANSITION, index, guidance_scale=5.0, noise=noise
-    )
+    *staged, delta = denoise_step_staged(x, policy, reference, TRANSITION, index, guidance_scale=5.0, noise=noise)
     assert torch.equal(plain[0], staged[0])
     assert torch.equal(plain[1], staged[1])
     difference = policy - reference

@@ -24,9 +24,7 @@ def make(shape, dtype=torch.float64, seed=0):
 def define(reward, kl, remaining, gamma, alpha, mask, denominator):
     """The loss from its definition, term by term."""
     total = 0.0
-    for r, d, k in zip(
-        reward.flatten().tolist(), kl.flatten().tolist(), remaining.flatten().tolist(), strict=True
-    ):
+    for r, d, k in zip(reward.flatten().tolist(), kl.flatten().tolist(), remaining.flatten().tolist(), strict=True):
         if mask and r <= 0:
             continue
         total += -(gamma**k) * r + alpha * d
@@ -39,9 +37,7 @@ def define(reward, kl, remaining, gamma, alpha, mask, denominator):
 @pytest.mark.parametrize("denominator", [None, 11])
 def test_equals_definition(shape, dtype, mask, denominator):
     reward, kl, remaining = make(shape, dtype)
-    loss = discounted_loss(
-        reward, kl, remaining, gamma=0.9, alpha=2.0, mask_nonpositive=mask, denominator=denominator
-    )
+    loss = discounted_loss(reward, kl, remaining, gamma=0.9, alpha=2.0, mask_nonpositive=mask, denominator=denominator)
     assert loss.shape == ()
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = define(reward, kl, remaining, 0.9, 2.0, mask, denominator)
@@ -81,9 +77,7 @@ def test_gradient_values():
     reward = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
     kl = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64, requires_grad=True)
     remaining = torch.tensor([0, 1, 2])
-    discounted_loss(
-        reward, kl, remaining, gamma=0.5, alpha=3.0, mask_nonpositive=True, denominator=4
-    ).backward()
+    discounted_loss(reward, kl, remaining, gamma=0.5, alpha=3.0, mask_nonpositive=True, denominator=4).backward()
     assert reward.grad.tolist() == [-0.25, 0.0, -0.0625]
     assert kl.grad.tolist() == [0.75, 0.0, 0.75]
 

@@ -41,9 +41,7 @@ def test_order_of_auto_and_the_logged_reason(forget, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert dispatch.resolve("denoise_step", "auto", CPU, FLOAT) == "native"
         assert dispatch.resolve("denoise_step", "auto", CPU, FLOAT) == "native"
-    assert [record.message for record in caplog.records] == [
-        "denoise_step on cpu takes native (triton: no GPU)"
-    ]
+    assert [record.message for record in caplog.records] == ["denoise_step on cpu takes native (triton: no GPU)"]
 
 
 def test_explicit_choice_never_falls_back(forget, monkeypatch):

@@ -41,9 +41,7 @@ def test_philox_gives_the_published_answers(counter: list[int], key: list[int], 
 
 @implementations
 def test_counter_zero_under_key_zero_is_the_published_answer(impl: str) -> None:
-    assert philox_uint32(seeds(0), 3, impl=impl).tolist() == [
-        [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    ]
+    assert philox_uint32(seeds(0), 3, impl=impl).tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
 
 
 @implementations
@@ -54,9 +52,7 @@ def test_layout_and_normals_are_those_of_triton(impl: str) -> None:
     normals = [-1.0370672941207886, 0.28971347212791443, 1.8413163423538208, -0.5076616406440735]
     normals += [-0.5882709622383118, -0.7344582676887512, -0.541894257068634, -0.41859275102615356]
     assert philox_uint32(seed, 8, impl=impl).tolist() == [words]
-    torch.testing.assert_close(
-        philox_normal(seed, (8,), impl=impl), torch.tensor([normals]), rtol=0, atol=2e-6
-    )
+    torch.testing.assert_close(philox_normal(seed, (8,), impl=impl), torch.tensor([normals]), rtol=0, atol=2e-6)
 
 
 @needs_native
@@ -64,9 +60,7 @@ def test_layout_and_normals_are_those_of_triton(impl: str) -> None:
 @given(st.lists(int64, min_size=1, max_size=3), st.integers(1, 700))
 def test_native_words_equal_the_reference(values: list[int], numel: int) -> None:
     seed = seeds(*values)
-    assert torch.equal(
-        philox_uint32(seed, numel, impl="native"), philox_uint32(seed, numel, impl="reference")
-    )
+    assert torch.equal(philox_uint32(seed, numel, impl="native"), philox_uint32(seed, numel, impl="reference"))
 
 
 @needs_native
@@ -141,9 +135,7 @@ def test_other_dtypes_hold_the_float32_noise(dtype: torch.dtype) -> None:
 def test_empty_batches_and_samples_and_scalar_samples(impl: str) -> None:
     assert philox_normal(seeds(), (4,), impl=impl).shape == (0, 4)
     assert philox_normal(seeds(1, 2), (0,), impl=impl).shape == (2, 0)
-    assert torch.equal(
-        philox_normal(seeds(1, 2), (), impl=impl), philox_normal(seeds(1, 2), (9,), impl=impl)[:, 0]
-    )
+    assert torch.equal(philox_normal(seeds(1, 2), (), impl=impl), philox_normal(seeds(1, 2), (9,), impl=impl)[:, 0])
 
 
 @implementations

@@ -42,9 +42,7 @@ def test_equals_definition(shape, dtype, g):
     assert x0.dtype == dtype
     error = (x0.double() - expected).flatten(1).norm(dim=1)
     # a x and b m may cancel: the error is relative to what is added up
-    scale = define(x.abs(), torch.zeros_like(output), index, g).flatten(1).norm(dim=1) + expected.flatten(
-        1
-    ).norm(dim=1)
+    scale = define(x.abs(), torch.zeros_like(output), index, g).flatten(1).norm(dim=1) + expected.flatten(1).norm(dim=1)
     assert (error <= BUDGET[dtype] * scale).all()
 
 
@@ -130,18 +128,14 @@ def test_row_does_not_depend_on_its_neighbours():
     x, output, index = make((16384 + 3,), torch.float32)
     x0 = posterior_mean(x, output, POSTERIOR, index, guidance_scale=5.0)
     rows = torch.tensor([2, 1])
-    part = posterior_mean(
-        x[rows], output[torch.cat([rows, rows + 4])], POSTERIOR, index[rows], guidance_scale=5.0
-    )
+    part = posterior_mean(x[rows], output[torch.cat([rows, rows + 4])], POSTERIOR, index[rows], guidance_scale=5.0)
     assert torch.equal(part, x0[rows])
 
 
 def test_two_columns_of_a_transition_table():
     x, output, index = make((4, 5), guided=False)
     table = torch.cat([POSTERIOR, torch.full((4, 1), torch.nan, dtype=torch.float64)], dim=1)
-    assert torch.equal(
-        posterior_mean(x, output, table[:, :2], index), posterior_mean(x, output, POSTERIOR, index)
-    )
+    assert torch.equal(posterior_mean(x, output, table[:, :2], index), posterior_mean(x, output, POSTERIOR, index))
 
 
 def test_compiles_without_a_graph_break():

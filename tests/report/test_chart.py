@@ -74,9 +74,7 @@ def test_band_surrounds_its_curve():
 
 
 def test_right_axis_has_its_own_scale():
-    chart = line_chart(
-        "both", [Line("a", [(0, 0.0), (1, 1.0)]), Line("b", [(0, 100.0), (1, 500.0)], 2, right=True)]
-    )
+    chart = line_chart("both", [Line("a", [(0, 0.0), (1, 1.0)]), Line("b", [(0, 100.0), (1, 500.0)], 2, right=True)])
     first, second = (points(curve) for curve in parsed(chart).findall(".//polyline"))
     assert second[1][1] == pytest.approx(first[1][1], abs=8)
     labels = re.findall(r'class="ink2"[^>]*>([^<]+)<', chart)

@@ -53,9 +53,7 @@ def test_wrap_keeps_every_word_and_the_width():
 
 
 def test_pairs_stand_side_by_side_under_their_headings():
-    sheet = before_after_grid(
-        [flat(RED), flat(RED)], [flat(GREEN), flat(BLUE)], ["a", "b"], columns=2, tile=100
-    )
+    sheet = before_after_grid([flat(RED), flat(RED)], [flat(GREEN), flat(BLUE)], ["a", "b"], columns=2, tile=100)
     below_heading = next(y for y in range(sheet.height) if sheet.getpixel((GAP + 50, y)) == RED)
     places = [(GAP + x, below_heading) for x in (0, 104, 204 + GAP, 308 + GAP)]
     assert centres(sheet, 100, places) == [RED, GREEN, RED, BLUE]

@@ -54,17 +54,13 @@ def test_on_a_terminal_a_live_line_with_every_fact():
 
 def test_facts_before_the_first_step():
     output = io.StringIO()
-    with TrainingProgress(
-        5, console=Console(file=output, force_terminal=True, width=120), clock=Clock()
-    ) as progress:
+    with TrainingProgress(5, console=Console(file=output, force_terminal=True, width=120), clock=Clock()) as progress:
         progress.phase("evaluating", 2, 40)
     assert "evaluating 2/40" in output.getvalue()
     assert "0/5" in output.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (75.2, "1:15"), (59.6, "1:00"), (4000, "1:06:40")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.2, "1:15"), (59.6, "1:00"), (4000, "1:06:40")])
 def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
 

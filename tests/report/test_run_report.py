@@ -104,9 +104,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.addresses += [
-            value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")
-        ]
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -151,9 +149,7 @@ def test_page_holds_everything_and_asks_the_network_for_nothing(run_folder):
 
 
 def test_evaluation_says_which_prompts_and_which_diversity(run_folder):
-    assert "The prompts of the training; the same seeds" in write_report(run_folder).read_text(
-        encoding="utf-8"
-    )
+    assert "The prompts of the training; the same seeds" in write_report(run_folder).read_text(encoding="utf-8")
     config = CONFIG | {"prompts": "shapes", "evaluation": {"prompts": "shapes-held-out"}}
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [json.dumps(evaluation(step, 0.0, 0.0, diversity_measure="<thumbnails>")) for step in (0, 1)]
@@ -261,10 +257,7 @@ def test_summary_compares_last_with_first():
     assert found.shuffled == 0.1
     assert summarise([]).proxy_gain is None
     assert summarise([evaluation(0, 0.25, -1.0)]).proxy_gain is None
-    assert (
-        summarise([evaluation(0, 1.0, 0.0, eval_proxy_reward_std=0.0), evaluation(1, 2.0, 0.0)]).proxy_gain
-        is None
-    )
+    assert summarise([evaluation(0, 1.0, 0.0, eval_proxy_reward_std=0.0), evaluation(1, 2.0, 0.0)]).proxy_gain is None
 
 
 def test_summary_lines(run_folder):
@@ -273,10 +266,7 @@ def test_summary_lines(run_folder):
     assert lines[2].split() == ["true", "reward", "-1.000", "->", "-0.600", "(+0.400)"]
     assert "(80% kept)" in lines[4]
     assert "(shuffled prompts 0.100)" in lines[5]
-    assert (
-        "40 optimizer steps, 1:20 training time, 0:15 evaluation time, 6,000 UNet evaluations, 1.00 GiB"
-        in lines[6]
-    )
+    assert "40 optimizer steps, 1:20 training time, 0:15 evaluation time, 6,000 UNet evaluations, 1.00 GiB" in lines[6]
 
 
 def test_not_a_run_folder(tmp_path):

@@ -150,9 +150,7 @@ def test_gradient_matches_finite_differences(clip_folder, head_file, images):
     direction = torch.randn(pixels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         ahead, behind = (reward(pixels + h * direction, ["a"]) for h in (1e-6, -1e-6))
-    torch.testing.assert_close(
-        (gradient * direction).sum(), (ahead - behind).squeeze() / 2e-6, rtol=1e-6, atol=1e-9
-    )
+    torch.testing.assert_close((gradient * direction).sum(), (ahead - behind).squeeze() / 2e-6, rtol=1e-6, atol=1e-9)
     preflight(reward, images.double(), ["a"] * 3)
 
 
@@ -165,9 +163,7 @@ def test_missing_head_says_how_to_get_it(clip_folder, tmp_path):
 
 
 def test_missing_clip_says_how_to_get_it(tmp_path, head_file):
-    with pytest.raises(
-        UserError, match=r"no CLIP model at .*hf download openai/clip-vit-large-patch14"
-    ) as caught:
+    with pytest.raises(UserError, match=r"no CLIP model at .*hf download openai/clip-vit-large-patch14") as caught:
         load_reward("aesthetic", clip=str(tmp_path / "gone"), head=str(head_file))
     assert "\n" not in str(caught.value)
 

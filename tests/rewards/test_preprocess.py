@@ -55,9 +55,7 @@ def test_crop_is_the_centre():
 
 
 def test_gradient_matches_finite_differences():
-    images = 0.2 + 0.6 * torch.rand(
-        1, 3, 9, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+    images = 0.2 + 0.6 * torch.rand(1, 3, 9, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert torch.autograd.gradcheck(lambda x: preprocess(x, 6), images.requires_grad_())
     assert preprocess(images, 6).dtype == torch.float64
 

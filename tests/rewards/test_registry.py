@@ -48,9 +48,7 @@ def test_module_is_found_in_the_current_folder(tmp_path, monkeypatch):
 
 
 def test_options_reach_the_function(user_module):
-    name = user_module(
-        "def scaled(images, prompts, factor=1.0):\n    return images.mean((1, 2, 3)) * factor\n"
-    )
+    name = user_module("def scaled(images, prompts, factor=1.0):\n    return images.mean((1, 2, 3)) * factor\n")
     assert load_reward(f"{name}:scaled", factor=3.0)(torch.ones(1, 3, 2, 2), ["a"]).tolist() == [3.0]
     with pytest.raises(UserError, match=r"unexpected keyword argument 'facto'.*options given: facto"):
         load_reward(f"{name}:scaled", facto=3.0)
