@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -106,15 +105,6 @@ class Backbone:
             x, timesteps = torch.cat([x, x]), torch.cat([timesteps, timesteps])
         self.evaluations += len(x)
         return self.family.predict(x.to(self.family.dtype), timesteps, conditioning)
-
-    def frozen_fingerprint(self) -> str:
-        """SHA-256 of every weight that must never change; equal before and after a run."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.family.network.state_dict().items()):
-            if ".policy." not in name:
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     def _add_policy(self, rank: int, alpha: float, target_modules: tuple[str, ...], seed: int) -> None:
         config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules))

@@ -165,16 +165,6 @@ def test_the_seed_decides_the_start_and_nothing_else_does(model):
     assert any(not torch.equal(a, b) for a, b in zip(first, third, strict=True))
 
 
-def test_the_fingerprint_sees_frozen_weights_only(model):
-    backbone = make(model)
-    before = backbone.frozen_fingerprint()
-    stir(backbone)
-    assert backbone.frozen_fingerprint() == before
-    with torch.no_grad():
-        backbone.family.network.conv_in.weight[0, 0, 0, 0] += 1e-3
-    assert backbone.frozen_fingerprint() != before
-
-
 def test_faults_are_one_line(model, consistency_lora, tmp_path):
     with pytest.raises(UserError, match="match no layer"):
         make(model, target_modules=("to_qkv",))

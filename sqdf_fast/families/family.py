@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Family(ABC):
     """
 
     name: ClassVar[str]
-    network: nn.Module
+    network: Any
     scheduler: Any
     latent_shape: tuple[int, ...]
 
@@ -50,11 +50,13 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        device: torch.device = next(self.network.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
+        dtype: torch.dtype = next(self.network.parameters()).dtype
+        return dtype
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of the prompts, [B, ...]. Each distinct prompt is encoded once and kept."""
@@ -100,5 +102,5 @@ class ClipKeepingGradient(torch.autograd.Function):
         return images.clamp(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad

@@ -30,7 +30,9 @@ class StableDiffusion(Family):
     def __init__(self, pipeline: StableDiffusionPipeline, consistency_lora: str | None = _LCM_LORA_SD15) -> None:
         super().__init__()
         self.network = pipeline.unet
-        self.vae, self.text_encoder, self.tokenizer = pipeline.vae, pipeline.text_encoder, pipeline.tokenizer
+        self.vae: Any = pipeline.vae
+        self.text_encoder: Any = pipeline.text_encoder
+        self.tokenizer: Any = pipeline.tokenizer
         for module in (self.network, self.vae, self.text_encoder):
             module.requires_grad_(False).eval()
         self.scheduler = _stochastic_scheduler(pipeline.scheduler)
