@@ -1,0 +1,4 @@
+"""The seeded commands that make every shipped weight of the embedded world from nothing.
+
+``python -m sqdf_fast.shapes.build <part>``, in the order vae, unet, judge, taste, sheet; each prints its settings, progress and outcome.
+"""

@@ -1,0 +1,63 @@
+"""``python -m sqdf_fast.shapes.build <part>``: make one part of the embedded world.
+
+The defaults are the settings of the shipped weights; ``--smoke`` runs a part in seconds to show that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sqdf_fast.shapes import pipeline_folder
+from sqdf_fast.shapes.build.judge import train_judge
+from sqdf_fast.shapes.build.sheet import report_samples, save_sheet
+from sqdf_fast.shapes.build.taste import train_taste
+from sqdf_fast.shapes.build.unet import train_unet
+from sqdf_fast.shapes.build.vae import train_vae
+from sqdf_fast.shapes.judge import load_judge
+
+SEEDS = {"vae": 0, "unet": 1, "judge": 1000, "taste": 2000, "samples": 3000, "sheet": 7}
+STEPS = {"vae": 2700, "unet": 9000, "judge": 2000, "taste": 300}
+SMOKE_STEPS = {"vae": 3, "unet": 3, "judge": 3, "taste": 20}
+
+
+def build(part: str, weights: Path, work: Path, smoke: bool) -> None:
+    """Make ``part`` under ``weights``; ``work`` keeps the autoencoder and the training state of the noise predictor."""
+    steps = (SMOKE_STEPS if smoke else STEPS).get(part, 0)
+    seed, pool = SEEDS[part], {"pool": 256} if smoke else {}
+    pipeline, judge = weights / "pipeline", weights / "judge.safetensors"
+    if part == "vae":
+        print(f"PSNR on fresh renders: {train_vae(work / 'vae', seed, steps, **pool):.1f} dB")
+    elif part == "unet":
+        checkpoint = work / "unet.pt"
+        train_unet(pipeline, work / "vae", seed, steps, **pool, checkpoint=checkpoint)
+    elif part == "judge":
+        train_judge(judge, seed, steps, **pool)
+    elif part == "taste":
+        train_taste(weights / "taste.safetensors", seed, steps)
+    elif part == "samples":
+        report_samples(pipeline, load_judge(judge), seed, repeats=1 if smoke else 6)
+    else:
+        save_sheet(pipeline, work / "shapes_samples.png", seed)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sqdf_fast.shapes.build", description=__doc__)
+    parser.add_argument("part", choices=list(SEEDS), help="what to make; in this order from nothing")
+    parser.add_argument("--weights", type=Path, default=pipeline_folder().parent, help="where the weights are written")
+    parser.add_argument("--work", type=Path, default=Path("build/shapes"), help="what is not shipped: training states")
+    parser.add_argument("--smoke", action="store_true", help="a few steps on few renders")
+    options = parser.parse_args(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    print(f"{options.part}: seed {SEEDS[options.part]}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    build(options.part, options.weights, options.work, options.smoke)
+    print(f"{options.part}: {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
