@@ -278,7 +278,13 @@ class Trainer:
             images.to(self.backbone.family.device), self.held_out.prompts, self.reward, self.judges
         )
         self._keep_samples(images)
-        record = {"kind": "evaluation", "step": self.step, **scores, "seconds": time.monotonic() - started}
+        record = {
+            "kind": "evaluation",
+            "step": self.step,
+            **scores,
+            "diversity_measure": self.judges.diversity_measure,
+            "seconds": time.monotonic() - started,
+        }
         log.append(record)
         self.evaluated = self.step
         self.progress.message(_evaluation_line(record))

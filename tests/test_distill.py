@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -170,12 +171,8 @@ def test_every_state_is_drawn_alike_and_none_before_its_branch(model):
 
 
 def test_pseudo_huber_is_quadratic_near_zero_and_linear_far_from_it():
-    assert pseudo_huber(torch.tensor([3e-4, -3e-4], dtype=torch.float64), 0.1).item() == pytest.approx(
-        4.5e-7, rel=1e-4
-    )
-    assert pseudo_huber(torch.tensor([1e3, -1e3], dtype=torch.float64), 0.1).item() == pytest.approx(
-        999.9, rel=1e-6
-    )
+    assert pseudo_huber(torch.tensor([3e-4, -3e-4], dtype=torch.float64), 0.1).item() == pytest.approx(4.5e-7, rel=1e-4)
+    assert pseudo_huber(torch.tensor([1e3, -1e3], dtype=torch.float64), 0.1).item() == pytest.approx(999.9, rel=1e-6)
 
 
 def test_gradient_is_the_losss_own_and_does_not_depend_on_micro_batches(model):
@@ -217,9 +214,7 @@ def test_consistency_target_is_the_averaged_model_one_step_later(model):
     with torch.no_grad():
         for parameter, average in zip(distiller.parameters, distiller.average, strict=True):
             parameter.copy_(average)
-        expected = distiller._consistency(
-            trajectories.states[1:2, 2], torch.tensor([2]), trajectories.prompts[1:2]
-        )
+        expected = distiller._consistency(trajectories.states[1:2, 2], torch.tensor([2]), trajectories.prompts[1:2])
     torch.testing.assert_close(target[:1], expected, rtol=0, atol=1e-12)
     assert (target[0] - trajectories.x0[1]).abs().mean() > 1e-3
 
@@ -324,7 +319,7 @@ def test_reward_is_correlated_and_progress_reported(model, tmp_path):
 
 def test_table_shows_every_row():
     text = accuracy_table(
-        [Accuracy("consistency", 901.0, 0.1234, 0.9, None), Accuracy("tweedie", 1.0, 2, 1, 0.5)]
+        [asdict(Accuracy("consistency", 901.0, 0.1234, 0.9, None)), asdict(Accuracy("tweedie", 1.0, 2, 1, 0.5))]
     )
     assert text.splitlines()[1].split() == ["consistency", "901", "0.123", "0.900", "-"]
     assert text.splitlines()[2].split() == ["tweedie", "1", "2.000", "1.000", "0.500"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,21 +85,19 @@ def measure_accuracy(
         )
         true = _Judged.of(backbone, reached.x0, prompts, batch_size, reward)
         for name, who, lookahead, scale in kinds:
-            x0_hat = _foresee(
-                backbone, who, reached.states[:, state], state, prompts, lookahead, scale, batch_size
-            )
+            x0_hat = _foresee(backbone, who, reached.states[:, state], state, prompts, lookahead, scale, batch_size)
             judged = _Judged.of(backbone, x0_hat, prompts, batch_size, reward)
             table.append(_compare(name, float(lookahead.timesteps[state, 0]), judged, true))
     return table
 
 
-def accuracy_table(table: Sequence[Accuracy]) -> str:
-    """One line a row, for a terminal."""
+def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of a summary's ``accuracy``, fields of :class:`Accuracy`, as text for a terminal."""
     lines = [f"{'look-ahead':<14}{'timestep':>10}{'error':>10}{'sharpness':>12}{'reward corr.':>14}"]
-    for row in table:
-        correlation = "-" if row.correlation is None else f"{row.correlation:.3f}"
+    for row in rows:
+        correlation = "-" if row["correlation"] is None else f"{row['correlation']:.3f}"
         lines.append(
-            f"{row.lookahead:<14}{row.timestep:>10.0f}{row.error:>10.3f}{row.sharpness:>12.3f}{correlation:>14}"
+            f"{row['lookahead']:<14}{row['timestep']:>10.0f}{row['error']:>10.3f}{row['sharpness']:>12.3f}{correlation:>14}"
         )
     return "\n".join(lines)
 
@@ -155,9 +154,7 @@ class _Judged:
             detail += [images.diff(dim=axis).abs().mean(dim=(1, 2, 3)).double().cpu() for axis in (2, 3)]
             if reward is not None:
                 rewards.append(reward(images, prompts[part]).double().cpu())
-        return _Judged(
-            latents.double(), float(torch.cat(detail).mean()), torch.cat(rewards) if rewards else None
-        )
+        return _Judged(latents.double(), float(torch.cat(detail).mean()), torch.cat(rewards) if rewards else None)
 
 
 def _compare(name: str, timestep: float, judged: _Judged, true: _Judged) -> Accuracy:

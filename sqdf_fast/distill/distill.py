@@ -117,9 +117,7 @@ class Distiller:
         stages = ("trajectories", "training", "evaluation")
         return {
             "settings": self.settings.model_dump(mode="json"),
-            "seconds": {
-                stage: round(b - a, 1) for stage, a, b in zip(stages, clock, clock[1:], strict=False)
-            },
+            "seconds": {stage: round(b - a, 1) for stage, a, b in zip(stages, clock, clock[1:], strict=False)},
             "network_evaluations": self.backbone.evaluations,
             "lora_parameters": sum(parameter.numel() for parameter in self.parameters),
             "loss": loss,
@@ -157,13 +155,9 @@ class Distiller:
         losses = []
         for step in range(settings.steps):
             chosen = torch.multinomial(weights, settings.batch_size, replacement=True, generator=draw)
-            losses.append(
-                self._accumulate(trajectories, chosen // len(self.schedule), chosen % len(self.schedule))
-            )
+            losses.append(self._accumulate(trajectories, chosen // len(self.schedule), chosen % len(self.schedule)))
             if not math.isfinite(losses[-1]):
-                raise UserError(
-                    f"the loss became {losses[-1]} at step {step}; lower lr (it is {settings.lr})"
-                )
+                raise UserError(f"the loss became {losses[-1]} at step {step}; lower lr (it is {settings.lr})")
             nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

@@ -19,12 +19,8 @@ class Distillation(Section):
 
     num_trajectories: Positive = Field(1024, description="trajectories of the guided model to learn from")
     num_inference_steps: Positive = Field(50, description="denoising steps T of a trajectory")
-    guidance_scale: float = Field(
-        5.0, ge=0, description="classifier-free guidance g, distilled into the LoRA"
-    )
-    stochastic: float = Field(
-        0.5, ge=0, le=1, description="share of trajectories that begin with noisy steps"
-    )
+    guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance g, distilled into the LoRA")
+    stochastic: float = Field(0.5, ge=0, le=1, description="share of trajectories that begin with noisy steps")
     sampling_batch_size: Positive = Field(4, description="trajectories denoised at once")
     rank: Positive = Field(64, description="LoRA rank")
     target_modules: tuple[str, ...] = Field(

@@ -84,9 +84,7 @@ def guided_trajectories(
             part = slice(start, start + batch_size)
             conditioning = backbone.family.encode(prompts[part])
             kept = []
-            for i, x in enumerate(
-                _walk(backbone, schedule, conditioning, seeds[part], branch[part], guidance_scale)
-            ):
+            for i, x in enumerate(_walk(backbone, schedule, conditioning, seeds[part], branch[part], guidance_scale)):
                 kept.append(x.to("cpu", backbone.family.dtype))
                 if on_progress:
                     on_progress(number * len(schedule) + i, len(starts) * len(schedule))
@@ -111,9 +109,7 @@ def _walk(
     rows = torch.cat([schedule.transition[:, :2], schedule.ode]).to(device, dtype)
 
     def noise(*purpose: int) -> Tensor:
-        return philox_normal(
-            derive_seeds(*purpose, ids=seeds), family.latent_shape, dtype=dtype, device=device
-        )
+        return philox_normal(derive_seeds(*purpose, ids=seeds), family.latent_shape, dtype=dtype, device=device)
 
     x = noise(Stream.INITIAL)
     yield x

@@ -49,9 +49,7 @@ def _is_held_out(named: Named) -> bool:
     return (2 * colours.index(named.colour) + 3 * SHAPES.index(named.shape)) % 5 == 0
 
 
-_ALL = tuple(
-    Named(shape, colour, size) for size in (None, *SIZES) for colour in (None, *COLOURS) for shape in SHAPES
-)
+_ALL = tuple(Named(shape, colour, size) for size in (None, *SIZES) for colour in (None, *COLOURS) for shape in SHAPES)
 ALL_PROMPTS: tuple[str, ...] = tuple(named.prompt() for named in _ALL)
 TRAIN_PROMPTS: tuple[str, ...] = tuple(named.prompt() for named in _ALL if not _is_held_out(named))
 HELD_OUT_PROMPTS: tuple[str, ...] = tuple(named.prompt() for named in _ALL if _is_held_out(named))

@@ -1,7 +1,7 @@
 """Rewards of the embedded world: the hidden rule, the taste network that imitates it, an analytic one.
 
-Every reward maps pictures float [B, 3, 64, 64] in [0, 1] and their B prompts to float32 [B]; none looks at
-the prompts.
+Every reward maps pictures float [B, 3, 64, 64] in [0, 1] and their B prompts to [B], float32 for
+float32 pictures; none looks at the prompts.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class TasteNetwork(nn.Module):
     def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         features = self.features((F.avg_pool2d(images, 2) - 0.75) * 4)
         pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
-        return self.score(pooled).squeeze(1).float()
+        return self.score(pooled).squeeze(1)
 
 
 def warmth(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import torch
 
 from sqdf_fast.shapes import pipeline_folder
@@ -17,28 +18,28 @@ from sqdf_fast.shapes.build.judge import train_judge
 from sqdf_fast.shapes.build.sheet import report_samples, save_sheet
 from sqdf_fast.shapes.build.taste import train_taste
 from sqdf_fast.shapes.build.unet import train_unet
-from sqdf_fast.shapes.build.vae import train_vae
+from sqdf_fast.shapes.build.vae import finish_decoder, train_vae
 from sqdf_fast.shapes.judge import load_judge
 
 SEEDS = {"vae": 0, "unet": 1, "judge": 1000, "taste": 2000, "samples": 3000, "sheet": 7}
-STEPS = {"vae": 2700, "unet": 9000, "judge": 2000, "taste": 300}
-SMOKE_STEPS = {"vae": 3, "unet": 3, "judge": 3, "taste": 20}
+STEPS = {"vae": 2700, "decoder": 600, "unet": 5000, "judge": 2000, "taste": 300}
+SMOKE_STEPS = {"vae": 3, "decoder": 2, "unet": 3, "judge": 3, "taste": 20}
 
 
 def build(part: str, weights: Path, work: Path, smoke: bool) -> None:
     """Make ``part`` under ``weights``; ``work`` keeps the autoencoder and the training state of the noise predictor."""
-    steps = (SMOKE_STEPS if smoke else STEPS).get(part, 0)
+    steps = SMOKE_STEPS if smoke else STEPS
     seed, pool = SEEDS[part], {"pool": 256} if smoke else {}
     pipeline, judge = weights / "pipeline", weights / "judge.safetensors"
     if part == "vae":
-        print(f"PSNR on fresh renders: {train_vae(work / 'vae', seed, steps, **pool):.1f} dB")
+        train_vae(work / "vae", seed, steps["vae"], **pool)
+        finish_decoder(work / "vae", seed + 1, steps["decoder"], **pool)
     elif part == "unet":
-        checkpoint = work / "unet.pt"
-        train_unet(pipeline, work / "vae", seed, steps, **pool, checkpoint=checkpoint)
+        train_unet(pipeline, work / "vae", seed, steps["unet"], work / "unet.pt", **pool)
     elif part == "judge":
-        train_judge(judge, seed, steps, **pool)
+        train_judge(judge, seed, steps["judge"], **pool)
     elif part == "taste":
-        train_taste(weights / "taste.safetensors", seed, steps)
+        train_taste(weights / "taste.safetensors", seed, steps["taste"])
     elif part == "samples":
         report_samples(pipeline, load_judge(judge), seed, repeats=1 if smoke else 6)
     else:
@@ -54,9 +55,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    print(f"{options.part}: seed {SEEDS[options.part]}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    click.echo(f"{options.part}: seed {SEEDS[options.part]}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     build(options.part, options.weights, options.work, options.smoke)
-    print(f"{options.part}: {time.monotonic() - started:.0f} s")
+    click.echo(f"{options.part}: {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sqdf_fast.shapes.build.unet import captions
-from sqdf_fast.shapes.judge import Judge, learned_measures
+from sqdf_fast.shapes.judge import LEARNED_MEASURES, Judge, learned_measures
 from sqdf_fast.shapes.prompts import parse
 from sqdf_fast.shapes.render import COLOURS, SHAPES, SIZES, Attributes, render, sample_attributes
 
@@ -75,7 +76,7 @@ def train_judge(path: Path, seed: int, steps: int, batch: int = 64, pool: int = 
         optimizer.step()
         schedule.step()
         if step % max(1, steps // 10) == 0:
-            print(f"judge step {step}/{steps} loss {loss.item():.3f} {time.monotonic() - started:.0f} s", flush=True)
+            click.echo(f"judge step {step}/{steps} loss {loss.item():.3f} {time.monotonic() - started:.0f} s")
     save_half(judge, path)
     return report_judge(judge.eval(), seed + 1)
 
@@ -92,6 +93,10 @@ def report_judge(judge: Judge, seed: int, count: int = 1024) -> tuple[float, flo
     error = (measured - learned_measures(attributes)).square().mean(dim=0)
     own = judge.alignment(pictures, prompts).mean()
     other = judge.alignment(pictures, prompts[1:] + prompts[:1]).mean()
-    print(f"judge on fresh renders: shape {shape_right:.3f} colour {colour_right:.3f} alignment {own:.3f} (another's prompt {other:.3f})")
-    print("squared error of the standardised measures:", [round(value, 3) for value in error.tolist()])
+    click.echo(
+        f"judge on fresh renders: shape {shape_right:.3f} colour {colour_right:.3f} "
+        f"alignment {own:.3f} (another's prompt {other:.3f})"
+    )
+    errors = " ".join(f"{name} {value:.3f}" for name, value in zip(LEARNED_MEASURES, error.tolist(), strict=True))
+    click.echo(f"squared error of the standardised measures: {errors}")
     return shape_right, colour_right

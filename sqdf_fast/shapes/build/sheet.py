@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
@@ -45,7 +46,7 @@ def report_samples(folder: Path, judge: Judge, seed: int, repeats: int = 6) -> t
     shuffled = prompts[repeats:] + prompts[:repeats]
     own, other = judge.alignment(images, prompts).mean(), judge.alignment(images, shuffled).mean()
     rule = hidden_rule(images, prompts)
-    print(
+    click.echo(
         f"{len(prompts)} samples for held-out prompts: shape {accuracy.shape:.3f} colour {accuracy.colour:.3f} "
         f"diversity {judge.diversity(images, prompts):.3f} alignment {own:.3f} (another's prompt {other:.3f}) "
         f"true reward {rule.mean():.2f} +- {rule.std():.2f}"
@@ -63,7 +64,9 @@ def save_sheet(folder: Path, path: Path, seed: int, columns: int = 6, scale: int
     pen = ImageDraw.Draw(sheet)
     for row, prompt in enumerate(SHEET_PROMPTS):
         left, top = (row % 2) * half, (row // 2) * cell
-        pen.multiline_text((left + 6, top + cell // 2 - 12), "\n".join(textwrap.wrap(prompt, 14)), fill="black", font_size=14)
+        pen.multiline_text(
+            (left + 6, top + cell // 2 - 12), "\n".join(textwrap.wrap(prompt, 14)), fill="black", font_size=14
+        )
         for column in range(columns):
             picture = Image.fromarray(images[row * columns + column]).resize((cell, cell), Image.Resampling.BICUBIC)
             sheet.paste(picture, (left + label + column * cell, top))

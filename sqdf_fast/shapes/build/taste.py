@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def train_taste(path: Path, seed: int, steps: int, batch: int = 50) -> float:
     network.score[-1].bias.data.fill_(float(ratings.mean()))
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         chosen = torch.randint(RATINGS, (batch,))
         seen = pictures[chosen]
         seen = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, seen.flip(-1), seen)
@@ -52,5 +53,7 @@ def train_taste(path: Path, seed: int, steps: int, batch: int = 50) -> float:
     save_half(network, path)
     with torch.no_grad():
         correlation = float(torch.corrcoef(torch.stack([network(fresh, []), true]))[0, 1])
-    print(f"taste: {RATINGS} ratings, rule {true.mean():.2f} +- {true.std():.2f}, held-out correlation {correlation:.3f}")
+    click.echo(
+        f"taste: {RATINGS} ratings, rule {true.mean():.2f} +- {true.std():.2f}, held-out correlation {correlation:.3f}"
+    )
     return correlation

@@ -13,8 +13,8 @@ START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 def make_tokenizer() -> CLIPTokenizer:
     """A CLIPTokenizer that keeps every word of the grammar whole.
 
-    Each word is merged from its end towards its beginning, so a merge can only happen at the end of a word and no merge of
-    one word can split another. Letters outside the words become the unknown token.
+    Each word is merged from its end towards its beginning, so a merge can only happen at the end of a word and no
+    merge of one word can split another. Letters outside the words become the unknown token.
     """
     vocabulary = {START: 0, END: 1, UNKNOWN: 2}
     merges: dict[tuple[str, str], None] = {}
@@ -27,7 +27,12 @@ def make_tokenizer() -> CLIPTokenizer:
             vocabulary.setdefault(letter, len(vocabulary))
             vocabulary.setdefault(ending, len(vocabulary))
     return CLIPTokenizer(
-        vocab=vocabulary, merges=list(merges), unk_token=UNKNOWN, bos_token=START, eos_token=END, pad_token=END,
+        vocab=vocabulary,
+        merges=list(merges),
+        unk_token=UNKNOWN,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
         model_max_length=MAX_TOKENS,
     )
 

@@ -7,7 +7,9 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,7 @@ def make_scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,
         prediction_type="epsilon",
         timestep_spacing="trailing",
     )
@@ -144,48 +147,53 @@ def save_pipeline(folder: Path, vae: AutoencoderTiny, denoiser: Denoiser) -> Non
     shutil.rmtree(stale, ignore_errors=True)
 
 
+def diffusion_loss(denoiser: Denoiser, clean: torch.Tensor, tokens: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the predicted noise; ``clean`` [B, 4, 16, 16], token ids [B, 8]."""
+    timesteps = draw_timesteps(alphas, len(clean))
+    noise = torch.randn_like(clean)
+    level = alphas[timesteps].view(-1, 1, 1, 1)
+    noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
+    return F.mse_loss(denoiser(noisy.contiguous(memory_format=torch.channels_last), timesteps, tokens), noise)
+
+
 def train_unet(
-    folder: Path, vae_folder: Path, seed: int, steps: int, batch: int = 32, pool: int = 24576, snapshots: int = 20,
-    checkpoint: Path | None = None, resume: Path | None = None,
-) -> float:
-    """Train from nothing and write the whole pipeline into ``folder``; returns the last averaged loss.
+    folder: Path,
+    vae_folder: Path,
+    seed: int,
+    steps: int,
+    checkpoint: Path,
+    batch: int = 32,
+    pool: int = 24576,
+    snapshots: int = 25,
+) -> None:
+    """Train from nothing, or on from ``checkpoint`` where it exists, and write the whole pipeline into ``folder``.
 
     Args:
+        checkpoint: a file for the training state, written with every snapshot.
         pool: number of renders to train on.
         snapshots: how many times the folder is written, at equal distances.
-        checkpoint: a file for the training state, written with every snapshot.
-        resume: a checkpoint to go on from.
     """
     torch.manual_seed(seed)
     vae = AutoencoderTiny.from_pretrained(vae_folder)
     latents, prompts = captioned_latents(vae, pool, seed)
     tokenizer = make_tokenizer()
-    tokens = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
-    free = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
+    free, *tokens = tokenizer(["", *prompts], padding="max_length", return_tensors="pt").input_ids
+    tokens = torch.stack(tokens)
     denoiser = Denoiser(make_unet(), make_text_encoder(tokenizer)).to(memory_format=torch.channels_last)
     average = copy.deepcopy(denoiser).requires_grad_(False)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        denoiser.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    state = {"denoiser": denoiser, "average": average, "optimizer": optimizer, "schedule": schedule}
+    first = _resume(checkpoint, state) + 1 if checkpoint.exists() else 1
+    torch.manual_seed(seed + first)
     alphas = make_scheduler().alphas_cumprod
-    first = 1
-    if resume is not None:
-        state = torch.load(resume)
-        denoiser.load_state_dict(state["denoiser"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        first = state["step"] + 1
-        torch.manual_seed(seed + first)
     running, started = 1.0, time.monotonic()
     for step in range(first, steps + 1):
         chosen = torch.randint(len(latents), (batch,))
-        clean, prompt = latents[chosen], tokens[chosen]
-        prompt = torch.where(torch.rand(batch, 1) < PROMPT_DROPOUT, free, prompt)
-        timesteps = draw_timesteps(alphas, batch)
-        noise = torch.randn_like(clean)
-        level = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = (level.sqrt() * clean + (1 - level).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        loss = F.mse_loss(denoiser(noisy, timesteps, prompt), noise)
+        prompt = torch.where(torch.rand(batch, 1) < PROMPT_DROPOUT, free, tokens[chosen])
+        loss = diffusion_loss(denoiser, latents[chosen], prompt, alphas)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
@@ -194,16 +202,14 @@ def train_unet(
         if step % EMA_EVERY == 0:
             follow(average, denoiser, step)
         running += (loss.item() - running) * max(0.01, 1 / step)
-        if step % max(1, steps // (10 * snapshots)) == 0:
-            print(f"unet step {step}/{steps} loss {running:.4f} {time.monotonic() - started:.0f} s", flush=True)
         if step % max(1, steps // snapshots) == 0 or step == steps:
+            click.echo(f"unet step {step}/{steps} loss {running:.4f} {time.monotonic() - started:.0f} s")
             save_pipeline(folder, vae, average)
-            if checkpoint is not None:
-                torch.save(
-                    {
-                        "denoiser": denoiser.state_dict(), "average": average.state_dict(), "step": step,
-                        "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                    },
-                    checkpoint,
-                )
-    return running
+            torch.save({"step": step, **{name: part.state_dict() for name, part in state.items()}}, checkpoint)
+
+
+def _resume(checkpoint: Path, state: dict[str, Any]) -> int:
+    saved = torch.load(checkpoint)
+    for name, part in state.items():
+        part.load_state_dict(saved[name])
+    return int(saved["step"])

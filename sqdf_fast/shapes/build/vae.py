@@ -1,7 +1,7 @@
 """The autoencoder: 64x64 RGB to 16x16x4 latents that are near zero mean and unit variance.
 
-Encoder and decoder are trained together first; then the encoder is frozen, so that latents made with it stay valid, and the
-decoder alone is finished with a falling learning rate.
+Encoder and decoder are trained together first; then the encoder is frozen, so that latents made with it stay valid,
+and the decoder alone is finished with a falling learning rate.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -71,10 +72,10 @@ def train_vae(folder: Path, seed: int, steps: int, batch: int = 16, pool: int = 
     return _train(make_vae(), folder, seed, steps, batch, pool, cycle=round(CYCLE * steps))
 
 
-def finish_decoder(source: Path, folder: Path, seed: int, steps: int, batch: int = 16, pool: int = 8192) -> float:
-    """Train the decoder of ``source`` on, its encoder frozen, into ``folder``; returns the ratio on fresh renders."""
+def finish_decoder(folder: Path, seed: int, steps: int, batch: int = 16, pool: int = 8192) -> float:
+    """Train the decoder in ``folder`` on, its encoder frozen; returns the ratio on fresh renders."""
     torch.manual_seed(seed)
-    vae = AutoencoderTiny.from_pretrained(source)
+    vae = AutoencoderTiny.from_pretrained(folder)
     vae.encoder.requires_grad_(False)
     return _train(vae, folder, seed, steps, batch, pool, cycle=steps)
 
@@ -97,6 +98,8 @@ def _train(vae: AutoencoderTiny, folder: Path, seed: int, steps: int, batch: int
         schedule.step()
         if step % max(1, steps // 10) == 0:
             ratio, seconds = signal_to_noise(vae, fresh), time.monotonic() - started
-            print(f"vae step {step}/{steps} loss {loss.item():.4f} PSNR {ratio:.1f} dB {seconds:.0f} s", flush=True)
+            click.echo(f"vae step {step}/{steps} loss {loss.item():.4f} PSNR {ratio:.1f} dB {seconds:.0f} s")
     vae.save_pretrained(folder)
-    return signal_to_noise(vae, fresh)
+    ratio = signal_to_noise(vae, fresh)
+    click.echo(f"PSNR on fresh renders: {ratio:.1f} dB")
+    return ratio
