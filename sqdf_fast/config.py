@@ -95,7 +95,7 @@ class Evaluation(Section):
 
     every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0 = only before and after")
     prompts: str | None = Field(None, description="named set or file of held-out prompts; default: the preset's")
-    num_prompts: Positive = Field(16, description="held-out prompts used, evenly spread over the set")
+    num_prompts: Positive = Field(16, description="held-out prompts used, a fixed choice of the set")
     images_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="diversity needs at least two")
     grid: Positive = Field(16, description="images kept on disk at each evaluation")
 

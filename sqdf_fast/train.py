@@ -119,14 +119,15 @@ class HeldOut:
 
     @staticmethod
     def of(config: Config, seed: int = 0) -> HeldOut:
-        """Prompts evenly spread over the held-out set, each ``images_per_prompt`` times.
+        """A fixed choice among the held-out prompts, each ``images_per_prompt`` times.
 
         The seed is not the run's: runs of different seeds are judged on the same noise.
         """
         evaluation = config.evaluation
         pool = load_prompts(evaluation.prompts or config.prompts)
         count = min(evaluation.num_prompts, len(pool))
-        chosen = [pool[i * len(pool) // count] for i in range(count)]
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))
+        chosen = [pool[i] for i in sorted(order[:count].tolist())]
         prompts = [prompt for prompt in chosen for _ in range(evaluation.images_per_prompt)]
         return HeldOut(prompts, sample_seeds(seed, Stream.EVALUATION, 0, len(prompts)))
 
