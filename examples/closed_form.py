@@ -59,9 +59,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.world, self.features = world, features
         number = features(torch.zeros(1, elements, dtype=torch.float64)).shape[-1]
-        self.weight = torch.nn.Parameter(
-            torch.zeros(len(world.schedule), elements, number, dtype=torch.float64)
-        )
+        self.weight = torch.nn.Parameter(torch.zeros(len(world.schedule), elements, number, dtype=torch.float64))
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         return self.world.network(x, self.world.schedule.timesteps[index]) + self.shift(x, index)
@@ -88,9 +86,7 @@ def hats(knots: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def trajectories(
-    policy: Policy, number: int, elements: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def trajectories(policy: Policy, number: int, elements: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sample the policy. Returns x_0 [n, D] and x_t at the trainable indices [n, K, D]."""
     schedule = policy.world.schedule
     x = torch.randn(number, elements, dtype=torch.float64, generator=generator)
@@ -140,9 +136,7 @@ def train(
             world.network(x, schedule.timesteps[index]),
             schedule,
             index,
-            lambda x_prev, index=index: world.reward(
-                look_ahead(x_prev, index, schedule.tweedie(), world.network)
-            ),
+            lambda x_prev, index=index: world.reward(look_ahead(x_prev, index, schedule.tweedie(), world.network)),
             alpha=alpha,
             gamma=gamma,
             noise=torch.cat([z, -z]),
@@ -283,9 +277,7 @@ def optimal_means(world: World, *, beta: float) -> list[Tensor]:
     return means
 
 
-def maximise(
-    value: Callable[[Tensor], Tensor], reference: Tensor, sigma: Tensor, beta: float
-) -> tuple[Tensor, Tensor]:
+def maximise(value: Callable[[Tensor], Tensor], reference: Tensor, sigma: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """argmax and max [n] over mu of E_z[value(mu + sigma z)] - beta / 2 ((mu - reference) / sigma)^2."""
     nodes, weights = gauss_hermite(40)
     points = CANDIDATES[:, None] + sigma * nodes

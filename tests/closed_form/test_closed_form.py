@@ -49,9 +49,7 @@ def test_gaussian(mode, gamma, kl_scale):
     target, beta = torch.tensor([2.0, -1.0], dtype=torch.float64), 1.0
     policy = world.Policy(world.gaussian_world(schedule, target, offset=4.0), world.affine, 2)
     before = world.learned_moments(policy)
-    world.train(
-        policy, alpha=beta / kl_scale, gamma=gamma, mode=mode, kl_scale=kl_scale, steps=300, batch_size=1024
-    )
+    world.train(policy, alpha=beta / kl_scale, gamma=gamma, mode=mode, kl_scale=kl_scale, steps=300, batch_size=1024)
     mean, std = world.learned_moments(policy)
     weight = credit_weight(schedule, torch.arange(10), gamma=gamma)
     expected_mean, expected_std = world.predicted_moments(schedule, target, weight, beta)
