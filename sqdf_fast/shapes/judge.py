@@ -35,7 +35,7 @@ LEARNED_MEASURES = ("red", "green", "blue", "size", "x", "y", "rotation")
 MEASURES = (*LEARNED_MEASURES, "lightness", "warmth", "texture")
 _COLOUR_MEASURES = {0, 1, 2}
 _SIZE_MEASURE = 3
-_OUTSIDE = 2.5
+_OUTSIDE = 4.0
 
 # Mean and standard deviation of every measure over renders of any prompt. For x and y the spread left by the mean
 # room around an object; for the texture that of a sine wave's standard deviation.
@@ -161,7 +161,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def measures(self, images: torch.Tensor) -> torch.Tensor:
-        """Standardised measures in the order of ``MEASURES``, [B, 10], clamped to 2.5 standard deviations.
+        """Standardised measures in the order of ``MEASURES``, [B, 10], clamped to 4 standard deviations.
 
         Those of the object come from the network, those of the background from the segmentation.
         """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 FRAME = 2
-OBJECT_DISTANCE, OBJECT_SOFTNESS = 0.20, 0.03
+OBJECT_DISTANCE, OBJECT_SOFTNESS = 0.24, 0.03
 
 
 @dataclass(frozen=True)
