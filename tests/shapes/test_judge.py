@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -69,7 +70,11 @@ def test_alignment_prefers_the_own_prompt(judge: Judge, fresh: tuple[torch.Tenso
     ],
 )
 def test_measures_follow_what_was_rendered(
-    judge: Judge, fresh: tuple[torch.Tensor, list[str], Attributes], measure: str, values, scale: tuple[float, float]
+    judge: Judge,
+    fresh: tuple[torch.Tensor, list[str], Attributes],
+    measure: str,
+    values: Callable[[Attributes], np.ndarray],
+    scale: tuple[float, float],
 ) -> None:
     images, _, attributes = fresh
     measured = judge.measures(images)[:, MEASURES.index(measure)]

@@ -37,7 +37,7 @@ def train_taste(path: Path, seed: int, steps: int, batch: int = 50) -> float:
     fresh, true = rated_pictures(1024, rng)
     ratings = rule + NOISE * rule.std() * torch.randn(len(rule))
     network = TasteNetwork()
-    network.score[-1].bias.data.fill_(float(ratings.mean()))
+    torch.nn.init.constant_(network.get_parameter("score.2.bias"), float(ratings.mean()))
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for _ in range(steps):

@@ -179,13 +179,13 @@ def train_unet(
     tokenizer = make_tokenizer()
     free, *tokens = tokenizer(["", *prompts], padding="max_length", return_tensors="pt").input_ids
     tokens = torch.stack(tokens)
-    denoiser = Denoiser(make_unet(), make_text_encoder(tokenizer)).to(memory_format=torch.channels_last)
+    denoiser = Denoiser(make_unet().to(memory_format=torch.channels_last), make_text_encoder(tokenizer))
     average = copy.deepcopy(denoiser).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         denoiser.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    state = {"denoiser": denoiser, "average": average, "optimizer": optimizer, "schedule": schedule}
+    state: dict[str, Any] = {"denoiser": denoiser, "average": average, "optimizer": optimizer, "schedule": schedule}
     first = _resume(checkpoint, state) + 1 if checkpoint.exists() else 1
     torch.manual_seed(seed + first)
     alphas = make_scheduler().alphas_cumprod
