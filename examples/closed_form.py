@@ -352,10 +352,9 @@ def buffer_rows() -> list[str]:
 def gaussian_rows() -> list[str]:
     """The Gaussian world on 50 steps, all of them trained, c = 2, beta = 1: mean and variance of x_0."""
     schedule, target, beta = stable_diffusion_schedule(50, math.inf), torch.tensor([2.0]).double(), 1.0
-    mean, std = exact_moments(schedule, target, beta)
     rows = [
         "| tilted density | | 1.000 / 0.500 |",
-        f"| exact optimum of the 50 steps | | {mean.item():.3f} / {std.item() ** 2:.3f} |",
+        f"| exact optimum of the 50 steps | | {cell(exact_moments(schedule, target, beta))} |",
     ]
     settings: list[tuple[str, float, Credit]] = [
         ("gamma = 1", 1.0, "discount"),
@@ -367,9 +366,18 @@ def gaussian_rows() -> list[str]:
         train(policy, alpha=beta / 2, gamma=gamma, credit=credit, steps=600, batch_size=4096)
         weight = credit_weight(schedule, torch.arange(len(schedule)), credit, gamma=gamma, beta=beta)
         trained, stationary = learned_moments(policy), predicted_moments(schedule, target, weight, beta)
-        cells = [f"{mean.item():.3f} / {std.item() ** 2:.3f}" for mean, std in (trained, stationary)]
-        rows.append(f"| SQDF, {name} | {cells[0]} | {cells[1]} |")
+        rows.append(f"| SQDF, {name} | {cell(trained)} | {cell(stationary)} |")
+    fine = stable_diffusion_schedule(200, math.inf)
+    weight = credit_weight(fine, torch.arange(len(fine)), "posterior", beta=beta)
+    rows.append(f"| exact optimum of 200 steps | | {cell(exact_moments(fine, target, beta))} |")
+    rows.append(f"| SQDF, credit = posterior, 200 steps | | {cell(predicted_moments(fine, target, weight, beta))} |")
     return rows
+
+
+def cell(moments: tuple[Tensor, Tensor]) -> str:
+    """Mean and variance of one element, from mean and standard deviation."""
+    mean, std = moments
+    return f"{mean.item():.3f} / {std.item() ** 2:.3f}"
 
 
 def mixture_rows() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def denoise_step_staged(
     m = guide(policy.to(dtype), guidance_scale)
     # differences before guidance: those of nearby floats are exact, and a real delta is a thousandth of m
     delta = guide(policy.to(dtype) - reference.detach().to(dtype), guidance_scale)
-    z = noise if noise is not None else philox_normal(seed, x.shape[1:], dtype=dtype)
+    z = noise if noise is not None else philox_normal(cast(Tensor, seed), x.shape[1:], dtype=dtype)
     x_prev = p * x.to(dtype) + q * m + sigma * z.to(dtype)
     mean_square = delta.square().flatten(1).mean(1)
     weight = kl_weight(transition, index, kl_scale, dtype)
