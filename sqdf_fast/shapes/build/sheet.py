@@ -25,7 +25,7 @@ SHEET_PROMPTS = (
 @torch.no_grad()
 def draw_samples(folder: Path, prompts: Sequence[str], seed: int, batch: int = 32) -> torch.Tensor:
     """Guided samples of the pipeline in ``folder``, one a prompt, float32 [N, 3, 64, 64] in [0, 1]."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     parts = [

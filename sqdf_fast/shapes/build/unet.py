@@ -17,6 +17,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from torch import nn
 
 from sqdf_fast.shapes.build.text import make_text_encoder, make_tokenizer
+from sqdf_fast.shapes.build.vae import make_vae
 from sqdf_fast.shapes.prompts import Named
 from sqdf_fast.shapes.render import COLOURS, SHAPES, SIZES, Attributes, render, sample_attributes
 
@@ -174,7 +175,8 @@ def train_unet(
         snapshots: how many times the folder is written, at equal distances.
     """
     torch.manual_seed(seed)
-    vae = AutoencoderTiny.from_pretrained(vae_folder)
+    vae = make_vae()
+    vae.load_state_dict(AutoencoderTiny.from_pretrained(vae_folder).state_dict())
     latents, prompts = captioned_latents(vae, pool, seed)
     tokenizer = make_tokenizer()
     free, *tokens = tokenizer(["", *prompts], padding="max_length", return_tensors="pt").input_ids
