@@ -19,7 +19,7 @@ from sqdf_fast.distill import (
     make_distillation,
     measure_accuracy,
 )
-from sqdf_fast.distill.distill import Distiller, pseudo_huber
+from sqdf_fast.distill.distiller import Distiller, pseudo_huber
 from sqdf_fast.distill.trajectories import Trajectories, guided_trajectories, lookaheads
 from sqdf_fast.engine.noise import Stream, sample_seeds
 from sqdf_fast.engine.sampler import Sampler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sqdf_fast.distill.accuracy import Accuracy, accuracy_table, measure_accuracy
-from sqdf_fast.distill.distill import distill
+from sqdf_fast.distill.distiller import distill
 from sqdf_fast.distill.settings import DISTILLATION_PRESETS, Distillation, make_distillation
 
 __all__ = [
