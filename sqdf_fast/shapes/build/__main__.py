@@ -1,7 +1,7 @@
 """``python -m sqdf_fast.shapes.build <part>``: make one part of the embedded world.
 
-The defaults are the settings of the shipped weights; ``--smoke`` runs a part in seconds to show that it works. Results are the
-same bit for bit only on the same kind of processor and with the same number of threads.
+The defaults are the settings of the shipped weights; ``--smoke`` runs a part in seconds to show that it works.
+Results are the same bit for bit only on the same kind of processor and with the same number of threads.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    click.echo(f"{options.part}: seed {SEEDS[options.part]}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    seed, threads = SEEDS[options.part], torch.get_num_threads()
+    click.echo(f"{options.part}: seed {seed}, torch {torch.__version__}, {threads} threads")
     build(options.part, options.weights, options.work, options.smoke)
     click.echo(f"{options.part}: {time.monotonic() - started:.0f} s")
 
