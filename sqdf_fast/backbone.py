@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -108,7 +109,9 @@ class Backbone:
 
     def _add_policy(self, rank: int, alpha: float, target_modules: tuple[str, ...], seed: int) -> None:
         config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(target_modules))
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # Several adapters on one network are the point here.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             torch.manual_seed(seed)
             try:
                 self.family.network.add_adapter(config, adapter_name="policy")
