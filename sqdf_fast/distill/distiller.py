@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,6 @@ class Distiller:
             gradient_checkpointing=settings.gradient_checkpointing,
         )
         self.parameters = list(self.backbone.policy_parameters.values())
-        self.average = [parameter.detach().clone() for parameter in self.parameters]
 
     def run(self, reward: RewardFunction | None = None) -> dict[str, Any]:
         """Sample, train, measure; returns the summary. Then the policy LoRA is what :meth:`save` writes."""
@@ -148,7 +146,7 @@ class Distiller:
             UserError: the loss is not finite.
         """
         settings = self.settings
-        optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
+        optimizer = torch.optim.Adam(self.parameters, lr=settings.lr)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
         draw = generator(settings.seed, Stream.DISTILL, 2)
         weights = _every_state_alike(trajectories)
@@ -162,9 +160,8 @@ class Distiller:
             optimizer.step()
             optimizer.zero_grad()
             decay.step()
-            self._update_average(min(settings.ema, (1 + step) / (10 + step)))
             self._report("training", step + 1, settings.steps, loss=losses[-1])
-        self._keep_average_in_half()
+        self._round_to_half()
         tail = losses[-max(1, len(losses) // 10) :]
         return sum(tail) / len(tail)
 
@@ -191,66 +188,30 @@ class Distiller:
         self.backbone.family.save_lora(folder, "policy")
 
     def _accumulate(self, trajectories: Trajectories, row: Tensor, state: Tensor) -> float:
+        family, size = self.backbone.family, self.settings.micro_batch_size
         total = 0.0
-        for rows, states in zip(
-            row.split(self.settings.micro_batch_size),
-            state.split(self.settings.micro_batch_size),
-            strict=True,
-        ):
-            target = self._target(trajectories, rows, states)
-            estimate = self._consistency(
-                trajectories.states[rows, states], states, [trajectories.prompts[i] for i in rows]
+        for rows, states in zip(row.split(size), state.split(size), strict=True):
+            x, target = (
+                tensor.to(family.device, table_dtype(family))
+                for tensor in (trajectories.states[rows, states], trajectories.x0[rows])
             )
-            loss = pseudo_huber(estimate - target, self.settings.huber) * (len(rows) / len(row))
+            conditioning = family.encode([trajectories.prompts[i] for i in rows])
+            with self.backbone.role("policy"):
+                estimate = look_ahead(
+                    x,
+                    states.to(family.device),
+                    self.lookahead,
+                    lambda x, t, c=conditioning: self.backbone.predict(x, t, c),  # type: ignore[misc]
+                )
+            loss = pseudo_huber(estimate - target) * (len(rows) / len(row))
             loss.backward()
             total += loss.item()
         return total
 
-    @torch.no_grad()
-    def _target(self, trajectories: Trajectories, rows: Tensor, states: Tensor) -> Tensor:
-        family = self.backbone.family
-        target = trajectories.x0[rows].to(family.device, table_dtype(family))
-        later = torch.nonzero(states < len(self.schedule) - 1, as_tuple=True)[0]
-        if self.settings.target == "consistency" and len(later):
-            rows, states = rows[later], states[later] + 1
-            with self._averaged():
-                ahead = self._consistency(
-                    trajectories.states[rows, states], states, [trajectories.prompts[i] for i in rows]
-                )
-            target[later] = ahead
-        return target
-
-    def _consistency(self, x: Tensor, state: Tensor, prompts: Sequence[str]) -> Tensor:
-        family = self.backbone.family
-        conditioning = family.encode(prompts)
-        with self.backbone.role("policy"):
-            return look_ahead(
-                x.to(family.device, table_dtype(family)),
-                state.to(family.device),
-                self.lookahead,
-                lambda x, timesteps: self.backbone.predict(x, timesteps, conditioning),
-            )
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        trained = [parameter.data for parameter in self.parameters]
-        self._point_at(self.average)
-        try:
-            yield
-        finally:
-            self._point_at(trained)
-
-    def _point_at(self, tensors: Sequence[Tensor]) -> None:
-        for parameter, tensor in zip(self.parameters, tensors, strict=True):
-            parameter.data = tensor
-
-    def _update_average(self, decay: float) -> None:
-        for average, parameter in zip(self.average, self.parameters, strict=True):
-            average.lerp_(parameter.detach(), 1 - decay)
-
-    def _keep_average_in_half(self) -> None:
+    def _round_to_half(self) -> None:
         # What is measured is what is saved.
-        self._point_at([average.half().to(average.dtype) for average in self.average])
+        for parameter in self.parameters:
+            parameter.data = parameter.data.half().to(parameter.dtype)
 
     def _prompts(self, count: int) -> list[str]:
         return [self.prompts[i % len(self.prompts)] for i in range(count)]
@@ -260,8 +221,11 @@ class Distiller:
             self.progress(stage, done, total, figures)
 
 
-def pseudo_huber(difference: Tensor, c: float) -> Tensor:
-    """Mean of sqrt(d^2 + c^2) - c over all elements: d^2 / 2c near 0, |d| far from it (arXiv 2310.14189)."""
+def pseudo_huber(difference: Tensor, c: float = 0.1) -> Tensor:
+    """Mean of sqrt(d^2 + c^2) - c over all elements: d^2 / 2c near 0, |d| far from it (arXiv 2310.14189).
+
+    Latents have unit scale. On the shapes model c = 0.02 and c = 1 end within 10 % of the default's error.
+    """
     return (difference.square() + c**2).sqrt().mean() - c
 
 

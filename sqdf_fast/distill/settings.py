@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -43,16 +43,11 @@ class Distillation(Section):
         min_length=1,
         description="layers that get a LoRA, by suffix",
     )
-    target: Literal["trajectory", "consistency"] = Field(
-        "trajectory", description="learn the trajectory's x_0, or the averaged model's output one step later"
-    )
-    huber: float = Field(0.1, gt=0, description="c of the pseudo-Huber loss, in latent units")
     steps: Positive = Field(2000, description="optimizer steps")
     lr: float = Field(1e-3, gt=0, description="learning rate at the start; falls to 0 along half a cosine")
     batch_size: Positive = Field(16, description="states an optimizer step averages over")
     micro_batch_size: Positive = Field(4, description="states whose graph is in memory at once")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this L2 norm")
-    ema: float = Field(0.99, ge=0, lt=1, description="decay of the averaged LoRA, which is what gets saved")
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
     evaluation_trajectories: Annotated[int, Field(ge=2)] = Field(
         64, description="fresh stochastic trajectories that the closing table is measured on"

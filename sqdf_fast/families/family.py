@@ -76,7 +76,7 @@ class Family(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, *latent_shape] to images [B, 3, H, W] in [0, 1], differentiable.
+        """Latents [B, *latent_shape] to images [B, 3, H, W] in [0, 1], differentiable, float32 or float64.
 
         Values outside [0, 1] are clipped, their gradient passes (a hard clamp would silence saturated pixels).
         """

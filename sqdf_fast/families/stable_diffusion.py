@@ -58,6 +58,8 @@ class StableDiffusion(Family):
 
     def decode(self, latents: Tensor) -> Tensor:
         images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        # Rewards are somebody's code: half-precision pictures would be one more thing it has to think of.
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
         return ClipKeepingGradient.apply(images / 2 + 0.5)
 
     def load_lora(self, source: str, adapter_name: str) -> None:
