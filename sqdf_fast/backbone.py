@@ -57,13 +57,14 @@ class Backbone:
         else:
             self._add_policy(rank, rank if alpha is None else alpha, target_modules, seed)
         self._layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-        # The LoRA is trained: it stays in full precision over a half-precision base.
-        precision = torch.float64 if family.dtype == torch.float64 else torch.float32
         self._policy: dict[str, nn.Parameter] = {}
         for name, parameter in network.named_parameters():
             if ".policy." in name:
-                parameter.data = parameter.data.to(precision)
+                # The LoRA is trained: it stays in full precision over a half-precision base.
+                parameter.data = parameter.data.to(family.precision)
                 self._policy[name] = parameter
+            elif ".consistency." in name:
+                parameter.data = parameter.data.to(family.dtype)
         self.has_consistency = consistency_lora is not None
         self._set("reference")
         if gradient_checkpointing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk refuses.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
     try:
         with disk_errors(path):
             shutil.rmtree(partial, ignore_errors=True)
@@ -46,10 +47,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             for file in partial.iterdir():
                 _sync(file)
             if path.exists():
-                shutil.rmtree(path)
+                # Moved aside first: at no moment is there neither the old nor the new one on the disk.
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
             os.replace(partial, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -75,7 +79,8 @@ def save_checkpoint(
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first."""
-    return sorted(folder.glob("step_[0-9]*"))
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,7 @@ def distill(
     from sqdf_fast.distill import distill as make_lora
     from sqdf_fast.prompts import load_prompts
     from sqdf_fast.report import StageProgress
-    from sqdf_fast.rewards import load_reward
+    from sqdf_fast.rewards import checked_reward, load_reward
     from sqdf_fast.train import pick_device, pick_dtype
 
     settings = make_distillation(
@@ -171,7 +172,7 @@ def distill(
             settings,
             device=where,
             dtype=pick_dtype("auto", where),
-            reward=judge,
+            reward=None if judge is None else partial(checked_reward, judge),
             progress=progress,
         )
     click.echo(accuracy_table(summary["accuracy"]))
@@ -254,7 +255,8 @@ def _train(path: Path | None, config: Config | None) -> None:
             else:
                 run = new_run(config, path, interrupted)
         except Interrupted as stop:
-            click.echo(f"Interrupted. Continue with: sqdf-fast train --resume {stop}", err=True)
+            how = f"Continue with: sqdf-fast train --resume {stop}" if str(stop) else "Nothing was written."
+            click.echo(f"Interrupted. {how}", err=True)
             sys.exit(130)
     click.echo(run)
 

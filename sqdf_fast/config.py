@@ -116,7 +116,7 @@ class Config(Section):
     steps: Positive = Field(100, description="optimizer steps")
     seed: int = Field(0, ge=0, lt=2**31, description="every random number of the run derives from it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float64", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen network; the LoRA is float32 (float64 with float64)"
     )
     impl: Literal["auto", "triton", "native", "reference"] = Field("auto", description="implementation of the kernels")
@@ -128,6 +128,12 @@ class Config(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     replay: Replay = Field(default_factory=Replay)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _reward_options_are_the_rewards_own(self) -> Config:
+        if taken := {"spec", "device", "dtype"} & self.reward_options.keys():
+            raise ValueError(f"reward_options.{min(taken)} is the run's to decide; set device or dtype of the run")
+        return self
 
     @model_validator(mode="after")
     def _buffer_holds_a_refill(self) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +33,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
     @staticmethod
     def refuse_existing(path: Path) -> None:
         """Raises UserError when ``path`` exists and is not an empty folder."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        with disk_errors(path):
+            occupied = os.path.exists(path) and (not os.path.isdir(path) or bool(os.listdir(path)))
+        if occupied:
             raise UserError(f"run folder {path} exists; continue it with --resume {path}, or choose another --output")
 
     @staticmethod
@@ -56,7 +55,7 @@ class RunFolder:
     def open(path: Path) -> tuple[RunFolder, Config]:
         """An existing run and its configuration. Raises UserError when it is none."""
         run = RunFolder(path)
-        if not run.config.is_file():
+        if not os.path.isfile(run.config):
             raise UserError(
                 f"{path} is no run folder: it has no config.yaml; give the folder that `sqdf-fast train` wrote"
             )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,9 +166,12 @@ class Trainer:
         self.config, self.run, self.progress, self._interrupted = config, run, progress, interrupted
         self.prompts = load_prompts(config.prompts)
         self.held_out = HeldOut.of(config)
+        # A wrong reward shows before gigabytes of model are loaded.
+        device = pick_device(config.device)
+        self.reward = load_reward(
+            config.reward, device=device, dtype=pick_dtype(config.dtype, device), **config.reward_options
+        )
         self.backbone = load_backbone(config)
-        family = self.backbone.family
-        self.reward = load_reward(config.reward, device=family.device, dtype=family.dtype, **config.reward_options)
         self.judges = load_judges(config.model, self.reward)
         self.sampler = make_sampler(config, self.backbone)
         schedule = self.sampler.schedule
@@ -194,17 +199,21 @@ class Trainer:
         self.step, self.refills, self.evaluated = 0, 0, -1
 
     def preflight(self) -> None:
-        """Check the reward's value and gradient on images of the base model before anything is trained."""
-        family = self.backbone.family
-        noise = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
-        images = decode_images(family, noise.to(family.device), 2).to(family.device)
-        preflight(self.reward, images, self.prompts[:1] * 2)
+        """Check the reward's value and gradient, and the judges, on two pictures of the base model."""
+        family, prompts = self.backbone.family, (self.prompts * 2)[:2]
+        seeds = sample_seeds(self.config.seed, Stream.PREFLIGHT, 0, 2)
+        sampled = self.sampler.sample(prompts, seeds, role="reference", on_progress=self._report("checking"))
+        images = decode_images(family, sampled.x0, 2).to(family.device)
+        preflight(self.reward, images, prompts)
+        # Prompts that a judge cannot read are refused now, not at the first evaluation.
+        for prompt in dict.fromkeys(self.held_out.prompts):
+            self.judges.alignment(images[:1], [prompt])
 
     def train(self) -> None:
         """Train to the end. Raises Interrupted, and UserError when reward, gradient or disk fail."""
         every, total = self.config.checkpoint_every, self.config.steps
         with MetricsLog(self.run.metrics) as log:
-            log.truncate(self.step)
+            log.truncate(self.step, self.evaluated)
             while True:
                 if self._evaluation_due():
                     self._evaluate(log)
@@ -334,6 +343,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         result = self.executor.accumulate(batch, sample_seeds(self.config.seed, Stream.TRANSITION, self.step, size))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+        if self.step == 0 and self.config.objective.mask_nonpositive and (result.reward <= 0).all():
+            raise UserError(
+                "every reward of the first batch is <= 0 and objective.mask_nonpositive drops such samples: nothing "
+                "would be learnt; set objective.mask_nonpositive=false, or shift the reward"
+            )
         if not torch.isfinite(norm):
             raise UserError(
                 f"step {self.step + 1}: the gradient is not finite; the weights are untouched. "
@@ -388,7 +402,8 @@ def _peak_memory(device: torch.device) -> int:
     """Peak bytes: of the CUDA allocator, or resident in this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def new_run(config: Config, path: Path | None, interrupted: Callable[[], bool] = lambda: False) -> str:
@@ -400,7 +415,7 @@ def new_run(config: Config, path: Path | None, interrupted: Callable[[], bool] =
         UserError: bad input; Interrupted: the user stopped it, a checkpoint is written.
     """
     if path is None:
-        name = f"{config.model}-{config.reward}".replace("/", "-").replace(":", "-")
+        name = f"{Path(config.model).resolve().name}-{config.reward.replace(':', '-')}"
         path = RunFolder.next_free(Path("runs"), name)
     RunFolder.refuse_existing(path)
     with TrainingProgress(config.steps) as progress:
@@ -429,5 +444,16 @@ def _finish(trainer: Trainer) -> str:
         trainer.save()
         write_report(folder)
         raise Interrupted(folder) from None
+    except UserError:
+        # The state is that of the last whole step: it is worth keeping, unless the disk itself is what failed.
+        with suppress(UserError):
+            trainer.save()
+            write_report(folder)
+        raise
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of GPU memory after step {trainer.step}; lower optimizer.micro_batch_size and sampling.batch_size "
+            f"or set gradient_checkpointing=true in {trainer.run.config}, and continue with --resume {folder}"
+        ) from None
     write_report(folder)
     return "\n".join(summary_lines(read_run(folder)))

@@ -165,6 +165,20 @@ def test_the_seed_decides_the_start_and_nothing_else_does(model):
     assert any(not torch.equal(a, b) for a, b in zip(first, third, strict=True))
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_a_saved_policy_comes_back_bit_for_bit_with_its_scale(model, tmp_path, base):
+    backbone = make(model, base, alpha=16.0)
+    stir(backbone)
+    backbone.family.save_lora(tmp_path, "policy")
+    twin = make(model, base, policy_lora=str(tmp_path))
+    assert backbone.policy_parameters.keys() == twin.policy_parameters.keys()
+    for name, parameter in backbone.policy_parameters.items():
+        assert torch.equal(parameter, twin.policy_parameters[name])
+        assert twin.policy_parameters[name].dtype == torch.float32
+    assert torch.equal(output(backbone, "policy"), output(twin, "policy"))
+    assert all(parameter.requires_grad for parameter in twin.policy_parameters.values())
+
+
 def test_faults_are_one_line(model, consistency_lora, tmp_path):
     with pytest.raises(UserError, match="match no layer"):
         make(model, target_modules=("to_qkv",))

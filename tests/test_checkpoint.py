@@ -29,6 +29,14 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000015", "step_000100"]
 
 
+def test_order_is_by_step_and_strangers_are_left_alone(tmp_path):
+    (tmp_path / "step_000050.bak").mkdir()
+    for step in (1_000_000, 999_999):
+        save_checkpoint(tmp_path, step, TENSORS, {})
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [999_999, 1_000_000]
+    assert checkpoints(tmp_path / "absent") == []
+
+
 def test_a_failed_save_leaves_the_old_one(tmp_path):
     save_checkpoint(tmp_path, 5, TENSORS, {"mark": 1})
     with pytest.raises(TypeError):

@@ -133,6 +133,13 @@ sys.exit(main(arguments))
     assert not list((folder / "run" / "checkpoints").glob("*"))
 
 
+def test_a_place_one_may_not_even_look_into(model, folder, capsys, monkeypatch):
+    # Root may look everywhere: the refusal is made here.
+    (folder / "locked").mkdir()
+    monkeypatch.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert "Permission denied" in refused(capsys, "train", "--model", str(model), *SMALL, "--output", "locked")
+
+
 def test_default_run_folders_are_numbered(model, folder):
     for _ in range(2):
         assert main(["train", "--model", str(model), *SMALL]) == 0

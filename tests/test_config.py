@@ -81,6 +81,7 @@ def test_a_dumped_configuration_reads_back(tmp_path):
         ("objective.gama=1", "objective.gamma"),
         ("replay.mode=latest", "'uniform', 'prioritised' or 'on-policy'"),
         ("replay.refill=65", "replay.capacity = 64"),
+        ("reward_options.device=cpu", "reward_options.device"),
         ("steps", "key=value"),
         ("steps=[", "YAML"),
     ],

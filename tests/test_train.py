@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tiny import write_pipeline
 
 from sqdf_fast.checkpoint import read_checkpoint
 from sqdf_fast.config import make_config
+from sqdf_fast.engine.joint import JointExecutor
 from sqdf_fast.errors import UserError
 from sqdf_fast.report import read_metrics
 from sqdf_fast.train import Interrupted, continue_run, new_run
@@ -152,7 +154,7 @@ def test_same_seed_same_run_bit_for_bit(model, folder, mode):
     assert not same(lora(folder / "a"), lora(folder / "c"))
 
 
-@pytest.mark.parametrize("calls", [1, 9, 20, 26, 31])
+@pytest.mark.parametrize("calls", [5, 13, 24, 30, 35])
 def test_stopped_and_resumed_equals_uninterrupted(model, folder, calls):
     new_run(config(model, replay={"mode": "prioritised"}), folder / "whole")
     with pytest.raises(Interrupted) as stop:
@@ -165,6 +167,26 @@ def test_stopped_and_resumed_equals_uninterrupted(model, folder, calls):
         for lines in (read_metrics(folder / name / "metrics.jsonl") for name in ("whole", "parts"))
     ]
     assert untimed[0] == untimed[1]
+
+
+def test_stopped_during_the_checks_nothing_is_written(model, folder):
+    with pytest.raises(Interrupted) as stop:
+        new_run(config(model), folder / "run", stop_after(2))
+    assert str(stop.value) == ""
+    assert not (folder / "run").exists()
+
+
+def test_killed_before_the_first_checkpoint_it_starts_again_and_logs_once(model, folder):
+    new_run(config(model), folder / "whole")
+    shutil.copytree(folder / "whole", folder / "killed")
+    shutil.rmtree(folder / "killed" / "checkpoints")
+    continue_run(folder / "killed")
+    assert same(lora(folder / "whole"), lora(folder / "killed"))
+    kinds = [
+        [(line["kind"], line["step"]) for line in read_metrics(folder / name / "metrics.jsonl")]
+        for name in ("whole", "killed")
+    ]
+    assert kinds[0] == kinds[1]
 
 
 def test_a_killed_run_continues_from_its_last_checkpoint(model, folder):
@@ -233,6 +255,25 @@ def test_nan_never_reaches_the_weights(model, folder):
 def test_prioritised_without_a_positive_reward_trains_on(model, folder):
     new_run(config(model, reward="my_rewards:negative", replay={"mode": "prioritised"}), folder / "run")
     assert (folder / "run" / "lora").exists()
+
+
+def test_a_mask_that_drops_every_sample_is_said(model, folder):
+    with pytest.raises(UserError, match="mask_nonpositive=false"):
+        new_run(config(model, reward="my_rewards:negative", objective={"mask_nonpositive": True}), folder / "run")
+
+
+def test_run_folders_are_named_after_model_and_reward(model, folder):
+    new_run(config(model, steps=1), None)
+    assert (folder / "runs" / "tiny-my_rewards-brightness-001" / "report.html").exists()
+
+
+def test_out_of_memory_is_one_line_that_says_what_to_lower(model, folder, monkeypatch):
+    def accumulate(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(JointExecutor, "accumulate", accumulate)
+    with pytest.raises(UserError, match="lower optimizer"):
+        new_run(config(model), folder / "run")
 
 
 def test_an_existing_folder_is_left_alone(model, folder):

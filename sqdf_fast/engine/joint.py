@@ -59,7 +59,7 @@ class JointExecutor:
         self.backbone, self.schedule, self.reward, self.objective = backbone, schedule, reward, objective
         self.guidance_scale, self.micro_batch_size, self.impl = guidance_scale, micro_batch_size, impl
         family = backbone.family
-        self._precision = torch.float64 if family.dtype == torch.float64 else torch.float32
+        self._precision = family.precision
         self._timesteps = schedule.timesteps.to(family.device, self._precision)
         self._lookahead = self._lookahead_tables().to(family.device, self._precision)
 

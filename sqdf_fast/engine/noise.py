@@ -26,6 +26,7 @@ class Stream(IntEnum):
     INITIAL = 6
     DENOISING = 7
     DISTILL = 8
+    PREFLIGHT = 9
 
 
 def sample_seeds(run_seed: int, stream: Stream, step: int, samples: Tensor | int) -> Tensor:

@@ -89,7 +89,7 @@ class Sampler:
     ) -> tuple[Tensor, list[Tensor]]:
         family = self.backbone.family
         device = family.device
-        tables = self.schedule.to(device, torch.float64 if family.dtype == torch.float64 else torch.float32)
+        tables = self.schedule.to(device, family.precision)
         conditioning = family.encode(prompts)
         unconditional = family.encode([""]) if self.guidance_scale != 1 else None
         x = self._noise(derive_seeds(Stream.INITIAL, ids=seeds), tables.transition.dtype)

@@ -24,6 +24,10 @@ class Conditioning:
     def __getitem__(self, rows: Tensor | slice) -> Conditioning:
         return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
+    def to(self, device: torch.device | str) -> Conditioning:
+        """A copy on ``device``."""
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Stack along the batch."""
@@ -58,13 +62,19 @@ class Family(ABC):
         dtype: torch.dtype = next(self.network.parameters()).dtype
         return dtype
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Of latents, trained weights and schedule tables: float32, or float64 for a float64 network."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of the prompts, [B, ...]. Each distinct prompt is encoded once and kept."""
         missing = sorted(set(prompts) - self._encoded.keys())
         if missing:
-            encoded = self.encode_prompts(missing)
+            # Kept on the CPU: thousands of prompts would take gigabytes of a card.
+            encoded = self.encode_prompts(missing).to("cpu")
             self._encoded.update({prompt: encoded[i : i + 1] for i, prompt in enumerate(missing)})
-        return Conditioning.cat([self._encoded[prompt] for prompt in prompts])
+        return Conditioning.cat([self._encoded[prompt] for prompt in prompts]).to(self.device)
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -92,15 +102,3 @@ class Family(ABC):
     @abstractmethod
     def default_consistency_lora(self) -> str | None:
         """Folder or hub id of the family's consistency LoRA; None where nobody published one."""
-
-
-class ClipKeepingGradient(torch.autograd.Function):
-    """Clip to [0, 1] in the forward pass, identity in the backward pass (straight-through)."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor) -> Tensor:
-        return images.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad

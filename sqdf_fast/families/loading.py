@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from sqdf_fast import shapes
@@ -30,24 +30,21 @@ def load_family(model: str, *, device: torch.device, dtype: torch.dtype) -> Fami
     if model == "shapes":
         source = str(shapes.pipeline_folder())
         consistency = {"consistency_lora": str(shapes.consistency_lora_folder())}
-    elif Path(model).exists():
-        _check_folder(Path(model))
-    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
+    elif not os.path.exists(model) and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
         raise UserError(
             f"model {model!r} is unknown; allowed: 'shapes', an existing diffusers folder, or a hub id owner/name"
         )
+    _check_kind(model, source)
     try:
         with _without_loading_bars():
             pipeline = DiffusionPipeline.from_pretrained(
                 source, dtype=dtype, safety_checker=None, requires_safety_checker=False
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model {model!r} cannot be loaded ({reason}); check the folder or id, and the network"
         ) from None
-    if type(pipeline).__name__ not in SUPPORTED:
-        raise UserError(_unsupported(model, type(pipeline).__name__))
     assert isinstance(pipeline, StableDiffusionPipeline)
     return StableDiffusion(pipeline.to(device), **consistency)
 
@@ -66,17 +63,14 @@ def _without_loading_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _check_folder(folder: Path) -> None:
-    index = folder / "model_index.json"
+def _check_kind(model: str, source: str) -> None:
+    # The index is one small file: a pipeline of another family is refused before its gigabytes are fetched.
     try:
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        kind = DiffusionPipeline.load_config(source)["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model {str(folder)!r} is no diffusers folder: no readable model_index.json with a _class_name"
+            f"model {model!r} has no readable model_index.json ({reason}); give a diffusers folder"
         ) from None
     if kind not in SUPPORTED:
-        raise UserError(_unsupported(str(folder), kind))
-
-
-def _unsupported(model: str, kind: str) -> str:
-    return f"model {model!r} is a {kind}; allowed: {', '.join(SUPPORTED)}"
+        raise UserError(f"model {model!r} is a {kind}; allowed: {', '.join(SUPPORTED)}")

@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.families.family import ClipKeepingGradient, Conditioning, Family
+from sqdf_fast.families.family import Conditioning, Family
+from sqdf_fast.rewards.preprocess import saturate
 
 _LCM_LORA_SD15 = "latent-consistency/lcm-lora-sdv1-5"
+_SD15_TEXT_WIDTH = 768
 
 
 class StableDiffusion(Family):
@@ -22,12 +25,12 @@ class StableDiffusion(Family):
 
     Args:
         pipeline: as loaded by diffusers, weights already in the wanted dtype and device.
-        consistency_lora: where its consistency LoRA is; default: the published LCM-LoRA of SD1.5.
+        consistency_lora: where its consistency LoRA is; default: the published LCM-LoRA, for networks of SD1.x's width.
     """
 
     name: ClassVar[str] = "stable-diffusion"
 
-    def __init__(self, pipeline: StableDiffusionPipeline, consistency_lora: str | None = _LCM_LORA_SD15) -> None:
+    def __init__(self, pipeline: StableDiffusionPipeline, consistency_lora: str | None = None) -> None:
         super().__init__()
         self.network = pipeline.unet
         self.vae: Any = pipeline.vae
@@ -39,7 +42,8 @@ class StableDiffusion(Family):
         size = self.network.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (self.network.config.in_channels, height, width)
-        self._consistency_lora = consistency_lora
+        published = _LCM_LORA_SD15 if self.network.config.cross_attention_dim == _SD15_TEXT_WIDTH else None
+        self._consistency_lora = consistency_lora or published
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -60,18 +64,26 @@ class StableDiffusion(Family):
         images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
         # Rewards are somebody's code: half-precision pictures would be one more thing it has to think of.
         images = images.to(torch.promote_types(images.dtype, torch.float32))
-        return ClipKeepingGradient.apply(images / 2 + 0.5)
+        return saturate(images / 2 + 0.5)
 
     def load_lora(self, source: str, adapter_name: str) -> None:
         try:
-            state, alphas = StableDiffusionPipeline.lora_state_dict(source)
-            StableDiffusionPipeline.load_lora_into_unet(state, alphas, self.network, adapter_name=adapter_name)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(source, return_lora_metadata=True)
+            StableDiffusionPipeline.load_lora_into_unet(
+                dict(state), alphas, self.network, adapter_name=adapter_name, metadata=metadata
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{adapter_name} LoRA {source!r} cannot be loaded into this model ({reason}); "
                 "give the folder of a LoRA made for this base"
             ) from None
+
+        # diffusers has rounded them to the network's dtype.
+        for name, parameter in self.network.named_parameters():
+            exact = state.get(f"unet.{name.replace(f'.{adapter_name}.', '.')}")
+            if exact is not None and f".{adapter_name}." in name:
+                parameter.data = exact.to(parameter.device, self.precision)
 
     def save_lora(self, folder: Path, adapter_name: str) -> None:
         config = self.network.peft_config[adapter_name]

@@ -51,10 +51,15 @@ class MetricsLog:
         if written != len(line):
             raise _unwritable(self.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
-    def truncate(self, step: int) -> None:
-        """Drop the records beyond ``step``: a resumed run writes them again."""
+    def truncate(self, step: int, evaluated: int) -> None:
+        """Drop what a resumed run writes again: records beyond ``step``, evaluations beyond ``evaluated``."""
         self._file.close()
-        _rewrite(self.path, [record for record in read_metrics(self.path) if record["step"] <= step])
+        kept = [
+            record
+            for record in read_metrics(self.path)
+            if record["step"] <= (evaluated if record.get("kind") == "evaluation" else step)
+        ]
+        _rewrite(self.path, kept)
         self._file = _open(self.path)
 
     def close(self) -> None:

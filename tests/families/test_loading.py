@@ -92,7 +92,12 @@ def refused(model: str) -> str:
 def test_faults_are_one_line(copy, tmp_path):
     assert "allowed: 'shapes'" in refused("shapse")
     assert "allowed: 'shapes'" in refused(str(tmp_path / "absent"))
-    assert "no diffusers folder" in refused(str(tmp_path))
+    assert "model_index.json" in refused(str(tmp_path))
+    text_encoder = copy / "text_encoder" / "model.safetensors"
+    whole = text_encoder.read_bytes()
+    text_encoder.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be loaded" in refused(str(copy))
+    text_encoder.write_bytes(whole)
     (copy / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
     assert "cannot be loaded" in refused(str(copy))
     shutil.rmtree(copy / "unet")
@@ -104,3 +109,7 @@ def test_faults_are_one_line(copy, tmp_path):
 def test_pictures_of_a_half_precision_model_are_float32(model):
     family = load_family(str(model), device=CPU, dtype=torch.bfloat16)
     assert family.decode(torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_only_networks_of_sd1_width_are_offered_its_lcm_lora(model):
+    assert load_family(str(model), device=CPU, dtype=torch.float32).default_consistency_lora() is None

@@ -65,7 +65,7 @@ def test_truncate_drops_what_lies_beyond_the_step(tmp_path):
         for step in (1, 2, 3):
             log.append(record(step))
         log.append({"kind": "evaluation", "step": 2, "eval_proxy_reward": 1.0})
-        log.truncate(2)
+        log.truncate(2, 2)
         log.append(record(3, again=True))
     assert [(line["kind"], line["step"]) for line in read_metrics(path)] == [
         ("step", 1),
@@ -122,3 +122,20 @@ def test_unwritable_folder(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_truncate_drops_an_evaluation_that_the_checkpoint_does_not_know(tmp_path):
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        for record in (
+            {"kind": "evaluation", "step": 0},
+            {"kind": "step", "step": 1},
+            {"kind": "step", "step": 2},
+            {"kind": "evaluation", "step": 2},
+        ):
+            log.append(record)
+        log.truncate(2, 0)
+    assert [(line["kind"], line["step"]) for line in read_metrics(tmp_path / "metrics.jsonl")] == [
+        ("evaluation", 0),
+        ("step", 1),
+        ("step", 2),
+    ]
