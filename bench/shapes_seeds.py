@@ -1,7 +1,7 @@
 """The shipped default run on the embedded world over several seeds, as a table for the docs.
 
     python bench/shapes_seeds.py                      # seeds 0 1 2, runs/seeds/, docs/shapes_results.md
-    python bench/shapes_seeds.py --steps 2 --seeds 0 --runs /tmp/r --output /tmp/r.md
+    python bench/shapes_seeds.py --steps 2 --seeds 0 --runs runs/try --output runs/try.md
 
 A run folder that is there and finished is read, not repeated.
 """
