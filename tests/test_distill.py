@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny import write_pipeline
 
+from sqdf_fast import shapes
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.distill import (
     DISTILLATION_PRESETS,
@@ -26,6 +27,7 @@ from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family
 from sqdf_fast.kernels.philox import derive_seeds, philox_normal
+from sqdf_fast.rewards import load_reward
 from sqdf_fast.schedule import DenoisingSchedule
 
 CPU = torch.device("cpu")
@@ -335,3 +337,26 @@ def test_what_cannot_be_distilled_is_refused(model, tmp_path, prompts, dtype, me
     with pytest.raises(UserError, match=message):
         distill(str(model), prompts, tmp_path / "lora", make_distillation(), device=CPU, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_shipped_lora_foresees_the_shipped_model():
+    """The LoRA and the pipeline of the embedded world belong together: retraining one alone shows here."""
+    folder = shapes.consistency_lora_folder()
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert (folder / "pytorch_lora_weights.safetensors").stat().st_size <= 1_300_000
+    family = load_family("shapes", device=CPU, dtype=torch.float32)
+    consistency, tweedie = measure_accuracy(
+        Backbone(family, rank=1, consistency_lora=str(folder)),
+        DenoisingSchedule.from_scheduler(family.scheduler, 20),
+        shapes.TRAIN_PROMPTS[::13],
+        sample_seeds(12, Stream.DISTILL, 0, len(shapes.TRAIN_PROMPTS[::13])),
+        [1],
+        role="consistency",
+        guidance_scale=4.0,
+        batch_size=16,
+        reward=load_reward("taste"),
+    )
+    assert consistency.error < 0.3
+    assert consistency.error < 0.5 * tweedie.error
+    assert consistency.correlation > tweedie.correlation

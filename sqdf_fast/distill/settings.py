@@ -20,7 +20,7 @@ class Distillation(Section):
     num_trajectories: Positive = Field(1024, description="trajectories of the guided model to learn from")
     num_inference_steps: Positive = Field(50, description="denoising steps T of a trajectory")
     guidance_scale: float = Field(5.0, ge=0, description="classifier-free guidance g, distilled into the LoRA")
-    stochastic: float = Field(0.5, ge=0, le=1, description="share of trajectories that begin with noisy steps")
+    stochastic: float = Field(0.25, ge=0, le=1, description="share of trajectories that begin with noisy steps")
     sampling_batch_size: Positive = Field(4, description="trajectories denoised at once")
     rank: Positive = Field(64, description="LoRA rank")
     target_modules: tuple[str, ...] = Field(
@@ -62,9 +62,8 @@ DISTILLATION_PRESETS: dict[str, dict[str, Any]] = {
         "num_inference_steps": 20,
         "guidance_scale": 4.0,
         "sampling_batch_size": 32,
-        "rank": 16,
-        "steps": 800,
-        "batch_size": 16,
+        "rank": 12,
+        "steps": 600,
         "micro_batch_size": 16,
     },
 }
