@@ -1,6 +1,6 @@
 """The shipped default run on the embedded world over several seeds, as a table for the docs.
 
-    python bench/shapes_seeds.py                      # seeds 0 1 2, runs/seeds/, docs/shapes_results.md
+    python bench/shapes_seeds.py                      # seeds 0 1 2, runs/seeds/, docs/shapes_results.md and a picture
     python bench/shapes_seeds.py --steps 2 --seeds 0 --runs runs/try --output runs/try.md
 
 A run folder that is there and finished is read, not repeated.
@@ -14,9 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from sqdf_fast.config import make_config, parse_assignments
 from sqdf_fast.errors import UserError
-from sqdf_fast.report import read_run, summarise
+from sqdf_fast.report import before_after_grid, read_run, save_png, summarise
 from sqdf_fast.report.run import Run
 from sqdf_fast.train import continue_run, new_run
 
@@ -73,8 +75,8 @@ def table(runs: Sequence[Run]) -> str:
         "",
         "`python bench/shapes_seeds.py` trains the shipped `shapes` preset once a seed and writes this page. Scores",
         f"are of {images} pictures of {config['evaluation']['num_prompts']} held-out prompts, the same noise before",
-        "and after; arrows go from the base model to the fine-tuned one. The true rule, accuracy, diversity and",
-        "alignment are never seen by training.",
+        "and after; arrows go from the base model to the fine-tuned one. Training never sees the true rule, nor what",
+        "judges accuracy, diversity and alignment.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -91,6 +93,14 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def picture(run: Run, path: Path, pairs: int = 12) -> None:
+    """The first pairs of a run's samples, before and after, as one PNG."""
+    found = run.samples
+    before, after = ([Image.open(file) for file in found.steps[step][:pairs] if file] for step in (0, run.last_step))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(before_after_grid(before, after, found.prompts[: len(before)], columns=4, tile=128), path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -103,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = [run_seed(seed, given.runs / f"seed-{seed}", assignments) for seed in given.seeds]
         given.output.write_text(table(runs), encoding="utf-8")
+        picture(runs[0], given.output.parent / "images" / "before_after.png")
     except UserError as error:
         print(f"shapes_seeds: {error}", file=sys.stderr)
         return 2

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from sqdf_fast.config import Section
+from sqdf_fast.config import Section, validate
 from sqdf_fast.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -77,19 +76,4 @@ def make_distillation(preset: str = "default", settings: Mapping[str, Any] | Non
     """
     if preset not in DISTILLATION_PRESETS:
         raise UserError(f"preset {preset!r} is unknown; allowed: {', '.join(DISTILLATION_PRESETS)}")
-    try:
-        return Distillation.model_validate({**DISTILLATION_PRESETS[preset], **(settings or {})})
-    except ValidationError as error:
-        raise UserError(_one_line(error)) from None
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
-        names = list(Distillation.model_fields)
-        close = difflib.get_close_matches(key, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names)}"
-        return f"setting {key!r} is unknown; {hint}"
-    allowed = first["msg"].removeprefix("Input should be ").rstrip(".")
-    return f"setting {key} = {first['input']!r} is not allowed: it must be {allowed}"
+    return validate(Distillation, {**DISTILLATION_PRESETS[preset], **(settings or {})})

@@ -3,6 +3,8 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+from PIL import Image
+
 SCRIPT = Path(__file__).parents[2] / "bench" / "shapes_seeds.py"
 
 TOY = [
@@ -20,6 +22,7 @@ def test_one_row_a_seed_and_finished_runs_are_not_repeated(tmp_path, capsys):
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
     assert [row.split("|")[1].strip() for row in rows] == ["seed", "0", "1"]
     assert "4 pictures of 2 held-out prompts" in (tmp_path / "table.md").read_text()
+    assert Image.open(tmp_path / "images" / "before_after.png").width > 300
     assert (tmp_path / "runs" / "seed-0" / "metrics.jsonl").read_bytes() == first
 
 
