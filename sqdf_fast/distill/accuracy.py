@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.distill.trajectories import OnProgress, guided_trajectories, lookaheads, table_dtype
+from sqdf_fast.engine.joint import RewardFunction
 from sqdf_fast.objective import look_ahead
 from sqdf_fast.schedule import DenoisingSchedule, Lookahead
-
-RewardFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)

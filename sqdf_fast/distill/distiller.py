@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sqdf_fast.backbone import Backbone
-from sqdf_fast.checkpoint import atomic_folder
-from sqdf_fast.distill.accuracy import Accuracy, RewardFunction, measure_accuracy
+from sqdf_fast.checkpoint import atomic_folder, disk_errors
+from sqdf_fast.distill.accuracy import Accuracy, measure_accuracy
 from sqdf_fast.distill.settings import Distillation
 from sqdf_fast.distill.trajectories import Trajectories, guided_trajectories, lookaheads, table_dtype
+from sqdf_fast.engine.joint import RewardFunction
 from sqdf_fast.engine.noise import Stream, generator, sample_seeds
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import Family, load_family
@@ -62,8 +65,8 @@ def distill(
     """
     _check(prompts, output, dtype)
     distiller = Distiller(load_family(model, device=device, dtype=dtype), prompts, settings, progress)
+    summary = distiller.run(reward)
     with atomic_folder(output) as partial:
-        summary = distiller.run(reward)
         distiller.save(partial)
         (partial / "distillation.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary
@@ -74,6 +77,11 @@ def _check(prompts: Sequence[str], output: Path, dtype: torch.dtype) -> None:
         raise UserError("distillation without prompts: give at least one")
     if output.exists():
         raise UserError(f"output {output} exists; choose another folder or remove it first")
+    with disk_errors(output):
+        # Minutes of work must not end at a folder that cannot be written.
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if dtype == torch.float16:
         raise UserError("distillation in float16: its gradients underflow; use bfloat16 or float32")
 

@@ -8,7 +8,7 @@ import os
 import platform
 from pathlib import Path
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.checkpoint import disk_errors
 
 FILE = "environment.json"
 _PACKAGES = (
@@ -45,9 +45,5 @@ def environment() -> dict[str, str]:
 def write_environment(run_folder: Path) -> None:
     """Keep :func:`environment` in the run folder, so that a later report still tells what the run had."""
     path = run_folder / FILE
-    try:
+    with disk_errors(path):
         path.write_text(json.dumps(environment(), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another run folder"
-        ) from None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.errors import UserError
 
 GAP = 12
@@ -58,12 +59,8 @@ def before_after_grid(
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write ``image`` to ``path``. Raises UserError when the disk refuses."""
-    try:
+    with disk_errors(path):
         image.save(path, format="PNG")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder"
-        ) from None
 
 
 def _sheet(

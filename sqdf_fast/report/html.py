@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from sqdf_fast import __version__
-from sqdf_fast.errors import UserError
+from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.report.chart import MINUS, Line, Point, line_chart, moving_average
 from sqdf_fast.report.metrics import Record
 from sqdf_fast.report.run import Run, Summary, cost, read_run, summarise
@@ -33,13 +33,9 @@ def write_report(run_folder: Path) -> Path:
     run = read_run(run_folder)
     path = run_folder / "report.html"
     partial = path.with_name("report.html.partial")
-    try:
+    with disk_errors(path):
         partial.write_text(render_report(run), encoding="utf-8")
         partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free some space or check its permissions"
-        ) from None
     return path
 
 

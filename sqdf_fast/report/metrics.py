@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,12 +45,9 @@ class MetricsLog:
         """
         _refuse_non_finite(record, record.get("step"))
         line = (json.dumps(record) + "\n").encode()
-        try:
-            written = self._file.write(line)
-        except OSError as error:
-            raise _unwritable(self.path, error) from None
-        if written != len(line):
-            raise _unwritable(self.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        with disk_errors(self.path):
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def truncate(self, step: int, evaluated: int) -> None:
         """Drop what a resumed run writes again: records beyond ``step``, evaluations beyond ``evaluated``."""
@@ -103,23 +101,19 @@ def _parsed(line: str) -> Record | None:
 
 
 def _open(path: Path) -> io.FileIO:
-    try:
+    with disk_errors(path):
         # Unbuffered: after a failed write nothing is left over that closing the file would try again.
         return io.FileIO(path, "a")
-    except OSError as error:
-        raise _unwritable(path, error) from None
 
 
 def _rewrite(path: Path, records: list[Record]) -> None:
     partial = path.with_name(path.name + ".partial")
-    try:
+    with disk_errors(path):
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from None
 
 
 def _refuse_non_finite(value: Any, step: Any, key: str = "") -> None:
@@ -134,7 +128,3 @@ def _refuse_non_finite(value: Any, step: Any, key: str = "") -> None:
             f"{key} is {value} at step {step}: the run has diverged; lower the learning rate or raise alpha, "
             "and resume from the last checkpoint"
         )
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be written ({error.strerror}); free some space or choose another run folder")

@@ -63,6 +63,9 @@ class TrainingProgress:
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """Say what is being done: "sampling", "training", "evaluating"; and how far, where it takes long."""
         self.phase_name = f"{name} {done}/{total}" if total else name
+        if self.step == self.first_step and name in ("checking", "evaluating"):
+            # What precedes the first step says nothing about how long steps take.
+            self._began = self._clock()
 
     def update(self, step: int, reward: float, kl: float, memory_bytes: int | None = None) -> None:
         """An optimizer step is finished: ``step`` of ``total_steps``, counted from 1."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.rewards.preprocess import to_pil
 
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -46,15 +46,11 @@ def save_samples(run_folder: Path, step: int, images: Tensor, prompts: Sequence[
     """
     folder = run_folder / "samples" / f"step_{step:06d}"
     listing = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder.parent / "samples.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
         for index, picture in enumerate(to_pil(images)):
             picture.save(folder / f"{index:02d}.png", format="PNG")
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); free some space or choose another run folder"
-        ) from None
 
 
 def read_samples(run_folder: Path) -> Samples:

@@ -77,3 +77,13 @@ def test_format_seconds(seconds, text):
 )
 def test_format_bytes(count, text):
     assert format_bytes(count) == text
+
+
+def test_time_left_does_not_count_what_precedes_the_first_step():
+    clock, output = Clock(), io.StringIO()
+    with TrainingProgress(3, console=Console(file=output, width=120), clock=clock) as progress:
+        clock.now += 500
+        progress.phase("evaluating", 5, 5)
+        clock.now += 4
+        progress.update(1, 0.1, 0.01)
+    assert output.getvalue().strip().endswith("0:08 left")
