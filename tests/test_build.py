@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,18 @@ def test_every_declared_dependency_has_a_tested_version() -> None:
             (pin,) = tested[canonicalize_name(declared.name)]
             assert pin.operator == "=="
             assert declared.specifier.contains(pin.version), text
+
+
+def test_without_a_compiler_the_package_builds_without_its_native_library(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("kernels", "sqdf_fast"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "out", "."]
+    nowhere = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **nowhere}, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "sqdf_fast/kernels/native.py" in names
+    assert not [name for name in names if name.endswith(".so")]

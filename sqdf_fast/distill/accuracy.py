@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sqdf_fast.backbone import Backbone, Role
-from sqdf_fast.distill.trajectories import OnProgress, guided_trajectories, lookaheads, table_dtype
+from sqdf_fast.distill.trajectories import OnProgress, guided_trajectories, lookaheads
 from sqdf_fast.engine.joint import RewardFunction
 from sqdf_fast.objective import look_ahead
 from sqdf_fast.schedule import DenoisingSchedule, Lookahead
@@ -112,19 +113,19 @@ def _foresee(
     batch_size: int,
 ) -> Tensor:
     family = backbone.family
-    lookahead = lookahead.to(family.device, table_dtype(family))
+    lookahead = lookahead.to(family.device, family.precision)
     unconditional = family.encode([""]) if guidance_scale != 1 else None
     parts = []
     with backbone.role(role):
         for start in range(0, len(x), batch_size):
-            part = x[start : start + batch_size].to(family.device, table_dtype(family))
+            part = x[start : start + batch_size].to(family.device, family.precision)
             conditioning = family.encode(prompts[start : start + batch_size])
             parts.append(
                 look_ahead(
                     part,
                     torch.full((len(part),), state, device=family.device),
                     lookahead,
-                    lambda x, t, c=conditioning: backbone.predict(x, t, c, unconditional),  # type: ignore[misc]
+                    partial(backbone.predict, conditioning=conditioning, unconditional=unconditional),
                     guidance_scale=guidance_scale,
                 ).cpu()
             )

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sqdf_fast.backbone import Backbone
 from sqdf_fast.checkpoint import atomic_folder, disk_errors
 from sqdf_fast.distill.accuracy import Accuracy, measure_accuracy
 from sqdf_fast.distill.settings import Distillation
-from sqdf_fast.distill.trajectories import Trajectories, guided_trajectories, lookaheads, table_dtype
+from sqdf_fast.distill.trajectories import Trajectories, guided_trajectories, lookaheads
 from sqdf_fast.engine.joint import RewardFunction
 from sqdf_fast.engine.noise import Stream, generator, sample_seeds
 from sqdf_fast.errors import UserError
@@ -101,7 +102,7 @@ class Distiller:
     ) -> None:
         self.settings, self.prompts, self.progress = settings, list(prompts), progress
         self.schedule = DenoisingSchedule.from_scheduler(family.scheduler, settings.num_inference_steps)
-        self.lookahead = lookaheads(self.schedule)[0].to(family.device, table_dtype(family))
+        self.lookahead = lookaheads(self.schedule)[0].to(family.device, family.precision)
         self.backbone = Backbone(
             family,
             rank=settings.rank,
@@ -200,7 +201,7 @@ class Distiller:
         total = 0.0
         for rows, states in zip(row.split(size), state.split(size), strict=True):
             x, target = (
-                tensor.to(family.device, table_dtype(family))
+                tensor.to(family.device, family.precision)
                 for tensor in (trajectories.states[rows, states], trajectories.x0[rows])
             )
             conditioning = family.encode([trajectories.prompts[i] for i in rows])
@@ -209,7 +210,7 @@ class Distiller:
                     x,
                     states.to(family.device),
                     self.lookahead,
-                    lambda x, t, c=conditioning: self.backbone.predict(x, t, c),  # type: ignore[misc]
+                    partial(self.backbone.predict, conditioning=conditioning),
                 )
             loss = pseudo_huber(estimate - target) * (len(rows) / len(row))
             loss.backward()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.engine.noise import Stream
-from sqdf_fast.families import Conditioning, Family
+from sqdf_fast.families import Conditioning
 from sqdf_fast.kernels import posterior_mean
 from sqdf_fast.kernels.philox import derive_seeds, philox_normal
 from sqdf_fast.schedule import DenoisingSchedule, Lookahead, consistency_rows
@@ -50,11 +50,6 @@ def lookaheads(schedule: DenoisingSchedule) -> tuple[Lookahead, Lookahead]:
         Lookahead(torch.cat([consistency_rows(posterior, timestep), consistency.rows[:-1]]), timesteps),
         Lookahead(torch.cat([posterior, tweedie.rows[:-1]]), timesteps),
     )
-
-
-def table_dtype(family: Family) -> torch.dtype:
-    """Precision of latents and coefficients: float64 for a float64 network, float32 otherwise."""
-    return torch.float64 if family.dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()
@@ -102,7 +97,7 @@ def _walk(
     guidance_scale: float,
 ) -> Iterator[Tensor]:
     family = backbone.family
-    device, dtype = family.device, table_dtype(family)
+    device, dtype = family.device, family.precision
     unconditional = family.encode([""]) if guidance_scale != 1 else None
     timesteps, seeds, branch = schedule.timesteps.to(device, dtype), seeds.to(device), branch.to(device)
     # Rows 0 .. T - 1 are the steps with noise, T .. 2T - 1 the same steps without.

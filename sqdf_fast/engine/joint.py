@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ class JointExecutor:
                 x_prev[ahead],
                 index[ahead],
                 self._lookahead,
-                lambda x, timesteps: self.backbone.predict(x, timesteps, conditioning, unconditional),
+                partial(self.backbone.predict, conditioning=conditioning, unconditional=unconditional),
                 guidance_scale=scale,
                 impl=self.impl,
             )

@@ -105,7 +105,6 @@ class Sampler:
                 tables.transition[:, :2],
                 index,
                 guidance_scale=self.guidance_scale,
-                out_dtype=x.dtype,
                 impl=self.impl,
             )
             sigma = float(self.schedule.transition[i, 2])
