@@ -21,7 +21,6 @@ IMPLEMENTATIONS = ("triton", "native", "reference")  # the order in which "auto"
 CHOICES = ("auto", *IMPLEMENTATIONS)
 
 _log = logging.getLogger(__name__)
-_loaded: dict[tuple[str, str], ModuleType] = {}
 
 
 def reason_against(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -30,7 +29,7 @@ def reason_against(op: str, name: str, device: torch.device, dtype: torch.dtype)
         return None
     if importlib.util.find_spec(f"sqdf_fast.kernels.{op}.{name}") is None:
         return "not part of this version"
-    reason: str | None = _module(op, name).unavailable(device, dtype)
+    reason: str | None = module(op, name).unavailable(device, dtype)
     return reason
 
 
@@ -46,9 +45,10 @@ def resolve(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str
     return _resolve(op, impl, device.type, dtype)
 
 
-def implementation(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that `resolve` names."""
-    return _loaded[op, resolve(op, impl, device, dtype)]
+@cache
+def module(op: str, name: str) -> ModuleType:
+    """The module of one implementation."""
+    return importlib.import_module(f"sqdf_fast.kernels.{op}.{name}")
 
 
 @cache
@@ -57,14 +57,11 @@ def _resolve(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
         raise UserError(f"impl={impl!r} is not an implementation of {op}: choose one of {', '.join(CHOICES)}")
     device = torch.device(device_type)
     if impl == "auto":
-        name = _first_that_runs(op, device, dtype)
-    else:
-        name = impl
-        reason = reason_against(op, name, device, dtype)
-        if reason is not None:
-            raise UserError(f"impl={impl!r} of {op} cannot run here: {reason}; use impl='auto'")
-    _loaded[op, name] = _module(op, name)
-    return name
+        return _first_that_runs(op, device, dtype)
+    reason = reason_against(op, impl, device, dtype)
+    if reason is not None:
+        raise UserError(f"impl={impl!r} of {op} cannot run here: {reason}; use impl='auto'")
+    return impl
 
 
 def _first_that_runs(op: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -77,7 +74,3 @@ def _first_that_runs(op: str, device: torch.device, dtype: torch.dtype) -> str:
     if passed_over:
         _log.info("%s on %s takes %s (%s)", op, device.type, name, "; ".join(passed_over))
     return name
-
-
-def _module(op: str, name: str) -> ModuleType:
-    return importlib.import_module(f"sqdf_fast.kernels.{op}.{name}")

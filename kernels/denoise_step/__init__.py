@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels.dispatch import implementation
+from sqdf_fast.kernels.denoise_step import op as fused
+from sqdf_fast.kernels.denoise_step import reference as plain
+from sqdf_fast.kernels.dispatch import resolve
 from sqdf_fast.kernels.validation import (
     check_batch,
     check_floating,
@@ -60,18 +62,10 @@ def denoise_step(
         UserError: shapes, dtypes or devices that do not fit, both or none of noise and seed, an `impl` that
             cannot run.
     """
-    x_prev, kl, _ = denoise_step_staged(
-        x,
-        policy,
-        reference,
-        transition,
-        index,
-        guidance_scale=guidance_scale,
-        noise=noise,
-        seed=seed,
-        kl_scale=kl_scale,
-        impl=impl,
-    )
+    # the backward needs delta, and only for the policy
+    with_delta = policy.requires_grad and torch.is_grad_enabled()
+    settings = guidance_scale, noise, seed, kl_scale, with_delta, impl
+    x_prev, kl, _ = _step(x, policy, reference, transition, index, *settings)
     return x_prev, kl
 
 
@@ -93,18 +87,10 @@ def denoise_step_staged(
     Returns:
         x_prev, kl as `denoise_step`; delta shaped like x, in the dtype of `policy`, carrying no gradient.
     """
-    op = "denoise_step"
-    check_batch(op, x)
-    check_floating(op, x, policy=policy, reference=reference, noise=noise)
-    check_network_output(op, "policy", policy, x, guidance_scale)
-    check_network_output(op, "reference", reference, x, guidance_scale)
-    check_table(op, "transition", transition, 3, index, x)
-    _check_noise(x, noise, seed)
-    module = implementation(op, impl, x.device, math_dtype(x, policy, reference, noise))
-    x_prev, kl, delta = module.denoise_step_staged(
-        x, policy, reference, transition, index, float(guidance_scale), noise, seed, float(kl_scale)
+    x_prev, kl, delta = _step(
+        x, policy, reference, transition, index, guidance_scale, noise, seed, kl_scale, True, impl
     )
-    return x_prev, kl, delta
+    return x_prev, kl, delta.detach()
 
 
 def denoise_step_vjp(
@@ -139,11 +125,41 @@ def denoise_step_vjp(
     check_table(op, "transition", transition, 3, index, delta)
     if grad_kl.shape != index.shape:
         raise UserError(f"{op}: grad_kl has shape {tuple(grad_kl.shape)}; it must be [{delta.shape[0]}]")
-    module = implementation(op, impl, delta.device, math_dtype(grad_x_prev, grad_kl, delta))
-    grad: Tensor = module.denoise_step_vjp(
-        grad_x_prev, grad_kl, delta, transition, index, float(guidance_scale), float(kl_scale)
-    )
-    return grad
+    name = resolve(op, impl, delta.device, math_dtype(grad_x_prev, grad_kl, delta))
+    settings = float(guidance_scale), float(kl_scale)
+    if name == "reference":
+        return plain.denoise_step_vjp(grad_x_prev, grad_kl, delta, transition, index, *settings)
+    dtypes = grad_x_prev.dtype, torch.float32
+    arguments = (grad_x_prev, grad_kl, delta, transition, index, *settings, *dtypes, False, True, name)
+    return fused.denoise_step_backward(*arguments)[1]
+
+
+def _step(
+    x: Tensor,
+    policy: Tensor,
+    reference: Tensor,
+    transition: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    kl_scale: float,
+    with_delta: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "denoise_step"
+    check_batch(op, x)
+    check_floating(op, x, policy=policy, reference=reference, noise=noise)
+    check_network_output(op, "policy", policy, x, guidance_scale)
+    check_network_output(op, "reference", reference, x, guidance_scale)
+    check_table(op, "transition", transition, 3, index, x)
+    _check_noise(x, noise, seed)
+    name = resolve(op, impl, x.device, math_dtype(x, policy, reference, noise))
+    arguments = (x, policy, reference, transition, index, float(guidance_scale), noise, seed, float(kl_scale))
+    if name == "reference":
+        return plain.denoise_step_staged(*arguments)
+    x_prev, kl, delta = fused.denoise_step(*arguments, with_delta, name)
+    return x_prev, kl, delta
 
 
 def _check_noise(x: Tensor, noise: Tensor | None, seed: Tensor | None) -> None:

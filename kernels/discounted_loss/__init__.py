@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels.dispatch import implementation
+from sqdf_fast.kernels.discounted_loss import op as fused
+from sqdf_fast.kernels.discounted_loss import reference as plain
+from sqdf_fast.kernels.dispatch import resolve
 from sqdf_fast.kernels.validation import math_dtype
 
 
@@ -65,9 +67,10 @@ def discounted_loss(
             f"{op}: remaining is {remaining.dtype} on {remaining.device}; "
             f"it must be int64, and reward ({reward.device}) and kl ({kl.device}) on the same device"
         )
-    module = implementation(op, impl, reward.device, math_dtype(reward, kl))
+    name = resolve(op, impl, reward.device, math_dtype(reward, kl))
     total = float(reward.numel() if denominator is None else denominator)
-    loss: Tensor = module.discounted_loss(
-        reward, kl, remaining, float(gamma), float(alpha), bool(mask_nonpositive), total
-    )
+    arguments = (reward, kl, remaining, float(gamma), float(alpha), bool(mask_nonpositive), total)
+    if name == "reference":
+        return plain.discounted_loss(*arguments)
+    loss: Tensor = fused.discounted_loss(*arguments, name)[0]
     return loss

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels.dispatch import implementation, resolve
+from sqdf_fast.kernels.dispatch import module, resolve
 
 __all__ = ["derive_seed", "derive_seeds", "philox_normal", "philox_uint32"]
 
@@ -65,7 +65,7 @@ def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torc
         UserError: as `philox_normal`.
     """
     _check(seed, numel)
-    return implementation("philox", impl, seed.device, torch.float32).words(seed, numel)
+    return module("philox", resolve("philox", impl, seed.device, torch.float32)).words(seed, numel)
 
 
 def derive_seed(*integers: int) -> int:
@@ -90,8 +90,7 @@ def derive_seeds(*base: int, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("sqdf_fast::philox_normal", mutates_args=())
 def _philox_normal(seed: torch.Tensor, shape: Sequence[int], impl: str) -> torch.Tensor:
-    module = implementation("philox", impl, seed.device, torch.float32)
-    return module.normal(seed, math.prod(shape)).view(len(seed), *shape)
+    return module("philox", impl).normal(seed, math.prod(shape)).view(len(seed), *shape)
 
 
 @_philox_normal.register_fake

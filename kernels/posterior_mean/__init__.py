@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels.dispatch import implementation
+from sqdf_fast.kernels.dispatch import resolve
+from sqdf_fast.kernels.posterior_mean import op as fused
+from sqdf_fast.kernels.posterior_mean import reference as plain
 from sqdf_fast.kernels.validation import (
     check_batch,
     check_floating,
@@ -57,6 +59,9 @@ def posterior_mean(
     dtype = x.dtype if out_dtype is None else out_dtype
     if not dtype.is_floating_point:
         raise UserError(f"{op}: out_dtype is {dtype}; it must be a floating-point dtype")
-    module = implementation(op, impl, x.device, math_dtype(x, model_output))
-    x0: Tensor = module.posterior_mean(x, model_output, posterior, index, float(guidance_scale), dtype)
+    name = resolve(op, impl, x.device, math_dtype(x, model_output))
+    arguments = (x, model_output, posterior, index, float(guidance_scale), dtype)
+    if name == "reference":
+        return plain.posterior_mean(*arguments)
+    x0: Tensor = fused.posterior_mean(*arguments, name)
     return x0

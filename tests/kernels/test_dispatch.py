@@ -10,6 +10,7 @@ import torch
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import discounted_loss, dispatch
+from sqdf_fast.kernels.discounted_loss import op as discounted_loss_op
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 
@@ -20,7 +21,6 @@ def forget():
     dispatch._resolve.cache_clear()
     yield
     dispatch._resolve.cache_clear()
-    dispatch._loaded.clear()
 
 
 @pytest.mark.parametrize("op", ["denoise_step", "posterior_mean", "discounted_loss"])
@@ -37,7 +37,6 @@ def test_unknown_choice():
 def test_order_of_auto_and_the_logged_reason(forget, monkeypatch, caplog):
     reasons = {"triton": "no GPU", "native": None, "reference": None}
     monkeypatch.setattr(dispatch, "reason_against", lambda op, name, device, dtype: reasons[name])
-    monkeypatch.setattr(dispatch, "_module", lambda op, name: types.SimpleNamespace())
     with caplog.at_level(logging.INFO):
         assert dispatch.resolve("denoise_step", "auto", CPU, FLOAT) == "native"
         assert dispatch.resolve("denoise_step", "auto", CPU, FLOAT) == "native"
@@ -51,16 +50,17 @@ def test_explicit_choice_never_falls_back(forget, monkeypatch):
 
 
 def test_the_chosen_module_runs(forget, monkeypatch):
-    """An added implementation is reached without any change to a caller."""
+    """The dispatcher's answer is what computes; float64 falls back to the reference, an explicit choice does not."""
+    one, k = torch.ones(2), torch.zeros(2, dtype=torch.int64)
     chosen = types.SimpleNamespace(
         unavailable=lambda device, dtype: None if dtype == FLOAT else "float32 only",
-        discounted_loss=lambda *arguments: torch.tensor(42.0),
+        forward=lambda *arguments: (torch.tensor(42.0), torch.zeros(2), torch.zeros(2)),
     )
+    module = dispatch.module
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name if "native" in name else None)
-    load = dispatch._module
-    monkeypatch.setattr(dispatch, "_module", lambda op, name: chosen if name == "native" else load(op, name))
-    reward, k = torch.ones(2), torch.zeros(2, dtype=torch.int64)
-    assert discounted_loss(reward, reward, k, gamma=1.0, alpha=0.0).item() == 42.0
-    assert discounted_loss(reward.double(), reward.double(), k, gamma=1.0, alpha=0.0).item() == -1.0
+    for place in (dispatch, discounted_loss_op):
+        monkeypatch.setattr(place, "module", lambda op, name: chosen if name == "native" else module(op, name))
+    assert discounted_loss(one, one, k, gamma=1.0, alpha=0.0, impl="native").item() == 42.0
+    assert discounted_loss(one.double(), one.double(), k, gamma=1.0, alpha=0.0).item() == -1.0
     with pytest.raises(UserError, match="float32 only"):
-        discounted_loss(reward.double(), reward.double(), k, gamma=1.0, alpha=0.0, impl="native")
+        discounted_loss(one.double(), one.double(), k, gamma=1.0, alpha=0.0, impl="native")

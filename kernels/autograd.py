@@ -1,0 +1,57 @@
+"""Custom ops with a backward, and the short way to call them.
+
+An op is registered with torch.library: it works under torch.compile, fake tensors and every other mode that
+intercepts operators. That machinery costs about 70 microseconds of Python for a forward and a backward, as much as
+the arithmetic of a small batch. Plain tensors therefore take the same forward and backward through an
+autograd function of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def plain(*arguments: object) -> bool:
+    """Whether the tensors among the arguments are computed right now, neither traced nor faked nor intercepted."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    return all(type(a) in (Tensor, torch.nn.Parameter) for a in arguments if isinstance(a, Tensor))
+
+
+def differentiable(
+    op: torch.library.CustomOpDef,
+    compute: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Give `op` its backward, and return what calls it: the op itself, or for plain tensors `compute` directly.
+
+    Args:
+        op: the custom op, with a fake implementation.
+        compute: what the op runs; the same positional arguments.
+        setup_context, backward: as `torch.library.register_autograd` takes them; backward gets None for
+            an output whose gradient is undefined.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    op.register_autograd(backward, setup_context=setup)
+    members = {
+        "forward": staticmethod(compute),
+        "setup_context": staticmethod(setup),
+        "backward": staticmethod(once_differentiable(backward)),
+    }
+    function: Any = type(f"{op._name}", (torch.autograd.Function,), members)
+
+    def call(*arguments: Any) -> Any:
+        return function.apply(*arguments) if plain(*arguments) else op(*arguments)
+
+    return call

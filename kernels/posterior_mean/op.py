@@ -1,0 +1,77 @@
+"""posterior_mean as PyTorch operators: what fake tensors see, what autograd does, around a fused implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.kernels.autograd import differentiable, plain
+from sqdf_fast.kernels.dispatch import module
+
+
+def _forward(
+    x: Tensor,
+    model_output: Tensor,
+    posterior: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    out_dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    x0: Tensor = module("posterior_mean", impl).forward(x, model_output, posterior, index, guidance_scale, out_dtype)
+    return x0
+
+
+def _backward(
+    grad_x0: Tensor,
+    posterior: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    x_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    need_x: bool,
+    need_output: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_output = module("posterior_mean", impl).backward(
+        grad_x0, posterior, index, guidance_scale, x_dtype, output_dtype, need_x, need_output
+    )
+    return grad_x, grad_output
+
+
+_forward_op = torch.library.custom_op("sqdf_fast::posterior_mean", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("sqdf_fast::posterior_mean_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(x, model_output, posterior, index, guidance_scale, out_dtype, impl):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=out_dtype)
+
+
+@_backward_op.register_fake
+def _(grad_x0, posterior, index, guidance_scale, x_dtype, output_dtype, need_x, need_output, impl):  # type: ignore[no-untyped-def]
+    batch, *sample = grad_x0.shape
+    rows = batch if guidance_scale == 1 else 2 * batch
+    grad_x = grad_x0.new_empty((batch, *sample) if need_x else (0,), dtype=x_dtype)
+    return grad_x, grad_x0.new_empty((rows, *sample) if need_output else (0,), dtype=output_dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, model_output, posterior, index, guidance_scale, _, impl = inputs
+    ctx.save_for_backward(posterior, index)
+    ctx.settings = guidance_scale, x.dtype, model_output.dtype
+    ctx.impl = impl
+
+
+def _autograd(ctx: Any, grad_x0: Tensor | None) -> tuple[Any, ...]:
+    if grad_x0 is None:
+        return (None,) * 7
+    need_x, need_output = ctx.needs_input_grad[:2]
+    arguments = (grad_x0, *ctx.saved_tensors, *ctx.settings, need_x, need_output, ctx.impl)
+    grad_x, grad_output = _backward(*arguments) if plain(*arguments) else _backward_op(*arguments)
+    return (grad_x if need_x else None, grad_output if need_output else None, *(None,) * 5)
+
+
+posterior_mean = differentiable(_forward_op, _forward, _setup_context, _autograd)
