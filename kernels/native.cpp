@@ -4,6 +4,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__unix__)
+#include <unistd.h>
+#endif
 
 SQDF_FAST_EXPORT int32_t sqdf_fast_abi_version() { return SQDF_FAST_ABI_VERSION; }
 
@@ -27,4 +30,13 @@ SQDF_FAST_EXPORT const char* sqdf_fast_instruction_set() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
 #endif
     return "baseline";
+}
+
+// Bytes of the last-level cache, 32 MiB where the system does not say.
+SQDF_FAST_EXPORT int64_t sqdf_fast_cache_bytes() {
+    long bytes = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return bytes > 0 ? bytes : int64_t{32} << 20;
 }

@@ -5,12 +5,13 @@
 #include <cstdint>
 
 // Raised whenever the signature or the meaning of an exported function changes; kernels/native.py checks it.
-#define SQDF_FAST_ABI_VERSION 1
+#define SQDF_FAST_ABI_VERSION 2
 
 #define SQDF_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 
 // SQDF_FAST_CLONES marks the inner loop of an op: it is compiled for AVX-512, AVX2 and the baseline, and the loader picks
-// one. OpenMP regions belong in the caller, because their outlined bodies are not cloned.
+// one. OpenMP regions belong in the caller, because their outlined bodies are not cloned. Such a function has a name of its
+// own in the whole library: clang exports its resolver even out of an unnamed namespace.
 #if defined(SQDF_FAST_CLONES_BY_LEVEL)
 #define SQDF_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #elif defined(SQDF_FAST_CLONES_BY_FEATURE)

@@ -7,16 +7,24 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-ABI_VERSION = 1
+from sqdf_fast.errors import UserError
+
+ABI_VERSION = 2
 """Must equal SQDF_FAST_ABI_VERSION in native.h."""
 
 _FILE_NAME = {"win32": "sqdf_fast_native.dll", "darwin": "libsqdf_fast_native.dylib"}.get(
     sys.platform, "libsqdf_fast_native.so"
 )
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # sqdf_fast::Dtype in rows.h
+_ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64, "d": ctypes.c_double}
 
 _NOT_INSTALLED = (
     f"{_FILE_NAME} is not installed (no C++ compiler when the package was built); "
@@ -50,9 +58,65 @@ def library() -> ctypes.CDLL:
 
 def instruction_set() -> str:
     """What the inner loops run with here: "AVX-512", "AVX2" or "baseline"."""
-    function = library().sqdf_fast_instruction_set
-    function.restype = ctypes.c_char_p
-    return function().decode()
+    name: bytes = ctypes.c_char_p(function("sqdf_fast_instruction_set", "", "p")()).value or b""
+    return name.decode()
+
+
+@functools.cache
+def function(name: str, arguments: str, result: str = "") -> Callable[..., Any]:
+    """An exported function; a letter an argument: p(ointer), i(nt32), l (int64), d(ouble); result "" is void."""
+    found = getattr(library(), name)
+    found.argtypes = [_ARGUMENTS[letter] for letter in arguments]
+    found.restype = _ARGUMENTS[result] if result else None
+    return found  # type: ignore[no-any-return]
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a native op cannot run on `device` with arithmetic in `dtype`, or None."""
+    if device.type != "cpu":
+        return "runs on the CPU only"
+    if dtype == torch.float64:
+        return "float64 runs in the reference only"
+    return unavailable_reason()
+
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """What the library calls `dtype`.
+
+    Raises:
+        UserError: a dtype that native ops neither read nor write.
+    """
+    number = _DTYPES.get(dtype)
+    if number is None:
+        raise UserError(
+            f"native ops take float32, float16 and bfloat16, not {dtype}; convert it or use impl='reference'"
+        )
+    return number
+
+
+def coefficients(table: Tensor) -> Tensor:
+    """A coefficient table as native ops read it: float32, contiguous."""
+    return table.to(torch.float32).contiguous()
+
+
+def check_index(outside: int, steps: int) -> None:
+    """What a native op that met an index outside its table raises, as PyTorch's indexing does.
+
+    Raises:
+        IndexError: `outside` is not 0.
+    """
+    if outside:
+        raise IndexError(f"index holds a position outside a schedule of {steps} steps")
+
+
+def streaming(footprint: int) -> bool:
+    """Whether an op that touches `footprint` bytes writes past the cache, where its results would not stay."""
+    return footprint > _cache_bytes()
+
+
+@functools.cache
+def _cache_bytes() -> int:
+    return int(function("sqdf_fast_cache_bytes", "", "l")())
 
 
 def threads() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import torch
@@ -27,9 +26,6 @@ def normal(seed: torch.Tensor, numel: int) -> torch.Tensor:
 
 
 def _fill(name: str, seed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    function = getattr(native.library(), name)
-    function.restype = None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32)
     seed = seed.contiguous()
-    function(native.pointer(seed), len(seed), out.shape[1], native.pointer(out), native.threads())
+    native.function(name, "pllpi")(seed.data_ptr(), len(seed), out.shape[1], out.data_ptr(), native.threads())
     return out

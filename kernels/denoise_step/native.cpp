@@ -1,0 +1,181 @@
+// One denoising step and its KL, forward and backward; the op's Python side is kernels/denoise_step/native.py.
+#include <cmath>
+#include <vector>
+
+#include "philox/philox.h"
+#include "rows.h"
+
+namespace {
+
+using namespace sqdf_fast;
+
+static_assert(kBlock % kPhiloxBlock == 0, "a block's noise is drawn in whole Philox blocks");
+
+struct Guidance {
+    bool on;                    // two rows a sample, [uncond; cond]
+    float scale, complement;    // g, 1 - g
+};
+
+struct Forward {
+    Input x, policy, reference, noise;  // noise.data null: drawn from seed
+    const int64_t* seed;
+    Output x_prev, delta;
+    Guidance guidance;
+    int64_t batch, numel;
+};
+
+struct Backward {
+    Input grad_x_prev, delta;
+    Output grad_x, grad_policy;
+    Guidance guidance;
+    int64_t batch, numel;
+};
+
+// kl_scale q^2 / sigma^2; 0 where q = 0.
+double kl_weight(const float* transition, double kl_scale) {
+    const double q = transition[1], sigma = transition[2];
+    return q == 0 ? 0.0 : kl_scale * (q / sigma) * (q / sigma);
+}
+
+SQDF_FAST_INLINE const float* draw(int64_t seed, int64_t at, int n, float* normals) {
+    for (int done = 0; done < n; done += kPhiloxBlock) {
+        normal_block(seed, static_cast<uint32_t>((at + done) / 4), normals + done);
+    }
+    return normals;
+}
+
+// Writes x_prev and delta of one piece; returns the sum of delta^2.
+SQDF_FAST_CLONES double step_piece(const Forward& op, const float* transition, int64_t row, int64_t begin, int64_t end) {
+    alignas(64) float scratch[8][kBlock];
+    alignas(64) float squares[kBlock] = {};
+    const float p = transition[0], q = transition[1], sigma = transition[2], g = op.guidance.scale;
+    for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
+        const int64_t at = row * op.numel + in_row, conditional = at + op.batch * op.numel;
+        float* __restrict x_prev = place(op.x_prev, at, scratch[0]);
+        float* __restrict delta = place(op.delta, at, scratch[1]);
+        const float* x = load(op.x, at, n, scratch[2]);
+        const float* z = op.noise.data != nullptr ? load(op.noise, at, n, scratch[3])
+                                                  : draw(op.seed[row], in_row, n, scratch[3]);
+        const float* policy = load(op.policy, at, n, scratch[4]);
+        const float* reference = load(op.reference, at, n, scratch[5]);
+        if (op.guidance.on) {
+            const float* policy_cond = load(op.policy, conditional, n, scratch[6]);
+            const float* reference_cond = load(op.reference, conditional, n, scratch[7]);
+            // Differences before guidance: those of nearby floats are exact.
+            for (int i = 0; i < n; ++i) {
+                const float m = policy[i] + g * (policy_cond[i] - policy[i]);
+                const float difference = policy[i] - reference[i];
+                const float d = difference + g * ((policy_cond[i] - reference_cond[i]) - difference);
+                x_prev[i] = p * x[i] + q * m + sigma * z[i];
+                delta[i] = d;
+                squares[i] += d * d;
+            }
+        } else {
+            for (int i = 0; i < n; ++i) {
+                const float d = policy[i] - reference[i];
+                x_prev[i] = p * x[i] + q * policy[i] + sigma * z[i];
+                delta[i] = d;
+                squares[i] += d * d;
+            }
+        }
+        store(op.x_prev, at, n, x_prev);
+        store(op.delta, at, n, delta);
+    }
+    finish_streams();
+    double sum = 0;
+    for (float square : squares) sum += square;
+    return sum;
+}
+
+// Writes grad_x and grad_policy of one piece; pull = d loss / d delta over delta.
+SQDF_FAST_CLONES void step_gradient_piece(const Backward& op, const float* transition, float pull, int64_t row, int64_t begin,
+                                     int64_t end) {
+    alignas(64) float scratch[5][kBlock];
+    const float p = transition[0], q = transition[1], g = op.guidance.scale, complement = op.guidance.complement;
+    for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
+        const int64_t at = row * op.numel + in_row, conditional = at + op.batch * op.numel;
+        const float* grad = load(op.grad_x_prev, at, n, scratch[0]);
+        if (op.grad_x.data != nullptr) {
+            float* __restrict grad_x = place(op.grad_x, at, scratch[1]);
+            for (int i = 0; i < n; ++i) grad_x[i] = p * grad[i];
+            store(op.grad_x, at, n, grad_x);
+        }
+        if (op.grad_policy.data == nullptr) continue;
+        const float* delta = load(op.delta, at, n, scratch[2]);
+        float* __restrict grad_policy = place(op.grad_policy, at, scratch[3]);
+        if (op.guidance.on) {
+            float* __restrict grad_cond = place(op.grad_policy, conditional, scratch[4]);
+            for (int i = 0; i < n; ++i) {
+                const float mean = q * grad[i] + (delta[i] == 0 ? 0.0f : pull * delta[i]);  // 0 * inf
+                grad_policy[i] = complement * mean;
+                grad_cond[i] = g * mean;
+            }
+            store(op.grad_policy, conditional, n, grad_cond);
+        } else {
+            for (int i = 0; i < n; ++i) grad_policy[i] = q * grad[i] + (delta[i] == 0 ? 0.0f : pull * delta[i]);
+        }
+        store(op.grad_policy, at, n, grad_policy);
+    }
+    finish_streams();
+}
+
+}  // namespace
+
+// Tensors are contiguous, dtypes numbers of sqdf_fast::Dtype. transition: float32 [steps, 3]; index: [batch]; exactly one
+// of noise and seed [batch] is null; kl: float32 [batch]; delta may be null. Returns 1 if an index lies outside, else 0.
+SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_forward(
+    const void* x, int32_t x_dtype, const void* policy, int32_t policy_dtype, const void* reference, int32_t reference_dtype,
+    const void* noise, int32_t noise_dtype, const int64_t* seed, const float* transition, int64_t steps, const int64_t* index,
+    double guidance_scale, double kl_scale, int64_t batch, int64_t numel, void* x_prev, float* kl, void* delta,
+    int32_t streaming, int32_t threads) {
+    const Table table{transition, steps, 3};
+    if (!table.has(index, batch)) return 1;
+    const Forward op{{x, x_dtype},
+                     {policy, policy_dtype},
+                     {reference, reference_dtype},
+                     {noise, noise_dtype},
+                     seed,
+                     {x_prev, x_dtype, streaming != 0},
+                     {delta, policy_dtype, streaming != 0},
+                     {guidance_scale != 1, static_cast<float>(guidance_scale), static_cast<float>(1 - guidance_scale)},
+                     batch,
+                     numel};
+    const int64_t pieces = pieces_of(numel);
+    std::vector<double> sums(batch * pieces);
+    for_each_piece(batch, numel, threads, [&](int64_t row, int64_t number, int64_t begin, int64_t end) {
+        sums[row * pieces + number] = step_piece(op, table.row(index[row]), row, begin, end);
+    });
+    for (int64_t row = 0; row < batch; ++row) {
+        double sum = 0;
+        for (int64_t i = 0; i < pieces; ++i) sum += sums[row * pieces + i];
+        // 0 * inf: equal outputs cost nothing even where sigma is 0
+        kl[row] = sum == 0 ? 0.0f : static_cast<float>(kl_weight(table.row(index[row]), kl_scale) * (sum / numel));
+    }
+    return 0;
+}
+
+// As above; grad_kl: float32 [batch]. A null grad_x or grad_policy is not computed; delta is read for grad_policy alone.
+SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_backward(const void* grad_x_prev, int32_t grad_dtype, const float* grad_kl,
+                                                         const void* delta, int32_t delta_dtype, const float* transition,
+                                                         int64_t steps, const int64_t* index, double guidance_scale,
+                                                         double kl_scale, int64_t batch, int64_t numel, void* grad_x,
+                                                         int32_t x_dtype, void* grad_policy, int32_t policy_dtype,
+                                                         int32_t streaming, int32_t threads) {
+    const Table table{transition, steps, 3};
+    if (!table.has(index, batch)) return 1;
+    const Backward op{{grad_x_prev, grad_dtype},
+                      {delta, delta_dtype},
+                      {grad_x, x_dtype, streaming != 0},
+                      {grad_policy, policy_dtype, streaming != 0},
+                      {guidance_scale != 1, static_cast<float>(guidance_scale), static_cast<float>(1 - guidance_scale)},
+                      batch,
+                      numel};
+    for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+        const float* coefficients = table.row(index[row]);
+        const double pull = grad_kl[row] * kl_weight(coefficients, kl_scale) * 2 / static_cast<double>(numel);
+        step_gradient_piece(op, coefficients, static_cast<float>(pull), row, begin, end);
+    });
+    return 0;
+}

@@ -1,0 +1,105 @@
+"""denoise_step on the CPU through the native library: the raw forward and backward of op.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.kernels import native
+from sqdf_fast.kernels.native import dtype_number, unavailable
+
+__all__ = ["backward", "forward", "unavailable"]
+
+
+def forward(
+    x: Tensor,
+    policy: Tensor,
+    reference: Tensor,
+    transition: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    kl_scale: float,
+    with_delta: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_prev like x, kl float32 [B], delta like x in the dtype of policy ([0] unless with_delta)."""
+    x, policy, reference = x.contiguous(), policy.contiguous(), reference.contiguous()
+    transition, index = native.coefficients(transition), index.contiguous()
+    noise = None if noise is None else noise.contiguous()
+    seed = None if seed is None else seed.contiguous()
+    batch, steps = len(x), len(transition)
+    x_prev = torch.empty(x.shape, dtype=x.dtype)
+    kl = torch.empty(batch, dtype=torch.float32)
+    delta = torch.empty(x.shape if with_delta else 0, dtype=policy.dtype)
+    outside = native.function("sqdf_fast_denoise_step_forward", "pipipipipplpddllpppii", "i")(
+        x.data_ptr(),
+        dtype_number(x.dtype),
+        policy.data_ptr(),
+        dtype_number(policy.dtype),
+        reference.data_ptr(),
+        dtype_number(reference.dtype),
+        None if noise is None else noise.data_ptr(),
+        0 if noise is None else dtype_number(noise.dtype),
+        None if seed is None else seed.data_ptr(),
+        transition.data_ptr(),
+        steps,
+        index.data_ptr(),
+        guidance_scale,
+        kl_scale,
+        batch,
+        x.numel() // batch,
+        x_prev.data_ptr(),
+        kl.data_ptr(),
+        delta.data_ptr() if with_delta else None,
+        native.streaming(8 * x.numel() * x.element_size()),
+        native.threads(),
+    )
+    native.check_index(outside, steps)
+    return x_prev, kl, delta
+
+
+def backward(
+    grad_x_prev: Tensor,
+    grad_kl: Tensor,
+    delta: Tensor,
+    transition: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    kl_scale: float,
+    x_dtype: torch.dtype,
+    policy_dtype: torch.dtype,
+    need_x: bool,
+    need_policy: bool,
+) -> tuple[Tensor, Tensor]:
+    """grad_x like grad_x_prev, grad_policy [B or 2B, ...]; the one not needed is [0] and not computed."""
+    grad_x_prev, delta = grad_x_prev.contiguous(), delta.contiguous()
+    grad_kl = grad_kl.to(torch.float32).contiguous()
+    transition, index = native.coefficients(transition), index.contiguous()
+    batch, steps = len(grad_x_prev), len(transition)
+    shape = grad_x_prev.shape
+    rows = batch if guidance_scale == 1 else 2 * batch
+    grad_x = torch.empty(shape if need_x else 0, dtype=x_dtype)
+    grad_policy = torch.empty((rows, *shape[1:]) if need_policy else 0, dtype=policy_dtype)
+    outside = native.function("sqdf_fast_denoise_step_backward", "pippiplpddllpipiii", "i")(
+        grad_x_prev.data_ptr(),
+        dtype_number(grad_x_prev.dtype),
+        grad_kl.data_ptr(),
+        delta.data_ptr(),
+        dtype_number(delta.dtype),
+        transition.data_ptr(),
+        steps,
+        index.data_ptr(),
+        guidance_scale,
+        kl_scale,
+        batch,
+        grad_x_prev.numel() // batch,
+        grad_x.data_ptr() if need_x else None,
+        dtype_number(x_dtype),
+        grad_policy.data_ptr() if need_policy else None,
+        dtype_number(policy_dtype),
+        native.streaming(5 * grad_x_prev.numel() * grad_x_prev.element_size()),
+        native.threads(),
+    )
+    native.check_index(outside, steps)
+    return grad_x, grad_policy

@@ -1,0 +1,117 @@
+// The posterior mean, forward and backward; the op's Python side is kernels/posterior_mean/native.py.
+#include "rows.h"
+
+namespace {
+
+using namespace sqdf_fast;
+
+struct Forward {
+    Input x, model_output;
+    Output x0;
+    bool guided;  // two rows a sample, [uncond; cond]
+    float scale;
+    int64_t batch, numel;
+};
+
+struct Backward {
+    Input grad_x0;
+    Output grad_x, grad_output;
+    bool guided;
+    float scale, complement;  // g, 1 - g
+    int64_t batch, numel;
+};
+
+SQDF_FAST_CLONES void mean_piece(const Forward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
+    alignas(64) float scratch[4][kBlock];
+    const float a = posterior[0], b = posterior[1], g = op.scale;
+    for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
+        const int64_t at = row * op.numel + in_row;
+        float* __restrict x0 = place(op.x0, at, scratch[0]);
+        const float* x = load(op.x, at, n, scratch[1]);
+        if (b == 0) {
+            for (int i = 0; i < n; ++i) x0[i] = a * x[i];
+        } else if (op.guided) {
+            const float* m = load(op.model_output, at, n, scratch[2]);
+            const float* conditional = load(op.model_output, at + op.batch * op.numel, n, scratch[3]);
+            for (int i = 0; i < n; ++i) x0[i] = a * x[i] + b * (m[i] + g * (conditional[i] - m[i]));
+        } else {
+            const float* m = load(op.model_output, at, n, scratch[2]);
+            for (int i = 0; i < n; ++i) x0[i] = a * x[i] + b * m[i];
+        }
+        store(op.x0, at, n, x0);
+    }
+    finish_streams();
+}
+
+SQDF_FAST_CLONES void mean_gradient_piece(const Backward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
+    alignas(64) float scratch[4][kBlock];
+    const float a = posterior[0], b = posterior[1], g = op.scale, complement = op.complement;
+    for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
+        const int64_t at = row * op.numel + in_row, conditional = at + op.batch * op.numel;
+        const float* grad = load(op.grad_x0, at, n, scratch[0]);
+        if (op.grad_x.data != nullptr) {
+            float* __restrict grad_x = place(op.grad_x, at, scratch[1]);
+            for (int i = 0; i < n; ++i) grad_x[i] = a * grad[i];
+            store(op.grad_x, at, n, grad_x);
+        }
+        if (op.grad_output.data == nullptr) continue;
+        float* __restrict grad_output = place(op.grad_output, at, scratch[2]);
+        if (op.guided) {
+            float* __restrict grad_cond = place(op.grad_output, conditional, scratch[3]);
+            for (int i = 0; i < n; ++i) {
+                const float mean = b == 0 ? 0.0f : b * grad[i];  // 0 * inf
+                grad_output[i] = complement * mean;
+                grad_cond[i] = g * mean;
+            }
+            store(op.grad_output, conditional, n, grad_cond);
+        } else {
+            for (int i = 0; i < n; ++i) grad_output[i] = b == 0 ? 0.0f : b * grad[i];
+        }
+        store(op.grad_output, at, n, grad_output);
+    }
+    finish_streams();
+}
+
+}  // namespace
+
+// Tensors are contiguous, dtypes numbers of sqdf_fast::Dtype. posterior: float32 [steps, 2]; index: [batch]. Returns 1 if
+// an index lies outside, else 0.
+SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_forward(const void* x, int32_t x_dtype, const void* model_output,
+                                                          int32_t output_dtype, const float* posterior, int64_t steps,
+                                                          const int64_t* index, double guidance_scale, int64_t batch,
+                                                          int64_t numel, void* x0, int32_t x0_dtype, int32_t streaming,
+                                                          int32_t threads) {
+    const Table table{posterior, steps, 2};
+    if (!table.has(index, batch)) return 1;
+    const Forward op{{x, x_dtype},        {model_output, output_dtype},       {x0, x0_dtype, streaming != 0},
+                     guidance_scale != 1, static_cast<float>(guidance_scale), batch,
+                     numel};
+    for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+        mean_piece(op, table.row(index[row]), row, begin, end);
+    });
+    return 0;
+}
+
+// As above. A null grad_x or grad_output is not computed.
+SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_backward(const void* grad_x0, int32_t grad_dtype, const float* posterior,
+                                                           int64_t steps, const int64_t* index, double guidance_scale,
+                                                           int64_t batch, int64_t numel, void* grad_x, int32_t x_dtype,
+                                                           void* grad_output, int32_t output_dtype, int32_t streaming,
+                                                           int32_t threads) {
+    const Table table{posterior, steps, 2};
+    if (!table.has(index, batch)) return 1;
+    const Backward op{{grad_x0, grad_dtype},
+                      {grad_x, x_dtype, streaming != 0},
+                      {grad_output, output_dtype, streaming != 0},
+                      guidance_scale != 1,
+                      static_cast<float>(guidance_scale),
+                      static_cast<float>(1 - guidance_scale),
+                      batch,
+                      numel};
+    for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+        mean_gradient_piece(op, table.row(index[row]), row, begin, end);
+    });
+    return 0;
+}

@@ -1,0 +1,81 @@
+"""posterior_mean on the CPU through the native library: the raw forward and backward of op.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.kernels import native
+from sqdf_fast.kernels.native import dtype_number, unavailable
+
+__all__ = ["backward", "forward", "unavailable"]
+
+
+def forward(
+    x: Tensor,
+    model_output: Tensor,
+    posterior: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x0 like x in out_dtype; a row with b = 0 does not read model_output."""
+    x, model_output = x.contiguous(), model_output.contiguous()
+    posterior, index = native.coefficients(posterior), index.contiguous()
+    batch, steps = len(x), len(posterior)
+    x0 = torch.empty(x.shape, dtype=out_dtype)
+    outside = native.function("sqdf_fast_posterior_mean_forward", "pipiplpdllpiii", "i")(
+        x.data_ptr(),
+        dtype_number(x.dtype),
+        model_output.data_ptr(),
+        dtype_number(model_output.dtype),
+        posterior.data_ptr(),
+        steps,
+        index.data_ptr(),
+        guidance_scale,
+        batch,
+        x.numel() // batch,
+        x0.data_ptr(),
+        dtype_number(out_dtype),
+        native.streaming(4 * x.numel() * x.element_size()),
+        native.threads(),
+    )
+    native.check_index(outside, steps)
+    return x0
+
+
+def backward(
+    grad_x0: Tensor,
+    posterior: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    x_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    need_x: bool,
+    need_output: bool,
+) -> tuple[Tensor, Tensor]:
+    """grad_x like grad_x0, grad_output [B or 2B, ...]; the one not needed is [0] and not computed."""
+    grad_x0, posterior, index = grad_x0.contiguous(), native.coefficients(posterior), index.contiguous()
+    batch, steps = len(grad_x0), len(posterior)
+    shape = grad_x0.shape
+    rows = batch if guidance_scale == 1 else 2 * batch
+    grad_x = torch.empty(shape if need_x else 0, dtype=x_dtype)
+    grad_output = torch.empty((rows, *shape[1:]) if need_output else 0, dtype=output_dtype)
+    outside = native.function("sqdf_fast_posterior_mean_backward", "piplpdllpipiii", "i")(
+        grad_x0.data_ptr(),
+        dtype_number(grad_x0.dtype),
+        posterior.data_ptr(),
+        steps,
+        index.data_ptr(),
+        guidance_scale,
+        batch,
+        grad_x0.numel() // batch,
+        grad_x.data_ptr() if need_x else None,
+        dtype_number(x_dtype),
+        grad_output.data_ptr() if need_output else None,
+        dtype_number(output_dtype),
+        native.streaming(4 * grad_x0.numel() * grad_x0.element_size()),
+        native.threads(),
+    )
+    native.check_index(outside, steps)
+    return grad_x, grad_output
