@@ -1,0 +1,234 @@
+"""denoise_step on CUDA: one pass over the latents each way, and a few numbers a row for the KL's second stage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.kernels.philox.triton import normal_block
+from sqdf_fast.kernels.triton import (
+    BLOCK,
+    WARPS,
+    aligned,
+    coefficient,
+    jit,
+    on,
+    pieces,
+    row_and_elements,
+    tl,
+    unavailable,
+)
+
+__all__ = ["backward", "forward", "unavailable"]
+
+
+@jit
+def kl_weight(q, sigma, kl_scale):
+    """kl_scale q^2 / sigma^2; 0 where q = 0, infinite where only sigma = 0."""
+    ratio = tl.div_rn(q, sigma)
+    return tl.where(q == 0, 0.0, kl_scale * ratio * ratio)
+
+
+@jit(do_not_specialize=["n_rows", "n_pieces", "stride", "column_stride"])
+def forward_kernel(
+    x,
+    policy,
+    reference,
+    noise,
+    seed,
+    transition,
+    index,
+    x_prev,
+    delta,
+    partial,
+    guidance_scale,
+    n_rows,
+    n_elements,
+    n_pieces,
+    stride,
+    column_stride,
+    GUIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row, i_piece, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
+    o_x = i_row * n_elements + o_n
+    b_x = tl.load(x + o_x, mask=m_n, other=0).to(tl.float32)
+    b_m = tl.load(policy + o_x, mask=m_n, other=0).to(tl.float32)
+    b_delta = b_m - tl.load(reference + o_x, mask=m_n, other=0).to(tl.float32)
+    if GUIDED:
+        o_cond = (i_row + n_rows) * n_elements + o_n
+        b_cond = tl.load(policy + o_cond, mask=m_n, other=0).to(tl.float32)
+        b_delta_cond = b_cond - tl.load(reference + o_cond, mask=m_n, other=0).to(tl.float32)
+        b_m += guidance_scale * (b_cond - b_m)
+        # differences before guidance: those of nearby floats are exact
+        b_delta += guidance_scale * (b_delta_cond - b_delta)
+    if noise is None:
+        b_z = normal_block(tl.load(seed + i_row), i_piece, BLOCK)
+    else:
+        b_z = tl.load(noise + o_x, mask=m_n, other=0).to(tl.float32)
+
+    p = coefficient(transition, index, i_row, stride, column_stride, 0)
+    q = coefficient(transition, index, i_row, stride, column_stride, 1)
+    sigma = coefficient(transition, index, i_row, stride, column_stride, 2)
+    b_x_prev = p * b_x + q * b_m + sigma * b_z
+    tl.store(x_prev + o_x, b_x_prev.to(x_prev.dtype.element_ty), mask=m_n)
+    if delta is not None:
+        tl.store(delta + o_x, b_delta.to(delta.dtype.element_ty), mask=m_n)
+    tl.store(partial + i_row * n_pieces + i_piece, tl.sum(b_delta * b_delta))
+
+
+@jit(do_not_specialize=["n_elements", "n_pieces", "stride", "column_stride"])
+def kl_kernel(
+    partial, transition, index, kl, kl_scale, n_elements, n_pieces, stride, column_stride, BLOCK: tl.constexpr
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    b_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    for i_start in range(0, n_pieces, BLOCK):
+        o_p = i_start + tl.arange(0, BLOCK)
+        b_sum += tl.load(partial + i_row * n_pieces + o_p, mask=o_p < n_pieces, other=0)
+    mean_square = tl.div_rn(tl.sum(b_sum), n_elements.to(tl.float32))
+    q = coefficient(transition, index, i_row, stride, column_stride, 1)
+    sigma = coefficient(transition, index, i_row, stride, column_stride, 2)
+    # 0 * inf: equal outputs cost nothing even where sigma is 0
+    weight = tl.where(mean_square == 0, 0.0, kl_weight(q, sigma, kl_scale))
+    tl.store(kl + i_row, weight * mean_square)
+
+
+@jit(do_not_specialize=["n_rows", "n_pieces", "stride", "column_stride", "kl_stride"])
+def backward_kernel(
+    grad_x_prev,
+    grad_kl,
+    delta,
+    transition,
+    index,
+    grad_x,
+    grad_policy,
+    cond_scale,
+    uncond_scale,
+    kl_scale,
+    mean_scale,
+    n_rows,
+    n_elements,
+    n_pieces,
+    stride,
+    column_stride,
+    kl_stride,
+    GUIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row, i_piece, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
+    o_x = i_row * n_elements + o_n
+    b_grad = tl.load(grad_x_prev + o_x, mask=m_n, other=0).to(tl.float32)
+    if grad_x is not None:
+        p = coefficient(transition, index, i_row, stride, column_stride, 0)
+        tl.store(grad_x + o_x, (p * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
+    if grad_policy is not None:
+        b_delta = tl.load(delta + o_x, mask=m_n, other=0).to(tl.float32)
+        q = coefficient(transition, index, i_row, stride, column_stride, 1)
+        sigma = coefficient(transition, index, i_row, stride, column_stride, 2)
+        pull = tl.load(grad_kl + i_row * kl_stride).to(tl.float32) * kl_weight(q, sigma, kl_scale) * mean_scale
+        # 0 * inf again, element by element
+        b_grad = q * b_grad + tl.where(b_delta == 0, 0.0, pull * b_delta)
+        if GUIDED:
+            tl.store(grad_policy + o_x, (uncond_scale * b_grad).to(grad_policy.dtype.element_ty), mask=m_n)
+            o_cond = (i_row + n_rows) * n_elements + o_n
+            tl.store(grad_policy + o_cond, (cond_scale * b_grad).to(grad_policy.dtype.element_ty), mask=m_n)
+        else:
+            tl.store(grad_policy + o_x, b_grad.to(grad_policy.dtype.element_ty), mask=m_n)
+
+
+def forward(
+    x: Tensor,
+    policy: Tensor,
+    reference: Tensor,
+    transition: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    kl_scale: float,
+    with_delta: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_prev like x, kl float32 [B], delta [B, ...] in the dtype of policy ([0] unless with_delta)."""
+    x, policy, reference, index = aligned(x), aligned(policy), aligned(reference), index.contiguous()
+    transition = transition.float()
+    rows, elements = x.shape[0], x.numel() // x.shape[0]
+    n_pieces = pieces(elements)
+    x_prev = torch.empty_like(x)
+    delta = torch.empty(x.shape if with_delta else 0, dtype=policy.dtype, device=x.device)
+    partial = torch.empty(rows, n_pieces, dtype=torch.float32, device=x.device)
+    kl = torch.empty(rows, dtype=torch.float32, device=x.device)
+    with on(x.device):
+        forward_kernel[(rows * n_pieces,)](
+            x,
+            policy,
+            reference,
+            None if noise is None else aligned(noise),
+            None if seed is None else seed.contiguous(),
+            transition,
+            index,
+            x_prev,
+            delta if with_delta else None,
+            partial,
+            guidance_scale,
+            rows,
+            elements,
+            n_pieces,
+            *transition.stride(),
+            guidance_scale != 1,
+            BLOCK,
+            num_warps=WARPS,
+        )
+        kl_kernel[(rows,)](
+            partial, transition, index, kl, kl_scale, elements, n_pieces, *transition.stride(), BLOCK, num_warps=WARPS
+        )
+    return x_prev, kl, delta
+
+
+def backward(
+    grad_x_prev: Tensor,
+    grad_kl: Tensor,
+    delta: Tensor,
+    transition: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    kl_scale: float,
+    x_dtype: torch.dtype,
+    policy_dtype: torch.dtype,
+    need_x: bool,
+    need_policy: bool,
+) -> tuple[Tensor, Tensor]:
+    """grad_x [B, ...] in x_dtype, grad_policy [B or 2B, ...] in policy_dtype; [0] where not needed."""
+    grad_x_prev = aligned(grad_x_prev)
+    transition = transition.float()
+    rows, *sample = grad_x_prev.shape
+    elements = grad_x_prev.numel() // rows
+    n_pieces = pieces(elements)
+    guided = guidance_scale != 1
+    grad_x = grad_x_prev.new_empty((rows, *sample) if need_x else 0, dtype=x_dtype)
+    halves = 2 if guided else 1
+    grad_policy = grad_x_prev.new_empty((halves * rows, *sample) if need_policy else 0, dtype=policy_dtype)
+    if need_x or need_policy:
+        with on(grad_x_prev.device):
+            backward_kernel[(rows * n_pieces,)](
+                grad_x_prev,
+                grad_kl,
+                aligned(delta) if need_policy else None,
+                transition,
+                index.contiguous(),
+                grad_x if need_x else None,
+                grad_policy if need_policy else None,
+                guidance_scale,
+                1.0 - guidance_scale,
+                kl_scale,
+                2.0 / elements,
+                rows,
+                elements,
+                n_pieces,
+                *transition.stride(),
+                grad_kl.stride(0),
+                guided,
+                BLOCK,
+                num_warps=WARPS,
+            )
+    return grad_x, grad_policy

@@ -1,0 +1,159 @@
+"""posterior_mean on CUDA: one pass over the latents each way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.kernels.triton import (
+    BLOCK,
+    WARPS,
+    aligned,
+    coefficient,
+    jit,
+    on,
+    pieces,
+    row_and_elements,
+    tl,
+    unavailable,
+)
+
+__all__ = ["backward", "forward", "unavailable"]
+
+
+@jit(do_not_specialize=["n_rows", "n_pieces", "stride", "column_stride"])
+def forward_kernel(
+    x,
+    output,
+    posterior,
+    index,
+    x0,
+    guidance_scale,
+    n_rows,
+    n_elements,
+    n_pieces,
+    stride,
+    column_stride,
+    GUIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row, _, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
+    o_x = i_row * n_elements + o_n
+    b_x = tl.load(x + o_x, mask=m_n, other=0).to(tl.float32)
+    a = coefficient(posterior, index, i_row, stride, column_stride, 0)
+    b = coefficient(posterior, index, i_row, stride, column_stride, 1)
+    # a row with b = 0 does not load the network output at all
+    m_output = o_n < tl.where(b == 0, 0, n_elements)
+    b_m = tl.load(output + o_x, mask=m_output, other=0).to(tl.float32)
+    if GUIDED:
+        o_cond = (i_row + n_rows) * n_elements + o_n
+        b_m += guidance_scale * (tl.load(output + o_cond, mask=m_output, other=0).to(tl.float32) - b_m)
+    tl.store(x0 + o_x, (a * b_x + b * b_m).to(x0.dtype.element_ty), mask=m_n)
+
+
+@jit(do_not_specialize=["n_rows", "n_pieces", "stride", "column_stride"])
+def backward_kernel(
+    grad_x0,
+    posterior,
+    index,
+    grad_x,
+    grad_output,
+    cond_scale,
+    uncond_scale,
+    n_rows,
+    n_elements,
+    n_pieces,
+    stride,
+    column_stride,
+    GUIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row, _, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
+    o_x = i_row * n_elements + o_n
+    b_grad = tl.load(grad_x0 + o_x, mask=m_n, other=0).to(tl.float32)
+    if grad_x is not None:
+        a = coefficient(posterior, index, i_row, stride, column_stride, 0)
+        tl.store(grad_x + o_x, (a * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
+    if grad_output is not None:
+        b = coefficient(posterior, index, i_row, stride, column_stride, 1)
+        b_grad = tl.where(b == 0, 0.0, b * b_grad)
+        if GUIDED:
+            tl.store(grad_output + o_x, (uncond_scale * b_grad).to(grad_output.dtype.element_ty), mask=m_n)
+            o_cond = (i_row + n_rows) * n_elements + o_n
+            tl.store(grad_output + o_cond, (cond_scale * b_grad).to(grad_output.dtype.element_ty), mask=m_n)
+        else:
+            tl.store(grad_output + o_x, b_grad.to(grad_output.dtype.element_ty), mask=m_n)
+
+
+def forward(
+    x: Tensor,
+    model_output: Tensor,
+    posterior: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x0_hat shaped like x, in out_dtype."""
+    x = aligned(x)
+    posterior = posterior.float()
+    rows, elements = x.shape[0], x.numel() // x.shape[0]
+    n_pieces = pieces(elements)
+    x0 = torch.empty_like(x, dtype=torch.float32 if out_dtype == torch.float64 else out_dtype)
+    with on(x.device):
+        forward_kernel[(rows * n_pieces,)](
+            x,
+            aligned(model_output),
+            posterior,
+            index.contiguous(),
+            x0,
+            guidance_scale,
+            rows,
+            elements,
+            n_pieces,
+            *posterior.stride(),
+            guidance_scale != 1,
+            BLOCK,
+            num_warps=WARPS,
+        )
+    return x0.to(out_dtype)
+
+
+def backward(
+    grad_x0: Tensor,
+    posterior: Tensor,
+    index: Tensor,
+    guidance_scale: float,
+    x_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    need_x: bool,
+    need_output: bool,
+) -> tuple[Tensor, Tensor]:
+    """grad_x [B, ...] in x_dtype, grad_output [B or 2B, ...] in output_dtype; [0] where not needed."""
+    grad_x0 = aligned(grad_x0)
+    posterior = posterior.float()
+    rows, *sample = grad_x0.shape
+    elements = grad_x0.numel() // rows
+    n_pieces = pieces(elements)
+    guided = guidance_scale != 1
+    grad_x = grad_x0.new_empty((rows, *sample) if need_x else 0, dtype=x_dtype)
+    halves = 2 if guided else 1
+    grad_output = grad_x0.new_empty((halves * rows, *sample) if need_output else 0, dtype=output_dtype)
+    if need_x or need_output:
+        with on(grad_x0.device):
+            backward_kernel[(rows * n_pieces,)](
+                grad_x0,
+                posterior,
+                index.contiguous(),
+                grad_x if need_x else None,
+                grad_output if need_output else None,
+                guidance_scale,
+                1.0 - guidance_scale,
+                rows,
+                elements,
+                n_pieces,
+                *posterior.stride(),
+                guided,
+                BLOCK,
+                num_warps=WARPS,
+            )
+    return grad_x, grad_output
