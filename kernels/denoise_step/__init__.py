@@ -155,7 +155,8 @@ def _step(
     check_table(op, "transition", transition, 3, index, x)
     _check_noise(x, noise, seed)
     name = resolve(op, impl, x.device, math_dtype(x, policy, reference, noise))
-    arguments = (x, policy, reference, transition, index, float(guidance_scale), noise, seed, float(kl_scale))
+    settings = float(guidance_scale), noise, seed, float(kl_scale)
+    arguments = (x, policy, reference.detach(), transition, index, *settings)
     if name == "reference":
         return plain.denoise_step_staged(*arguments)
     x_prev, kl, delta = fused.denoise_step(*arguments, with_delta, name)

@@ -25,13 +25,13 @@ def denoise_step_staged(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, ...], policy and reference [B or 2B, ...] -> x_prev [B, ...], kl [B], delta [B, ...].
 
-    Differentiable by autograd with respect to x and policy.
+    Differentiable by autograd; the caller detaches the reference.
     """
     dtype = math_dtype(x, policy, reference, noise)
     p, q, sigma = (per_sample(column, x) for column in transition[index].to(dtype).unbind(1))
     m = guide(policy.to(dtype), guidance_scale)
     # differences before guidance: those of nearby floats are exact, and a real delta is a thousandth of m
-    delta = guide(policy.to(dtype) - reference.detach().to(dtype), guidance_scale)
+    delta = guide(policy.to(dtype) - reference.to(dtype), guidance_scale)
     z = noise if noise is not None else philox_normal(cast(Tensor, seed), x.shape[1:], dtype=dtype)
     x_prev = p * x.to(dtype) + q * m + sigma * z.to(dtype)
     mean_square = delta.square().flatten(1).mean(1)

@@ -59,7 +59,8 @@ def posterior_mean(
     dtype = x.dtype if out_dtype is None else out_dtype
     if not dtype.is_floating_point:
         raise UserError(f"{op}: out_dtype is {dtype}; it must be a floating-point dtype")
-    name = resolve(op, impl, x.device, math_dtype(x, model_output))
+    precision = dtype if dtype == torch.float64 else math_dtype(x, model_output)
+    name = resolve(op, impl, x.device, precision)
     arguments = (x, model_output, posterior, index, float(guidance_scale), dtype)
     if name == "reference":
         return plain.posterior_mean(*arguments)

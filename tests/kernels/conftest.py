@@ -1,4 +1,4 @@
-"""Kernel tests run with poisoned memory: an element that an op forgets to write is NaN, not a lucky zero."""
+"""Kernel tests run with poisoned memory, and for every implementation that this process can run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kernel_targets import fused_targets, targets
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN (integers: the largest value) while deterministic algorithms are on."""
+    """torch.empty gives NaN (integers: the largest value), so that an element an op forgets to write shows."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`target` is every implementation, `fused` all but the reference; with `dtype`, each in what it computes."""
+    for name, found in (("target", targets), ("fused", fused_targets)):
+        if name not in metafunc.fixturenames:
+            continue
+        if "dtype" in metafunc.fixturenames:
+            pairs = [(target, dtype) for target in found() for dtype in target.dtypes]
+            metafunc.parametrize((name, "dtype"), pairs, ids=[f"{t}-{str(d)[6:]}" for t, d in pairs])
+        else:
+            metafunc.parametrize(name, found(), ids=str)

@@ -1,0 +1,187 @@
+"""The fused implementations as PyTorch operators: schema, fake tensors, autograd, modes, the short lane."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sqdf_fast
+from sqdf_fast.kernels import denoise_step, discounted_loss, philox_normal, posterior_mean
+
+TABLE = torch.tensor([[1.02, -0.031, 0.17], [1.4, -0.62, 0.29]])
+HALF = torch.bfloat16
+
+
+def tensors(device, *, guided=True):
+    """x, policy, reference, table, index, noise, seed; float32 latents and network outputs in half precision."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 4 if guided else 2
+    x, noise = (torch.randn(2, 4, 5, 3, generator=generator) for _ in range(2))
+    policy, reference = (torch.randn(rows, 4, 5, 3, generator=generator).to(HALF) for _ in range(2))
+    found = x, policy, reference, TABLE, torch.tensor([1, 0]), noise, torch.tensor([7, -9])
+    return [t.to(device) for t in found]
+
+
+def calls(impl, device):
+    """Every operator of ours with arguments for it, by name."""
+    ops = torch.ops.sqdf_fast
+    x, policy, reference, table, index, noise, seed = tensors(device)
+    x, policy, noise = x.requires_grad_(), policy.requires_grad_(), noise
+    kl, delta = torch.randn(2, device=device), torch.randn(2, 4, 5, 3, device=device).to(HALF)
+    step = x, policy, reference, table, index, 5.0
+    back = kl, delta, table, index, 5.0, 0.7, torch.float32, HALF
+    grad = torch.randn_like(noise)
+    alone = policy.detach()[:2].requires_grad_()
+    reward, remaining = torch.randn(3, device=device, requires_grad=True), torch.tensor([0, 3, 9], device=device)
+    terms = reward, torch.rand(3, device=device, requires_grad=True), remaining
+    return {
+        "denoise_step, noise": (ops.denoise_step, (*step, noise, None, 0.7, True, impl)),
+        "denoise_step, seed": (ops.denoise_step, (*step, None, seed, 0.7, True, impl)),
+        "denoise_step, one output a sample": (
+            ops.denoise_step,
+            (x, alone, reference[:2], table, index, 1.0, noise, None, 1.0, True, impl),
+        ),
+        "denoise_step, sampling": (
+            ops.denoise_step,
+            (x.detach(), policy.detach(), reference, table, index, 5.0, None, seed, 1.0, False, impl),
+        ),
+        "denoise_step_backward": (ops.denoise_step_backward, (grad, *back, True, True, impl)),
+        "denoise_step_backward, x alone": (ops.denoise_step_backward, (grad, *back, True, False, impl)),
+        "denoise_step_backward, policy alone": (ops.denoise_step_backward, (grad, *back, False, True, impl)),
+        "posterior_mean": (ops.posterior_mean, (x, policy, table[:, :2], index, 5.0, torch.float16, impl)),
+        "posterior_mean_backward": (
+            ops.posterior_mean_backward,
+            (grad, table[:, :2], index, 5.0, torch.float32, HALF, True, True, impl),
+        ),
+        "discounted_loss": (ops.discounted_loss, (*terms, 0.9, 2.0, True, 4.0, impl)),
+        "philox_normal": (ops.philox_normal, (seed, [4, 5], impl)),
+    }
+
+
+CASES = list(calls("native", "cpu"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(fused, case):
+    """Schema, autograd registration, fake tensors and AOT dispatch, as PyTorch checks them."""
+    op, arguments = calls(fused.impl, fused.device)[case]
+    # the third gradient argument of discounted_loss and delta carry no gradient by design: see the fake test below
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fake_outputs_are_the_real_ones_without_values(fused, case):
+    op, arguments = calls(fused.impl, fused.device)[case]
+    real = op(*arguments)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (real, fake)), strict=True):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+        assert a.is_contiguous()
+    pointers = {a.data_ptr() for a in arguments if isinstance(a, torch.Tensor)}
+    assert not pointers & {o.data_ptr() for o in (real if isinstance(real, tuple) else (real,)) if o.numel()}
+
+
+def loss_of(target, tensors):
+    """A loss through all four ops, of the public functions."""
+    x, policy, reference, table, index, _, seed = tensors
+    impl = target.impl
+    x_prev, kl = denoise_step(x, policy, reference, table, index, guidance_scale=5.0, seed=seed, impl=impl)
+    x0 = posterior_mean(x_prev, policy, table[:, :2], index, guidance_scale=5.0, impl=impl)
+    reward = (x0 * philox_normal(seed, x0.shape[1:], impl=impl)).flatten(1).mean(1)
+    return discounted_loss(reward, kl, index, gamma=0.9, alpha=0.5, impl=impl)
+
+
+def gradients(target, loss):
+    x, policy, *rest = tensors(target.device)
+    inputs = x.requires_grad_(), policy.requires_grad_()
+    value = loss(target, (*inputs, *rest))
+    return [t.detach() for t in (value, *torch.autograd.grad(value, inputs))]
+
+
+class Names(TorchDispatchMode):
+    """Records which operators run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.append(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_mode_sees_the_operators_and_both_lanes_agree(fused):
+    """Plain tensors skip the dispatcher; under a mode every op appears by name. The bits are the same."""
+    plain = gradients(fused, loss_of)
+    with Names() as seen:
+        observed = gradients(fused, loss_of)
+    ours = [name.split(".")[1] for name in seen.names if name.startswith("sqdf_fast")]
+    forward = ["denoise_step", "posterior_mean", "philox_normal", "discounted_loss"]
+    assert ours == [*forward, "posterior_mean_backward", "denoise_step_backward"]
+    for a, b in zip(plain, observed, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_loss_is_the_eager_one(fused, backend):
+    plain = gradients(fused, loss_of)
+    compiled = gradients(fused, torch.compile(loss_of, fullgraph=True, backend=backend))
+    for a, b in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_once_for_every_batch_size(fused):
+    """dynamic=True: a second batch size compiles nothing new."""
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def step(x, policy, reference, index, noise):
+        keywords = {"guidance_scale": 5.0, "noise": noise, "impl": fused.impl}
+        return denoise_step(x, policy, reference, TABLE.to(fused.device), index, **keywords)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=count)
+    for batch in (5, 7, 9):  # unlike every other size: equal ones are taken to be the same
+        x, policy = torch.randn(batch, 4, 6), torch.randn(2 * batch, 4, 6)
+        inputs = [t.to(fused.device) for t in (x, policy, policy + 1, torch.zeros(batch, dtype=torch.int64), x + 1)]
+        for a, b in zip(compiled(*inputs), step(*inputs), strict=True):
+            assert torch.equal(a, b)
+    assert len(graphs) == 1
+
+
+def test_fake_tensors_run_a_whole_step(fused):
+    """What a simulation of the memory needs: shapes, no values, gradients included."""
+    with FakeTensorMode() as mode:
+        x, policy, *rest = (mode.from_tensor(t) for t in tensors(fused.device))
+        loss_of(fused, (x.requires_grad_(), policy.requires_grad_(), *rest)).backward()
+    assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)
+    assert (policy.grad.shape, policy.grad.dtype) == (policy.shape, policy.dtype)
+
+
+def test_a_second_derivative_is_refused_not_wrong(fused):
+    x, policy, *rest = tensors(fused.device)
+    loss = loss_of(fused, (x.requires_grad_(), policy.requires_grad_(), *rest))
+    weight = torch.ones((), device=fused.device, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss, policy, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+def test_the_reference_can_be_differentiated_twice():
+    x, policy, *rest = (t.double() if t.is_floating_point() else t for t in tensors("cpu"))
+    x_prev, _ = denoise_step(x.requires_grad_(), policy.requires_grad_(), *rest[:3], guidance_scale=5.0, noise=rest[3])
+    (grad,) = torch.autograd.grad(x_prev.square().sum(), x, create_graph=True)
+    grad.sum().backward()
+    p = TABLE[torch.tensor([1, 0]), 0].double()
+    torch.testing.assert_close(x.grad, (2 * p**2).view(2, 1, 1, 1).expand_as(x))
+
+
+def test_the_public_names_are_the_ops():
+    for name in ("denoise_step", "denoise_step_staged", "discounted_loss", "posterior_mean"):
+        assert getattr(sqdf_fast, name) is getattr(sqdf_fast.kernels, name)
