@@ -116,7 +116,7 @@ def backward_kernel(
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row, i_piece, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
+    i_row, _, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
     o_x = i_row * n_elements + o_n
     b_grad = tl.load(grad_x_prev + o_x, mask=m_n, other=0).to(tl.float32)
     if grad_x is not None:
