@@ -1,0 +1,84 @@
+"""A pipeline's callback that collects states, and updates on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+CALL = {"num_inference_steps": 5, "guidance_scale": 4.0, "eta": 1.0}
+PROMPTS = ["a red star", "a blue ring", "a large heart"]
+
+
+def test_the_reward_rises(load_example, capsys):
+    load_example("callback").main(["--rounds", "2", "--updates", "4"])
+    shown = dict(line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert float(shown["reward after"]) > float(shown["reward before"]) + 0.4
+
+
+def test_states_are_those_of_their_index(load_example, load_pipeline):
+    """The noise that leads from each state to the next, by the schedule's own coefficients, is standard normal."""
+    script, pipe = load_example("callback"), load_pipeline()
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    callback = script.SqdfCallback(pipe, latents, CALL)
+    final = pipe(
+        PROMPTS,
+        latents=latents,
+        generator=torch.Generator().manual_seed(1),
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+        output_type="latent",
+        **CALL,
+    ).images
+    assert torch.equal(callback.states[0], latents)
+    assert torch.equal(callback.states[5], final)
+    conditional, unconditional = pipe.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=True)
+    torch.testing.assert_close(callback.text, torch.cat([unconditional, conditional]))
+    schedule = callback.schedule
+    for i in range(5):
+        x, x_prev = callback.states[i], callback.states[i + 1]
+        with torch.no_grad():
+            output = pipe.unet(torch.cat([x, x]), schedule.timesteps[i], callback.text).sample
+        m = output[:3] + 4 * (output[3:] - output[:3])
+        p, q, sigma = schedule.transition[i]
+        if sigma == 0:
+            torch.testing.assert_close(x_prev, p * x + q * m, rtol=1e-4, atol=1e-4)
+        else:
+            z = (x_prev - p * x - q * m) / sigma
+            assert abs(z.mean().item()) < 0.1
+            assert z.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_an_update_trains_the_lora_alone(load_example, load_pipeline):
+    script, pipe = load_example("callback"), load_pipeline()
+    torch.manual_seed(0)
+    parameters = script.add_lora(pipe, rank=2)
+    assert {parameter.ndim for parameter in parameters} == {2}
+    callback = script.SqdfCallback(pipe, torch.randn(3, 4, 16, 16), CALL)
+    tensors = ["latents", "prompt_embeds"]
+    pipe(
+        PROMPTS,
+        latents=callback.states[0],
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=tensors,
+        **CALL,
+    )
+    before = {name: parameter.clone() for name, parameter in pipe.unet.named_parameters()}
+    callback.update(pipe, torch.optim.SGD(parameters, lr=1.0), script.rewards.load_reward("taste"), PROMPTS)
+    changed = {name for name, parameter in pipe.unet.named_parameters() if not torch.equal(parameter, before[name])}
+    # A LoRA starts with B = 0, so its first gradient is that of B, everywhere.
+    assert changed == {name for name in before if ".lora_B." in name}
+    assert all(parameter.requires_grad for parameter in parameters)
+
+
+def test_help(load_example, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        load_example("callback").main(["--help"])
+    assert "--rounds" in capsys.readouterr().out
+
+
+def test_a_bad_argument_is_one_clear_line(load_example, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        load_example("callback").main(["--model", "/no/such/model"])
+    said = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert len(said) == 1
+    assert "/no/such/model" in said[0]
