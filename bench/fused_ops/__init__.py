@@ -1,0 +1,1 @@
+"""What the benchmarks of the fused ops are made of: cases, problems, parity, timing, traffic, summary."""

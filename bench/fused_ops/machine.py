@@ -1,0 +1,62 @@
+"""What a recorded result says of the machine: its hardware and its versions, nothing that tells which one it is.
+
+`python bench/fused_ops/machine.py` prints it as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from sqdf_fast.info import facts
+
+
+def machine_info() -> dict[str, Any]:
+    """CPU, caches, threads, GPU, driver and versions."""
+    found = facts()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": found.cpu,
+        "cores": found.cores,
+        "caches": caches(),
+        "torch_threads": found.torch_threads,
+        "native": found.native,
+        "gpu": found.gpus[0].name if found.gpus else None,
+        "gpu_memory_gib": round(found.gpus[0].memory / 2**30, 1) if found.gpus else None,
+        "compute_capability": ".".join(map(str, found.gpus[0].capability)) if found.gpus else None,
+        "driver": found.gpus[0].driver if found.gpus else None,
+        "cuda": found.cuda,
+        "python": found.python,
+        **{name: _version(name) for name in ("torch", "triton", "pytest-benchmark", "sqdf-fast")},
+    }
+
+
+def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, str]:
+    """Sizes of the first core's caches by name, such as {"L1 Data": "32K", "L3 Unified": "32768K"}."""
+    found = {}
+    for entry in sorted(folder.glob("index*")):
+        level, kind, size = ((entry / name).read_text().strip() for name in ("level", "type", "size"))
+        found[f"L{level} {kind}"] = size
+    return found
+
+
+def device_name(info: dict[str, Any], device: str) -> str:
+    """The name of a device's file of results, such as "cpu-amd-epyc-2-cores"."""
+    text = info["gpu"] if device == "cuda" else f"cpu {info['cpu']} {info['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    json.dump(machine_info(), sys.stdout)

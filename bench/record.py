@@ -1,0 +1,66 @@
+"""Files what `pytest bench/ --benchmark-only --benchmark-json=FILE` wrote: one file a device, one row a line.
+
+python bench/record.py build/bench.json        # -> bench/results/<device>.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fused_ops.machine import device_name
+from fused_ops.summary import verdicts
+
+from sqdf_fast.errors import UserError
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(found: dict[str, Any], folder: Path) -> list[Path]:
+    """Write a file for every device of a benchmark run into `folder`.
+
+    Raises:
+        UserError: nothing was measured, or toy sizes were.
+    """
+    rows = [benchmark["extra_info"] for benchmark in found["benchmarks"]]
+    if not rows or any(row["toy"] for row in rows):
+        raise UserError("this run has no figures worth keeping: run the benchmarks without --toy")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        own = [row for row in rows if row["device"] == device]
+        head = {
+            "device": device,
+            "machine": found["machine_info"],
+            "commit": found["commit_info"],
+            "datetime": found["datetime"],
+            "targets": [{"text": str(verdict), "met": verdict.met} for verdict in verdicts(own)],
+        }
+        path = folder / f"{device_name(found['machine_info'], device)}.json"
+        lines = ",\n".join(json.dumps(row) for row in own)
+        path.write_text(f"{json.dumps(head, indent=1)[:-2]},\n" + f' "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write into (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    try:
+        written = record(json.loads(given.file.read_text(encoding="utf-8")), given.results)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in written:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
