@@ -19,6 +19,7 @@ from sqdf_fast.checkpoint import read_checkpoint
 from sqdf_fast.config import make_config
 from sqdf_fast.engine.joint import JointExecutor
 from sqdf_fast.errors import UserError
+from sqdf_fast.kernels.denoise_step import native as denoise_step_native
 from sqdf_fast.report import read_metrics
 from sqdf_fast.train import Interrupted, continue_run, new_run
 
@@ -144,6 +145,25 @@ def test_the_reward_rises_and_the_kl_holds_it(model, folder):
 
     assert gain("free") > 0.01
     assert abs(gain("held")) < 0.1 * gain("free")
+
+
+def test_the_fused_ops_train_by_default_and_train_the_same_model(model, folder, monkeypatch):
+    """impl decides how the arithmetic is done, never what is computed: float32 rounding apart, the LoRA is the same."""
+    calls = []
+    forward = denoise_step_native.forward
+    monkeypatch.setattr(denoise_step_native, "forward", lambda *a: calls.append(1) or forward(*a))
+    loras = {}
+    for impl in ("auto", "native", "reference"):
+        before = len(calls)
+        new_run(config(model, impl=impl), folder / impl)
+        assert (len(calls) > before) == (impl != "reference")
+        loras[impl] = lora(folder / impl)
+    assert same(loras["auto"], loras["native"])
+    assert not same(loras["native"], loras["reference"])
+    trained = [key for key in loras["native"] if "lora_B" in key]  # these start at zero: what is in them was learnt
+    for key in trained:
+        error = (loras["native"][key] - loras["reference"][key]).norm() / loras["reference"][key].norm()
+        assert error < 1e-4
 
 
 @pytest.mark.parametrize("mode", ["uniform", "prioritised", "on-policy"])
