@@ -1,12 +1,34 @@
 // Facts about the library itself.
 #include "native.h"
 
+#include <algorithm>
+#include <atomic>
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__unix__)
-#include <unistd.h>
+namespace sqdf_fast {
+namespace {
+
+InstructionSet supported() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return kBaseline;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx512 ? kAvx512 : kAvx2;
+#else
+    return kBaseline;
 #endif
+}
+
+std::atomic<InstructionSet> in_use{supported()};
+
+}  // namespace
+
+InstructionSet instruction_set() { return in_use.load(std::memory_order_relaxed); }
+
+}  // namespace sqdf_fast
 
 SQDF_FAST_EXPORT int32_t sqdf_fast_abi_version() { return SQDF_FAST_ABI_VERSION; }
 
@@ -19,24 +41,10 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_max_threads() {
 #endif
 }
 
-// The instruction set that the cloned functions run with on this processor.
-SQDF_FAST_EXPORT const char* sqdf_fast_instruction_set() {
-#if defined(SQDF_FAST_CLONES_BY_LEVEL) || defined(SQDF_FAST_CLONES_BY_FEATURE)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-        return "AVX-512";
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
-#endif
-    return "baseline";
-}
+// What the inner loops run with, a sqdf_fast::InstructionSet.
+SQDF_FAST_EXPORT int32_t sqdf_fast_instruction_set() { return sqdf_fast::instruction_set(); }
 
-// Bytes of the last-level cache, 32 MiB where the system does not say.
-SQDF_FAST_EXPORT int64_t sqdf_fast_cache_bytes() {
-    long bytes = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-    return bytes > 0 ? bytes : int64_t{32} << 20;
+// From now on the inner loops use the best that the processor has and that is not above `limit`.
+SQDF_FAST_EXPORT void sqdf_fast_limit_instruction_set(int32_t limit) {
+    sqdf_fast::in_use = std::min(sqdf_fast::supported(), static_cast<sqdf_fast::InstructionSet>(limit));
 }

@@ -9,16 +9,44 @@
 
 #define SQDF_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 
-// SQDF_FAST_CLONES marks the inner loop of an op: it is compiled for AVX-512, AVX2 and the baseline, and the loader picks
-// one. OpenMP regions belong in the caller, because their outlined bodies are not cloned. Such a function has a name of its
-// own in the whole library: clang exports its resolver even out of an unnamed namespace.
-#if defined(SQDF_FAST_CLONES_BY_LEVEL)
-#define SQDF_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#elif defined(SQDF_FAST_CLONES_BY_FEATURE)
-#define SQDF_FAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SQDF_FAST_CLONES
+// A function called from one that runs on several instruction sets must be inlined to be compiled for them.
+#define SQDF_FAST_INLINE static inline __attribute__((always_inline))
+
+namespace sqdf_fast {
+
+enum InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// The best one that this processor has and nobody has ruled out.
+InstructionSet instruction_set();
+
+#if defined(__x86_64__)
+template <auto body, typename... Arguments>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))) inline auto on_avx512(const Arguments&... arguments) {
+    return body(arguments...);
+}
+
+template <auto body, typename... Arguments>
+__attribute__((target("avx2,fma,bmi2"))) inline auto on_avx2(const Arguments&... arguments) {
+    return body(arguments...);
+}
 #endif
 
-// A function called from a cloned one must be inlined into it to be compiled for its instruction set.
-#define SQDF_FAST_INLINE static inline __attribute__((always_inline))
+// Runs the SQDF_FAST_INLINE function `body`, the inner loop of an op, as compiled for the instruction set in use. OpenMP
+// regions belong in the caller. Not target_clones: clang 14 selects the baseline for "arch=x86-64-v4" everywhere, and a
+// loader's resolver runs before a sanitizer is up.
+template <auto body, typename... Arguments>
+auto dispatch(const Arguments&... arguments) {
+#if defined(__x86_64__)
+    switch (instruction_set()) {
+        case kAvx512:
+            return on_avx512<body>(arguments...);
+        case kAvx2:
+            return on_avx2<body>(arguments...);
+        case kBaseline:
+            break;
+    }
+#endif
+    return body(arguments...);
+}
+
+}  // namespace sqdf_fast

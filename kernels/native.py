@@ -26,6 +26,8 @@ _FILE_NAME = {"win32": "sqdf_fast_native.dll", "darwin": "libsqdf_fast_native.dy
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # sqdf_fast::Dtype in rows.h
 _ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64, "d": ctypes.c_double}
 
+_INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")  # sqdf_fast::InstructionSet in native.h
+
 _NOT_INSTALLED = (
     f"{_FILE_NAME} is not installed (no C++ compiler when the package was built); "
     "install a compiler and run the installation again"
@@ -57,9 +59,13 @@ def library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """What the inner loops run with here: "AVX-512", "AVX2" or "baseline"."""
-    name: bytes = ctypes.c_char_p(function("sqdf_fast_instruction_set", "", "p")()).value or b""
-    return name.decode()
+    """What the inner loops run with: "AVX-512", "AVX2" or "baseline"."""
+    return _INSTRUCTION_SETS[function("sqdf_fast_instruction_set", "", "i")()]
+
+
+def limit_instruction_set(limit: str) -> None:
+    """From now on the inner loops use the best instruction set here that is not above `limit`; results are the same."""
+    function("sqdf_fast_limit_instruction_set", "i")(_INSTRUCTION_SETS.index(limit))
 
 
 @functools.cache
@@ -107,16 +113,6 @@ def check_index(outside: int, steps: int) -> None:
     """
     if outside:
         raise IndexError(f"index holds a position outside a schedule of {steps} steps")
-
-
-def streaming(footprint: int) -> bool:
-    """Whether an op that touches `footprint` bytes writes past the cache, where its results would not stay."""
-    return footprint > _cache_bytes()
-
-
-@functools.cache
-def _cache_bytes() -> int:
-    return int(function("sqdf_fast_cache_bytes", "", "l")())
 
 
 def threads() -> int:

@@ -8,10 +8,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "native.h"
 
 namespace sqdf_fast {
@@ -30,7 +26,6 @@ struct Input {
 struct Output {
     void* data;  // null: not wanted
     int32_t dtype;
-    bool streaming;  // past the cache: for results that would not stay in it anyway
 };
 
 SQDF_FAST_INLINE uint32_t bits_of(float value) {
@@ -81,8 +76,10 @@ SQDF_FAST_INLINE const float* load(const Input& input, int64_t at, int n, float*
     if (input.dtype == kFloat32) return static_cast<const float*>(input.data) + at;
     const uint16_t* __restrict source = static_cast<const uint16_t*>(input.data) + at;
     if (input.dtype == kFloat16) {
+#pragma omp simd
         for (int i = 0; i < n; ++i) scratch[i] = from_float16(source[i]);
     } else {
+#pragma omp simd
         for (int i = 0; i < n; ++i) scratch[i] = from_bfloat16(source[i]);
     }
     return scratch;
@@ -90,48 +87,20 @@ SQDF_FAST_INLINE const float* load(const Input& input, int64_t at, int n, float*
 
 // Where the float32 results for `at` on go, before `store`: to their place, or into `scratch`.
 SQDF_FAST_INLINE float* place(const Output& output, int64_t at, float* scratch) {
-    const bool direct = output.data != nullptr && output.dtype == kFloat32 && !output.streaming;
-    return direct ? static_cast<float*>(output.data) + at : scratch;
-}
-
-SQDF_FAST_INLINE void stream(void* destination, const void* source, size_t bytes) {
-#if defined(__SSE2__)
-    if (reinterpret_cast<uintptr_t>(destination) % sizeof(__m128i) == 0) {
-        const size_t whole = bytes / sizeof(__m128i);
-        for (size_t i = 0; i < whole; ++i) {
-            _mm_stream_si128(static_cast<__m128i*>(destination) + i, _mm_loadu_si128(static_cast<const __m128i*>(source) + i));
-        }
-        const size_t done = whole * sizeof(__m128i);
-        std::memcpy(static_cast<char*>(destination) + done, static_cast<const char*>(source) + done, bytes - done);
-        return;
-    }
-#endif
-    std::memcpy(destination, source, bytes);
-}
-
-// Orders streamed stores before whatever tells another thread that they are done.
-SQDF_FAST_INLINE void finish_streams() {
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
+    return output.data != nullptr && output.dtype == kFloat32 ? static_cast<float*>(output.data) + at : scratch;
 }
 
 // Brings n results from `place` home.
 SQDF_FAST_INLINE void store(const Output& output, int64_t at, int n, const float* __restrict values) {
-    if (output.data == nullptr) return;
-    if (output.dtype == kFloat32) {
-        if (output.streaming) stream(static_cast<float*>(output.data) + at, values, sizeof(float) * n);
-        return;
-    }
-    alignas(64) uint16_t scratch[kBlock];
-    uint16_t* const home = static_cast<uint16_t*>(output.data) + at;
-    uint16_t* const rounded = output.streaming ? scratch : home;
+    if (output.data == nullptr || output.dtype == kFloat32) return;
+    uint16_t* __restrict home = static_cast<uint16_t*>(output.data) + at;
     if (output.dtype == kFloat16) {
-        for (int i = 0; i < n; ++i) rounded[i] = to_float16(values[i]);
+#pragma omp simd
+        for (int i = 0; i < n; ++i) home[i] = to_float16(values[i]);
     } else {
-        for (int i = 0; i < n; ++i) rounded[i] = to_bfloat16(values[i]);
+#pragma omp simd
+        for (int i = 0; i < n; ++i) home[i] = to_bfloat16(values[i]);
     }
-    if (output.streaming) stream(home, scratch, sizeof(uint16_t) * n);
 }
 
 SQDF_FAST_INLINE int64_t pieces_of(int64_t numel) { return (numel + kPiece - 1) / kPiece; }

@@ -44,8 +44,19 @@ SQDF_FAST_INLINE const float* draw(int64_t seed, int64_t at, int n, float* norma
     return normals;
 }
 
+SQDF_FAST_INLINE double sum_of(const float values[kBlock]) {
+    constexpr int kLanes = 16;
+    double lanes[kLanes] = {}, sum = 0;
+    for (int i = 0; i < kBlock; i += kLanes) {
+#pragma omp simd
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
+    }
+    for (double lane : lanes) sum += lane;
+    return sum;
+}
+
 // Writes x_prev and delta of one piece; returns the sum of delta^2.
-SQDF_FAST_CLONES double step_piece(const Forward& op, const float* transition, int64_t row, int64_t begin, int64_t end) {
+SQDF_FAST_INLINE double step_piece(const Forward& op, const float* transition, int64_t row, int64_t begin, int64_t end) {
     alignas(64) float scratch[8][kBlock];
     alignas(64) float squares[kBlock] = {};
     const float p = transition[0], q = transition[1], sigma = transition[2], g = op.guidance.scale;
@@ -63,6 +74,7 @@ SQDF_FAST_CLONES double step_piece(const Forward& op, const float* transition, i
             const float* policy_cond = load(op.policy, conditional, n, scratch[6]);
             const float* reference_cond = load(op.reference, conditional, n, scratch[7]);
             // Differences before guidance: those of nearby floats are exact.
+#pragma omp simd
             for (int i = 0; i < n; ++i) {
                 const float m = policy[i] + g * (policy_cond[i] - policy[i]);
                 const float difference = policy[i] - reference[i];
@@ -72,6 +84,7 @@ SQDF_FAST_CLONES double step_piece(const Forward& op, const float* transition, i
                 squares[i] += d * d;
             }
         } else {
+#pragma omp simd
             for (int i = 0; i < n; ++i) {
                 const float d = policy[i] - reference[i];
                 x_prev[i] = p * x[i] + q * policy[i] + sigma * z[i];
@@ -82,14 +95,11 @@ SQDF_FAST_CLONES double step_piece(const Forward& op, const float* transition, i
         store(op.x_prev, at, n, x_prev);
         store(op.delta, at, n, delta);
     }
-    finish_streams();
-    double sum = 0;
-    for (float square : squares) sum += square;
-    return sum;
+    return sum_of(squares);
 }
 
 // Writes grad_x and grad_policy of one piece; pull = d loss / d delta over delta.
-SQDF_FAST_CLONES void step_gradient_piece(const Backward& op, const float* transition, float pull, int64_t row, int64_t begin,
+SQDF_FAST_INLINE void step_gradient_piece(const Backward& op, const float* transition, float pull, int64_t row, int64_t begin,
                                      int64_t end) {
     alignas(64) float scratch[5][kBlock];
     const float p = transition[0], q = transition[1], g = op.guidance.scale, complement = op.guidance.complement;
@@ -99,6 +109,7 @@ SQDF_FAST_CLONES void step_gradient_piece(const Backward& op, const float* trans
         const float* grad = load(op.grad_x_prev, at, n, scratch[0]);
         if (op.grad_x.data != nullptr) {
             float* __restrict grad_x = place(op.grad_x, at, scratch[1]);
+#pragma omp simd
             for (int i = 0; i < n; ++i) grad_x[i] = p * grad[i];
             store(op.grad_x, at, n, grad_x);
         }
@@ -107,6 +118,7 @@ SQDF_FAST_CLONES void step_gradient_piece(const Backward& op, const float* trans
         float* __restrict grad_policy = place(op.grad_policy, at, scratch[3]);
         if (op.guidance.on) {
             float* __restrict grad_cond = place(op.grad_policy, conditional, scratch[4]);
+#pragma omp simd
             for (int i = 0; i < n; ++i) {
                 const float mean = q * grad[i] + (delta[i] == 0 ? 0.0f : pull * delta[i]);  // 0 * inf
                 grad_policy[i] = complement * mean;
@@ -114,11 +126,11 @@ SQDF_FAST_CLONES void step_gradient_piece(const Backward& op, const float* trans
             }
             store(op.grad_policy, conditional, n, grad_cond);
         } else {
+#pragma omp simd
             for (int i = 0; i < n; ++i) grad_policy[i] = q * grad[i] + (delta[i] == 0 ? 0.0f : pull * delta[i]);
         }
         store(op.grad_policy, at, n, grad_policy);
     }
-    finish_streams();
 }
 
 }  // namespace
@@ -129,7 +141,7 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_forward(
     const void* x, int32_t x_dtype, const void* policy, int32_t policy_dtype, const void* reference, int32_t reference_dtype,
     const void* noise, int32_t noise_dtype, const int64_t* seed, const float* transition, int64_t steps, const int64_t* index,
     double guidance_scale, double kl_scale, int64_t batch, int64_t numel, void* x_prev, float* kl, void* delta,
-    int32_t streaming, int32_t threads) {
+    int32_t threads) {
     const Table table{transition, steps, 3};
     if (!table.has(index, batch)) return 1;
     const Forward op{{x, x_dtype},
@@ -137,15 +149,15 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_forward(
                      {reference, reference_dtype},
                      {noise, noise_dtype},
                      seed,
-                     {x_prev, x_dtype, streaming != 0},
-                     {delta, policy_dtype, streaming != 0},
+                     {x_prev, x_dtype},
+                     {delta, policy_dtype},
                      {guidance_scale != 1, static_cast<float>(guidance_scale), static_cast<float>(1 - guidance_scale)},
                      batch,
                      numel};
     const int64_t pieces = pieces_of(numel);
     std::vector<double> sums(batch * pieces);
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t number, int64_t begin, int64_t end) {
-        sums[row * pieces + number] = step_piece(op, table.row(index[row]), row, begin, end);
+        sums[row * pieces + number] = dispatch<step_piece>(op, table.row(index[row]), row, begin, end);
     });
     for (int64_t row = 0; row < batch; ++row) {
         double sum = 0;
@@ -162,20 +174,20 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_backward(const void* grad_x_prev
                                                          int64_t steps, const int64_t* index, double guidance_scale,
                                                          double kl_scale, int64_t batch, int64_t numel, void* grad_x,
                                                          int32_t x_dtype, void* grad_policy, int32_t policy_dtype,
-                                                         int32_t streaming, int32_t threads) {
+                                                         int32_t threads) {
     const Table table{transition, steps, 3};
     if (!table.has(index, batch)) return 1;
     const Backward op{{grad_x_prev, grad_dtype},
                       {delta, delta_dtype},
-                      {grad_x, x_dtype, streaming != 0},
-                      {grad_policy, policy_dtype, streaming != 0},
+                      {grad_x, x_dtype},
+                      {grad_policy, policy_dtype},
                       {guidance_scale != 1, static_cast<float>(guidance_scale), static_cast<float>(1 - guidance_scale)},
                       batch,
                       numel};
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         const float* coefficients = table.row(index[row]);
         const double pull = grad_kl[row] * kl_weight(coefficients, kl_scale) * 2 / static_cast<double>(numel);
-        step_gradient_piece(op, coefficients, static_cast<float>(pull), row, begin, end);
+        dispatch<step_gradient_piece>(op, coefficients, static_cast<float>(pull), row, begin, end);
     });
     return 0;
 }

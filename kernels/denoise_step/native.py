@@ -32,7 +32,7 @@ def forward(
     x_prev = torch.empty(x.shape, dtype=x.dtype)
     kl = torch.empty(batch, dtype=torch.float32)
     delta = torch.empty(x.shape if with_delta else 0, dtype=policy.dtype)
-    outside = native.function("sqdf_fast_denoise_step_forward", "pipipipipplpddllpppii", "i")(
+    outside = native.function("sqdf_fast_denoise_step_forward", "pipipipipplpddllpppi", "i")(
         x.data_ptr(),
         dtype_number(x.dtype),
         policy.data_ptr(),
@@ -52,7 +52,6 @@ def forward(
         x_prev.data_ptr(),
         kl.data_ptr(),
         delta.data_ptr() if with_delta else None,
-        native.streaming(8 * x.numel() * x.element_size()),
         native.threads(),
     )
     native.check_index(outside, steps)
@@ -81,7 +80,7 @@ def backward(
     rows = batch if guidance_scale == 1 else 2 * batch
     grad_x = torch.empty(shape if need_x else 0, dtype=x_dtype)
     grad_policy = torch.empty((rows, *shape[1:]) if need_policy else 0, dtype=policy_dtype)
-    outside = native.function("sqdf_fast_denoise_step_backward", "pippiplpddllpipiii", "i")(
+    outside = native.function("sqdf_fast_denoise_step_backward", "pippiplpddllpipii", "i")(
         grad_x_prev.data_ptr(),
         dtype_number(grad_x_prev.dtype),
         grad_kl.data_ptr(),
@@ -98,7 +97,6 @@ def backward(
         dtype_number(x_dtype),
         grad_policy.data_ptr() if need_policy else None,
         dtype_number(policy_dtype),
-        native.streaming(5 * grad_x_prev.numel() * grad_x_prev.element_size()),
         native.threads(),
     )
     native.check_index(outside, steps)

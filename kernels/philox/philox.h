@@ -14,27 +14,28 @@ namespace sqdf_fast {
 constexpr int kPhiloxCounters = 64;                // counters a block
 constexpr int kPhiloxBlock = 4 * kPhiloxCounters;  // elements a block
 
-// words[4 * i + lane] is lane `lane` of counter `first + i` (modulo 2^32).
-SQDF_FAST_INLINE void philox_block(int64_t seed, uint32_t first, uint32_t words[kPhiloxBlock]) {
-    const uint32_t seed_low = static_cast<uint32_t>(static_cast<uint64_t>(seed));
-    const uint32_t seed_high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+// words[lane][i] is lane `lane` of counter `first + i` (modulo 2^32).
+SQDF_FAST_INLINE void philox_block(int64_t seed, uint32_t first, uint32_t words[4][kPhiloxCounters]) {
+    constexpr uint64_t kWord = 0xffffffff;
+    const uint64_t low = static_cast<uint64_t>(seed) & kWord, high = static_cast<uint64_t>(seed) >> 32;
     for (int i = 0; i < kPhiloxCounters; ++i) {
-        uint32_t c0 = first + static_cast<uint32_t>(i), c1 = 0, c2 = 0, c3 = 0;
-        uint32_t key0 = seed_low, key1 = seed_high;
+        // Words live in 64 bits, the upper half whatever a product left there, so that a vector holds one type alone.
+        uint64_t c0 = first + static_cast<uint32_t>(i), c1 = 0, c2 = 0, c3 = 0, key0 = low, key1 = high;
+#pragma GCC unroll 10
         for (int round = 0; round < 10; ++round) {
-            const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
-            const uint64_t product2 = uint64_t{0xCD9E8D57u} * c2;
-            c0 = static_cast<uint32_t>(product2 >> 32) ^ c1 ^ key0;
-            c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
-            c1 = static_cast<uint32_t>(product2);
-            c3 = static_cast<uint32_t>(product0);
+            const uint64_t product0 = 0xD2511F53u * (c0 & kWord);
+            const uint64_t product2 = 0xCD9E8D57u * (c2 & kWord);
+            c0 = (product2 >> 32) ^ c1 ^ key0;
+            c2 = (product0 >> 32) ^ c3 ^ key1;
+            c1 = product2;
+            c3 = product0;
             key0 += 0x9E3779B9u;
             key1 += 0xBB67AE85u;
         }
-        words[4 * i] = c0;
-        words[4 * i + 1] = c1;
-        words[4 * i + 2] = c2;
-        words[4 * i + 3] = c3;
+        words[0][i] = static_cast<uint32_t>(c0);
+        words[1][i] = static_cast<uint32_t>(c1);
+        words[2][i] = static_cast<uint32_t>(c2);
+        words[3][i] = static_cast<uint32_t>(c3);
     }
 }
 
@@ -83,10 +84,11 @@ SQDF_FAST_INLINE void box_muller(uint32_t word1, uint32_t word2, float* cosine, 
 
 // The standard normals of elements 4 * first .. 4 * first + 255 of a sample.
 SQDF_FAST_INLINE void normal_block(int64_t seed, uint32_t first, float normals[kPhiloxBlock]) {
-    uint32_t words[kPhiloxBlock];
+    uint32_t words[4][kPhiloxCounters];
     philox_block(seed, first, words);
-    for (int pair = 0; pair < kPhiloxBlock / 2; ++pair) {
-        box_muller(words[2 * pair], words[2 * pair + 1], normals + 2 * pair, normals + 2 * pair + 1);
+    for (int i = 0; i < kPhiloxCounters; ++i) {
+        box_muller(words[0][i], words[1][i], normals + 4 * i, normals + 4 * i + 1);
+        box_muller(words[2][i], words[3][i], normals + 4 * i + 2, normals + 4 * i + 3);
     }
 }
 

@@ -21,7 +21,7 @@ struct Backward {
     int64_t batch, numel;
 };
 
-SQDF_FAST_CLONES void mean_piece(const Forward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
+SQDF_FAST_INLINE void mean_piece(const Forward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
     alignas(64) float scratch[4][kBlock];
     const float a = posterior[0], b = posterior[1], g = op.scale;
     for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
@@ -30,21 +30,23 @@ SQDF_FAST_CLONES void mean_piece(const Forward& op, const float* posterior, int6
         float* __restrict x0 = place(op.x0, at, scratch[0]);
         const float* x = load(op.x, at, n, scratch[1]);
         if (b == 0) {
+#pragma omp simd
             for (int i = 0; i < n; ++i) x0[i] = a * x[i];
         } else if (op.guided) {
             const float* m = load(op.model_output, at, n, scratch[2]);
             const float* conditional = load(op.model_output, at + op.batch * op.numel, n, scratch[3]);
+#pragma omp simd
             for (int i = 0; i < n; ++i) x0[i] = a * x[i] + b * (m[i] + g * (conditional[i] - m[i]));
         } else {
             const float* m = load(op.model_output, at, n, scratch[2]);
+#pragma omp simd
             for (int i = 0; i < n; ++i) x0[i] = a * x[i] + b * m[i];
         }
         store(op.x0, at, n, x0);
     }
-    finish_streams();
 }
 
-SQDF_FAST_CLONES void mean_gradient_piece(const Backward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
+SQDF_FAST_INLINE void mean_gradient_piece(const Backward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
     alignas(64) float scratch[4][kBlock];
     const float a = posterior[0], b = posterior[1], g = op.scale, complement = op.complement;
     for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
@@ -53,6 +55,7 @@ SQDF_FAST_CLONES void mean_gradient_piece(const Backward& op, const float* poste
         const float* grad = load(op.grad_x0, at, n, scratch[0]);
         if (op.grad_x.data != nullptr) {
             float* __restrict grad_x = place(op.grad_x, at, scratch[1]);
+#pragma omp simd
             for (int i = 0; i < n; ++i) grad_x[i] = a * grad[i];
             store(op.grad_x, at, n, grad_x);
         }
@@ -60,6 +63,7 @@ SQDF_FAST_CLONES void mean_gradient_piece(const Backward& op, const float* poste
         float* __restrict grad_output = place(op.grad_output, at, scratch[2]);
         if (op.guided) {
             float* __restrict grad_cond = place(op.grad_output, conditional, scratch[3]);
+#pragma omp simd
             for (int i = 0; i < n; ++i) {
                 const float mean = b == 0 ? 0.0f : b * grad[i];  // 0 * inf
                 grad_output[i] = complement * mean;
@@ -67,11 +71,11 @@ SQDF_FAST_CLONES void mean_gradient_piece(const Backward& op, const float* poste
             }
             store(op.grad_output, conditional, n, grad_cond);
         } else {
+#pragma omp simd
             for (int i = 0; i < n; ++i) grad_output[i] = b == 0 ? 0.0f : b * grad[i];
         }
         store(op.grad_output, at, n, grad_output);
     }
-    finish_streams();
 }
 
 }  // namespace
@@ -81,15 +85,14 @@ SQDF_FAST_CLONES void mean_gradient_piece(const Backward& op, const float* poste
 SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_forward(const void* x, int32_t x_dtype, const void* model_output,
                                                           int32_t output_dtype, const float* posterior, int64_t steps,
                                                           const int64_t* index, double guidance_scale, int64_t batch,
-                                                          int64_t numel, void* x0, int32_t x0_dtype, int32_t streaming,
-                                                          int32_t threads) {
+                                                          int64_t numel, void* x0, int32_t x0_dtype,                                                           int32_t threads) {
     const Table table{posterior, steps, 2};
     if (!table.has(index, batch)) return 1;
-    const Forward op{{x, x_dtype},        {model_output, output_dtype},       {x0, x0_dtype, streaming != 0},
+    const Forward op{{x, x_dtype},        {model_output, output_dtype},       {x0, x0_dtype},
                      guidance_scale != 1, static_cast<float>(guidance_scale), batch,
                      numel};
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
-        mean_piece(op, table.row(index[row]), row, begin, end);
+        dispatch<mean_piece>(op, table.row(index[row]), row, begin, end);
     });
     return 0;
 }
@@ -98,20 +101,19 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_forward(const void* x, int32_t
 SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_backward(const void* grad_x0, int32_t grad_dtype, const float* posterior,
                                                            int64_t steps, const int64_t* index, double guidance_scale,
                                                            int64_t batch, int64_t numel, void* grad_x, int32_t x_dtype,
-                                                           void* grad_output, int32_t output_dtype, int32_t streaming,
-                                                           int32_t threads) {
+                                                           void* grad_output, int32_t output_dtype,                                                            int32_t threads) {
     const Table table{posterior, steps, 2};
     if (!table.has(index, batch)) return 1;
     const Backward op{{grad_x0, grad_dtype},
-                      {grad_x, x_dtype, streaming != 0},
-                      {grad_output, output_dtype, streaming != 0},
+                      {grad_x, x_dtype},
+                      {grad_output, output_dtype},
                       guidance_scale != 1,
                       static_cast<float>(guidance_scale),
                       static_cast<float>(1 - guidance_scale),
                       batch,
                       numel};
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
-        mean_gradient_piece(op, table.row(index[row]), row, begin, end);
+        dispatch<mean_gradient_piece>(op, table.row(index[row]), row, begin, end);
     });
     return 0;
 }

@@ -24,7 +24,7 @@ def forward(
     posterior, index = native.coefficients(posterior), index.contiguous()
     batch, steps = len(x), len(posterior)
     x0 = torch.empty(x.shape, dtype=out_dtype)
-    outside = native.function("sqdf_fast_posterior_mean_forward", "pipiplpdllpiii", "i")(
+    outside = native.function("sqdf_fast_posterior_mean_forward", "pipiplpdllpii", "i")(
         x.data_ptr(),
         dtype_number(x.dtype),
         model_output.data_ptr(),
@@ -37,7 +37,6 @@ def forward(
         x.numel() // batch,
         x0.data_ptr(),
         dtype_number(out_dtype),
-        native.streaming(4 * x.numel() * x.element_size()),
         native.threads(),
     )
     native.check_index(outside, steps)
@@ -61,7 +60,7 @@ def backward(
     rows = batch if guidance_scale == 1 else 2 * batch
     grad_x = torch.empty(shape if need_x else 0, dtype=x_dtype)
     grad_output = torch.empty((rows, *shape[1:]) if need_output else 0, dtype=output_dtype)
-    outside = native.function("sqdf_fast_posterior_mean_backward", "piplpdllpipiii", "i")(
+    outside = native.function("sqdf_fast_posterior_mean_backward", "piplpdllpipii", "i")(
         grad_x0.data_ptr(),
         dtype_number(grad_x0.dtype),
         posterior.data_ptr(),
@@ -74,7 +73,6 @@ def backward(
         dtype_number(x_dtype),
         grad_output.data_ptr() if need_output else None,
         dtype_number(output_dtype),
-        native.streaming(4 * grad_x0.numel() * grad_x0.element_size()),
         native.threads(),
     )
     native.check_index(outside, steps)
