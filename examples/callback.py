@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=str(pipeline_folder()), help="default: the embedded shapes model")
     parser.add_argument("--rounds", type=int, default=3, help="calls of the pipeline that are learnt from")
     parser.add_argument("--updates", type=int, default=4, help="optimizer steps on each call's states")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     try:
         run(parser.parse_args(argv))

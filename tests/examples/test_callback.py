@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+
+from sqdf_fast.shapes import load_taste
 
 CALL = {"num_inference_steps": 5, "guidance_scale": 4.0, "eta": 1.0}
 PROMPTS = ["a red star", "a blue ring", "a large heart"]
 
 
 def test_the_reward_rises(load_example, capsys):
-    load_example("callback").main(["--rounds", "2", "--updates", "4"])
+    load_example("callback").main(["--rounds", "2", "--updates", "3"])
     shown = dict(line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert float(shown["reward after"]) > float(shown["reward before"]) + 0.4
 
@@ -48,11 +52,18 @@ def test_states_are_those_of_their_index(load_example, load_pipeline):
             assert z.std().item() == pytest.approx(1, abs=0.1)
 
 
-def test_an_update_trains_the_lora_alone(load_example, load_pipeline):
-    script, pipe = load_example("callback"), load_pipeline()
+def test_an_update(load_example, load_pipeline, monkeypatch):
+    """On trainable states alone, with the guided look-ahead of the base model; the LoRA alone is trained."""
+    script, base, pipe, calls = load_example("callback"), load_pipeline(), load_pipeline(), []
+    fused = script.sqdf_loss
+
+    def record(x, policy, reference, schedule, index, reward, **options):
+        calls.append((x, reference, index, fused(x, policy, reference, schedule, index, reward, **options)))
+        return calls[-1][-1]
+
+    monkeypatch.setattr(script, "sqdf_loss", record)
     torch.manual_seed(0)
     parameters = script.add_lora(pipe, rank=2)
-    assert {parameter.ndim for parameter in parameters} == {2}
     callback = script.SqdfCallback(pipe, torch.randn(3, 4, 16, 16), CALL)
     tensors = ["latents", "prompt_embeds"]
     pipe(
@@ -62,8 +73,27 @@ def test_an_update_trains_the_lora_alone(load_example, load_pipeline):
         callback_on_step_end_tensor_inputs=tensors,
         **CALL,
     )
+    callback.schedule = replace(callback.schedule, trainable=torch.tensor([False, True, False, True, False]))
     before = {name: parameter.clone() for name, parameter in pipe.unet.named_parameters()}
     callback.update(pipe, torch.optim.SGD(parameters, lr=1.0), script.rewards.load_reward("taste"), PROMPTS)
+
+    ((x, reference, index, result),) = calls
+    schedule = callback.schedule
+    assert set(index.tolist()) <= {1, 3}
+    with torch.no_grad():
+        for b, i in enumerate(index.tolist()):
+            assert torch.equal(x[b], callback.states[i][b])
+
+        def network(x, timesteps):
+            return base.unet(torch.cat([x, x]), timesteps[index].repeat(2), callback.text).sample
+
+        torch.testing.assert_close(reference, network(x, schedule.timesteps))
+        output = network(result.x_prev, schedule.lookahead_timesteps)
+        m = output[:3] + 4 * (output[3:] - output[:3])
+        a, b = (column.view(-1, 1, 1, 1) for column in schedule.lookahead[index].unbind(1))
+        images = (base.vae.decode(a * result.x_prev + b * m).sample / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(result.reward, load_taste()(images, PROMPTS), rtol=1e-4, atol=1e-4)
+    assert torch.equal(result.kl, torch.zeros(3))
     changed = {name for name, parameter in pipe.unet.named_parameters() if not torch.equal(parameter, before[name])}
     # A LoRA starts with B = 0, so its first gradient is that of B, everywhere.
     assert changed == {name for name in before if ".lora_B." in name}
