@@ -24,6 +24,7 @@ from fused_ops.page import MARKS, results_section
 from fused_ops.summary import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, NullFormatter, NullLocator
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -90,7 +91,9 @@ def _bandwidth(rows: list[Row], dtypes: list[str], device: str) -> Figure:
                 )
             panel.set_title(f"{_title(op, noise)}, {dtype}")
             panel.set_xlabel("size and megabytes moved")
-            panel.set_ylim(bottom=0)
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
     axes[0][0].set_ylabel("GB/s")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -102,8 +105,8 @@ def _ceiling(panel: Axes, rows: list[Row]) -> None:
     moved, speed, names = zip(*points, strict=True)
     panel.plot(moved, speed, color="black", linestyle="--", marker="_", markersize=14, linewidth=1.5, label="copy")
     panel.set_xscale("log")
-    panel.set_xticks(moved, [f"{name}\n{value:.0f}" for name, value in zip(names, moved, strict=True)])
-    panel.minorticks_off()
+    panel.set_xticks(moved, [f"{name}\n{value:.0f} MB" for name, value in zip(names, moved, strict=True)])
+    panel.xaxis.set_minor_locator(NullLocator())
 
 
 def _time(rows: list[Row], device: str) -> Figure:
@@ -128,19 +131,19 @@ def _time(rows: list[Row], device: str) -> Figure:
 
 def _bars(panel: Axes, rows: list[Row]) -> None:
     sizes = [size for size in SIZES if any(row["size"] == size for row in rows)]
-    names = _implementations(rows)
-    width = 0.84 / len(names)
+    names = [name for name in _implementations(rows) if name != "eager"]
+    width = 0.8 / len(names)
+    panel.axhline(1, color=COLOURS["eager"], linestyle="--", linewidth=1.5, label=NAMES["eager"])
     for number, implementation in enumerate(names):
         found = {row["size"]: row["times_eager"] for row in _select(rows, implementation=implementation)}
         places = [index for index, size in enumerate(sizes) if found.get(size)]
         heights = [1 / found[sizes[index]] for index in places]
         left = [index + (number - (len(names) - 1) / 2) * width for index in places]
         bars = panel.bar(left, heights, width, color=COLOURS[implementation], label=NAMES[implementation])
-        if implementation != "eager":
-            panel.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8.5, padding=1)
+        panel.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=9, padding=1)
     panel.set_xticks(range(len(sizes)), [SIZES[size] for size in sizes])
     panel.grid(axis="x", visible=False)
-    panel.margins(y=0.12)
+    panel.set_ylim(0, max(1.1, 1.12 * panel.dataLim.ymax))
 
 
 def _select(rows: list[Row], **fields: str) -> Iterator[Row]:

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from fused_ops import measure, parity, setups
+from fused_ops.cases import Case, Problem, implementations
+
+SHAPES = {"discounted_loss": (4, 64)}
+PROBLEMS = [
+    Problem(op, "sd15", SHAPES.get(op, (2, 4, 8, 8)), dtype, "cpu", noise)
+    for op, noise in (
+        ("denoise_step", "given"),
+        ("denoise_step", "drawn"),
+        ("posterior_mean", ""),
+        ("discounted_loss", ""),
+        ("philox", "drawn"),
+    )
+    for dtype in ((torch.float32, torch.bfloat16) if op in ("denoise_step", "posterior_mean") else (torch.float32,))
+]
+
+
+def check(setup, forward, **options):
+    return parity.fault(setup, parity.truth(setup), forward, **options)
+
+
+def altered(setup, change):
+    """The reference with its outputs put through `change`."""
+    forward = setups.forward(setup, "reference")
+    return lambda: change(*forward())
+
+
+@pytest.fixture(params=PROBLEMS, ids=lambda problem: f"{problem.op}-{problem.noise}-{problem.dtype}")
+def setup(request):
+    return setups.make(request.param)
+
+
+def test_every_implementation_that_runs_here_is_inside_the_budget(setup):
+    names = [name for name in implementations(setup.problem.op, "cpu") if name != "compile"]
+    for name in [*names, "reference"]:
+        own = setup.problem.noise == "drawn" and name == "eager"
+        assert check(setup, setups.forward(setup, name), own_noise=own) is None, name
+
+
+def test_a_result_ten_times_the_budget_off_is_seen(setup):
+    # Nothing but the first output's value is wrong; its gradient stays as it is.
+    excess = 10 * parity.ALLOWANCE[setup.problem.dtype]
+
+    def change(first, *others):
+        return first + excess * first.detach(), *others
+
+    assert "relative error" in check(setup, altered(setup, change))
+
+
+@pytest.mark.parametrize("leaf", ["x", "policy"])
+def test_a_wrong_gradient_is_seen_where_the_values_are_right(leaf):
+    setup = setups.make(PROBLEMS[0])
+    extra = setup.inputs[leaf][:2]
+
+    def change(x_prev, kl):
+        return x_prev + 0.01 * (extra - extra.detach()), kl
+
+    assert check(setup, altered(setup, change)).startswith(f"d {leaf}: relative error")
+
+
+def test_a_wrong_kl_of_one_sample_is_seen():
+    setup = setups.make(PROBLEMS[0])
+    factor = torch.tensor([1.0, 1 + 1e-5])
+    fault = check(setup, altered(setup, lambda x_prev, kl: (x_prev, kl * factor)))
+    assert fault.startswith("kl: relative error")
+    assert "of row 1" in fault
+
+
+def test_nan_and_a_wrong_shape_are_seen(setup):
+    assert "nan" in check(setup, altered(setup, lambda first, *others: (first * float("nan"), *others)))
+    if setup.problem.op == "philox":
+        assert "has shape" in check(setup, altered(setup, lambda noise: (noise[:1],)))
+
+
+@pytest.mark.parametrize(
+    ("change", "moment"),
+    [
+        (lambda noise: 1.5 * noise, "variance"),
+        (lambda noise: noise + 0.5, "mean"),
+        (lambda noise: noise[:1].expand_as(noise), "samples"),
+        (lambda noise: noise.sort().values, "neighbours"),
+    ],
+)
+def test_noise_of_its_own_has_to_be_white_and_standard_normal(change, moment):
+    setup = setups.make(Problem("philox", "sd15", (2, 4096), torch.float32, "cpu", "drawn"))
+    assert moment in check(setup, altered(setup, lambda noise: (change(noise),)), own_noise=True)
+
+
+def test_wrong_noise_is_found_behind_a_denoising_step():
+    setup = setups.make(PROBLEMS[2])
+    assert setup.problem.noise == "drawn"
+    given = {name: tensor for name, tensor in setup.inputs.items() if name != "seed"}
+    noise = 2 * torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(1))
+    forward = setups.forward(setups.Setup(PROBLEMS[0], {**given, "noise": noise}, (), (), None), "reference")
+    assert "variance" in check(setup, forward, own_noise=True)
+
+
+@pytest.fixture
+def tampered(monkeypatch):
+    """Make one implementation wrong, or raise, for `Measurements`."""
+
+    def tamper(name, change):
+        forward = setups.forward
+        monkeypatch.setattr(measure, "implementations", lambda op, device, dtype: ["eager", name])
+        monkeypatch.setattr(
+            setups,
+            "forward",
+            lambda setup, wanted: altered(setup, change) if wanted == name else forward(setup, wanted),
+        )
+
+    return tamper
+
+
+def test_without_parity_there_is_no_number(tampered):
+    tampered("native", lambda x_prev, kl: (1.001 * x_prev, kl))
+    measured = measure.Measurements(toy=True).row(Case(PROBLEMS[0], "both", "native"))
+    assert measured.faults["native"].startswith("x_prev: relative error 1.00e-03")
+    assert set(measured.samples) == set(measured.peaks) == {"eager"}
+
+
+def test_an_implementation_that_raises_leaves_the_others_their_numbers(tampered):
+    def change(*outputs):
+        raise RuntimeError("no such instruction")
+
+    tampered("native", change)
+    measured = measure.Measurements(toy=True).row(Case(PROBLEMS[0], "forward", "native"))
+    assert "RuntimeError" in measured.faults["native"]
+    assert "no such instruction" in measured.faults["native"]
+    assert len(measured.samples["eager"]) >= 2
+    assert len(measured.copy) >= 2

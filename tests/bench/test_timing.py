@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from fused_ops import timing
+from fused_ops.timing import Pace, Subject, interleave, peak_bytes, play, playback_time
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only `spend` moves, and what was spent on."""
+    now, spent = [0.0], []
+
+    def spend(name, seconds):
+        spent.append(name)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return spend, spent
+
+
+def test_each_subject_gets_its_own_time_and_preparation_is_free(clock):
+    spend, _ = clock
+    subjects = {
+        "slow": Subject(lambda _: spend("slow", 0.5), prepare=lambda: spend("prepare", 100.0)),
+        "fast": Subject(lambda _: spend("fast", 0.25)),
+    }
+    taken = interleave(subjects, "cpu", Pace(0.0, 3, 1.0))
+    assert taken == {"slow": [0.5] * 6, "fast": [0.25] * 12}
+
+
+def test_subjects_take_turns_in_an_order_that_is_reversed(clock):
+    spend, spent = clock
+    subjects = {name: Subject(lambda _, name=name: spend(name, 1.0)) for name in "abc"}
+    interleave(subjects, "cpu", Pace(0.0, 2, 0.0))
+    # Three calls each to warm up and to set the number of calls; then one uncounted and one counted a turn.
+    assert "".join(spent[9:]) == "aabbccccbbaa"
+
+
+def test_rounds_go_on_until_the_time_is_up(clock):
+    spend, _ = clock
+    taken = interleave({"a": Subject(lambda _: spend("a", 1.0))}, "cpu", Pace(9.5, 2, 0.0))
+    assert len(taken["a"]) == 5
+
+
+def test_samples_are_played_on_the_benchmark_clock():
+    advance = play([0.5, 0.125])
+    readings = [playback_time()]
+    for _ in range(2):
+        advance()
+        readings.append(playback_time())
+    assert [after - before for before, after in pairwise(readings)] == [0.5, 0.125]
+
+
+def test_peak_counts_what_lives_at_the_same_time():
+    megabyte = 2**20
+
+    def call(_):
+        first = torch.empty(3 * megabyte, dtype=torch.uint8)
+        del first
+        second = torch.empty(megabyte, dtype=torch.uint8)
+        third = torch.empty(megabyte, dtype=torch.uint8)
+        return second, third
+
+    assert peak_bytes(Subject(call), "cpu") == 3 * megabyte
+
+
+def test_the_pace_of_every_device_ends():
+    assert all(pace.rounds >= 5 and pace.seconds < 3 for pace in timing.PACE.values())
