@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format native-asan clean
+.PHONY: help train test bench gate lint format native-asan clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,12 @@ train: $(VENV)/.installed  ## Fine-tune; without a GPU on the embedded world. AR
 
 test: $(VENV)/.installed-test  ## Run the tests. ARGS="tests/kernels -q"
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-test  ## Time the fused ops, record the result, draw the plots. ARGS="-k sd15"
+	$(BIN)/python bench/record.py $(ARGS)
+
+gate: $(VENV)/.installed-test  ## Compile every Triton kernel for every GPU generation; no GPU needed. ARGS="--write"
+	$(BIN)/python tests/kernels/gate.py $(ARGS)
 
 lint: $(VENV)/.installed-dev build/package  ## Style, format, types, import contracts
 	$(BIN)/ruff check .
@@ -34,7 +40,7 @@ native-asan: $(VENV)/.installed-dev  ## The kernel tests on a native library bui
 	$(BIN)/cmake -S . -B build/asan -DSQDF_FAST_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	$(BIN)/cmake --build build/asan
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  SQDF_FAST_NATIVE_LIBRARY=build/asan/libsqdf_fast_native.so $(BIN)/python -m pytest tests/kernels $(ARGS)
+	  SQDF_FAST_NATIVE_LIBRARY=build/asan/libsqdf_fast_native.so $(BIN)/python -m pytest tests/kernels -k native $(ARGS)
 
 clean:  ## Remove the environment and everything built
 	rm -rf $(VENV) build
