@@ -32,7 +32,7 @@ def jit(function: Any = None, **options: Any) -> Any:
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton kernels cannot run there, or None."""
     if triton is None:
-        return "triton is not installed (pip install triton)"
+        return "triton is not installed: pip install 'sqdf-fast[cuda]'"
     if dtype == torch.float64:
         return "float64 runs in the reference only"
     if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
@@ -78,6 +78,6 @@ def row_and_elements(n_elements, n_pieces, BLOCK: tl.constexpr):
 
 
 @jit
-def coefficient(table, index, i_row, stride, column_stride, COLUMN: tl.constexpr):
-    """table[index[i_row], COLUMN]."""
-    return tl.load(table + tl.load(index + i_row) * stride + COLUMN * column_stride)
+def table_row(table, index, i_row, stride):
+    """Where the coefficients of sample i_row start: table[index[i_row]]."""
+    return table + tl.load(index + i_row) * stride

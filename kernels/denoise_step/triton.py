@@ -10,11 +10,11 @@ from sqdf_fast.kernels.triton import (
     BLOCK,
     WARPS,
     aligned,
-    coefficient,
     jit,
     on,
     pieces,
     row_and_elements,
+    table_row,
     tl,
     unavailable,
 )
@@ -67,9 +67,8 @@ def forward_kernel(
     else:
         b_z = tl.load(noise + o_x, mask=m_n, other=0).to(tl.float32)
 
-    p = coefficient(transition, index, i_row, stride, column_stride, 0)
-    q = coefficient(transition, index, i_row, stride, column_stride, 1)
-    sigma = coefficient(transition, index, i_row, stride, column_stride, 2)
+    p_row = table_row(transition, index, i_row, stride)
+    p, q, sigma = tl.load(p_row), tl.load(p_row + column_stride), tl.load(p_row + 2 * column_stride)
     b_x_prev = p * b_x + q * b_m + sigma * b_z
     tl.store(x_prev + o_x, b_x_prev.to(x_prev.dtype.element_ty), mask=m_n)
     if delta is not None:
@@ -87,8 +86,8 @@ def kl_kernel(
         o_p = i_start + tl.arange(0, BLOCK)
         b_sum += tl.load(partial + i_row * n_pieces + o_p, mask=o_p < n_pieces, other=0)
     mean_square = tl.div_rn(tl.sum(b_sum), n_elements.to(tl.float32))
-    q = coefficient(transition, index, i_row, stride, column_stride, 1)
-    sigma = coefficient(transition, index, i_row, stride, column_stride, 2)
+    p_row = table_row(transition, index, i_row, stride)
+    q, sigma = tl.load(p_row + column_stride), tl.load(p_row + 2 * column_stride)
     # 0 * inf: equal outputs cost nothing even where sigma is 0
     weight = tl.where(mean_square == 0, 0.0, kl_weight(q, sigma, kl_scale))
     tl.store(kl + i_row, weight * mean_square)
@@ -119,13 +118,12 @@ def backward_kernel(
     i_row, _, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
     o_x = i_row * n_elements + o_n
     b_grad = tl.load(grad_x_prev + o_x, mask=m_n, other=0).to(tl.float32)
+    p_row = table_row(transition, index, i_row, stride)
     if grad_x is not None:
-        p = coefficient(transition, index, i_row, stride, column_stride, 0)
-        tl.store(grad_x + o_x, (p * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
+        tl.store(grad_x + o_x, (tl.load(p_row) * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
     if grad_policy is not None:
         b_delta = tl.load(delta + o_x, mask=m_n, other=0).to(tl.float32)
-        q = coefficient(transition, index, i_row, stride, column_stride, 1)
-        sigma = coefficient(transition, index, i_row, stride, column_stride, 2)
+        q, sigma = tl.load(p_row + column_stride), tl.load(p_row + 2 * column_stride)
         pull = tl.load(grad_kl + i_row * kl_stride).to(tl.float32) * kl_weight(q, sigma, kl_scale) * mean_scale
         # 0 * inf again, element by element
         b_grad = q * b_grad + tl.where(b_delta == 0, 0.0, pull * b_delta)

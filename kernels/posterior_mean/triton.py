@@ -9,11 +9,11 @@ from sqdf_fast.kernels.triton import (
     BLOCK,
     WARPS,
     aligned,
-    coefficient,
     jit,
     on,
     pieces,
     row_and_elements,
+    table_row,
     tl,
     unavailable,
 )
@@ -40,8 +40,8 @@ def forward_kernel(
     i_row, _, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
     o_x = i_row * n_elements + o_n
     b_x = tl.load(x + o_x, mask=m_n, other=0).to(tl.float32)
-    a = coefficient(posterior, index, i_row, stride, column_stride, 0)
-    b = coefficient(posterior, index, i_row, stride, column_stride, 1)
+    p_row = table_row(posterior, index, i_row, stride)
+    a, b = tl.load(p_row), tl.load(p_row + column_stride)
     # a row with b = 0 does not load the network output at all
     m_output = o_n < tl.where(b == 0, 0, n_elements)
     b_m = tl.load(output + o_x, mask=m_output, other=0).to(tl.float32)
@@ -71,11 +71,11 @@ def backward_kernel(
     i_row, _, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
     o_x = i_row * n_elements + o_n
     b_grad = tl.load(grad_x0 + o_x, mask=m_n, other=0).to(tl.float32)
+    p_row = table_row(posterior, index, i_row, stride)
     if grad_x is not None:
-        a = coefficient(posterior, index, i_row, stride, column_stride, 0)
-        tl.store(grad_x + o_x, (a * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
+        tl.store(grad_x + o_x, (tl.load(p_row) * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
     if grad_output is not None:
-        b = coefficient(posterior, index, i_row, stride, column_stride, 1)
+        b = tl.load(p_row + column_stride)
         b_grad = tl.where(b == 0, 0.0, b * b_grad)
         if GUIDED:
             tl.store(grad_output + o_x, (uncond_scale * b_grad).to(grad_output.dtype.element_ty), mask=m_n)

@@ -1,0 +1,105 @@
+"""The compile gate of the Triton kernels passes, and each of its checks can fail."""
+
+# ruff: noqa: N803 (compile-time constants of a kernel are capitals everywhere in this field)
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="no Triton wheel for this platform")
+tl = triton.language
+
+GATE = Path(__file__).with_name("gate.py")
+BLOCK = 1024
+
+
+@pytest.fixture(scope="module")
+def gate():
+    spec = importlib.util.spec_from_file_location("gate", GATE)
+    sys.modules["gate"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["gate"]
+
+
+def test_every_kernel_dtype_and_architecture_passes():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, GATE, "--quick"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "154 compiled: 22 kernels on 7 architectures\n"
+
+
+def copy(x, out, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + o, tl.load(x + o) * 1.1)
+
+
+def in_float64(x, out, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + o, (tl.load(x + o).to(tl.float64) * 1.1).to(tl.float32))
+
+
+def misaligned(x, out, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + o, tl.load(x + o + 1) * 1.1)
+
+
+def gathering(x, out, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_x = tl.load(x + o)
+    tl.store(out + o, tl.load(x + (b_x * 10).to(tl.int32)))
+
+
+def spilling(x, out, BLOCK: tl.constexpr):
+    o = tl.arange(0, 16 * BLOCK)
+    b_x = tl.load(x + o)
+    tl.store(out + o, b_x - tl.sum(b_x))
+
+
+def transposing(x, out, BLOCK: tl.constexpr):
+    o = tl.arange(0, 256)[:, None] * 256 + tl.arange(0, 256)
+    tl.store(out + o, tl.trans(tl.load(x + o)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "warps", "violation"),
+    [
+        (copy, 4, None),
+        (in_float64, 4, "float64 arithmetic"),
+        (misaligned, 4, "2 accesses of 128 bits instead of 4"),
+        (gathering, 4, "8 narrow loads and 0 narrow stores"),
+        (spilling, 1, "stack of"),
+        (transposing, 8, "bytes of shared memory"),
+    ],
+)
+@pytest.mark.parametrize("architecture", [75, 90])
+def test_each_check_can_fail(gate, kernel, warps, violation, architecture, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    size = {spilling: 16 * BLOCK, transposing: 256 * 256}.get(kernel, 4 * BLOCK)
+    x, out = (torch.empty(size, device="meta") for _ in range(2))
+    with gate.compile_only(architecture) as launches:
+        programs = size // BLOCK if kernel in (copy, in_float64, misaligned, gathering) else 1
+        triton.JITFunction(kernel)[(programs,)](x, out, BLOCK, num_warps=warps)
+    (row,) = gate.inspect(launches, architecture)
+    assert row.registers > 0
+    if violation is None:
+        assert row.violations == []
+    else:
+        assert any(violation in found for found in row.violations), row
+
+
+def test_a_stale_table_is_noticed(gate, monkeypatch, tmp_path):
+    row = gate.Row(("op forward", "fp32", ""), 75, registers=30)
+    rows = [gate.Row(row.label, architecture, row.registers) for architecture in gate.ARCHITECTURES]
+    monkeypatch.setattr(gate, "TABLE", tmp_path / "table.md")
+    gate.TABLE.write_text(gate.table(rows))
+    assert gate.stale(gate.table(rows), quick=False) == []
+    rows[3].registers = 31
+    assert len(gate.stale(gate.table(rows), quick=True)) == 1
+    assert len(gate.stale(gate.table(rows), quick=False)) == 2
