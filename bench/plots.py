@@ -24,7 +24,7 @@ from fused_ops.page import MARKS, results_section
 from fused_ops.summary import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -67,7 +67,12 @@ def draw(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
 def _bandwidth(rows: list[Row], dtypes: list[str], device: str) -> Figure:
     """A panel an op and dtype: bytes moved forward + backward on x, GB/s on y, the copy as the ceiling."""
     figure, axes = plt.subplots(
-        len(dtypes), len(PANELS), figsize=(13, 1.2 + 4.2 * len(dtypes)), squeeze=False, layout="constrained"
+        len(dtypes),
+        len(PANELS),
+        figsize=(13, 1.2 + 4.2 * len(dtypes)),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
     )
     figure.suptitle(f"Achieved bandwidth, forward + backward, {device}", fontsize=14)
     for line, dtype in zip(axes, dtypes, strict=True):
@@ -91,10 +96,12 @@ def _bandwidth(rows: list[Row], dtypes: list[str], device: str) -> Figure:
                 )
             panel.set_title(f"{_title(op, noise)}, {dtype}")
             panel.set_xlabel("size and megabytes moved")
+            panel.margins(x=0.12)
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            panel.yaxis.set_minor_formatter(NullFormatter())
-    axes[0][0].set_ylabel("GB/s")
+            panel.yaxis.set_minor_locator(NullLocator())
+        line[0].set_ylabel("GB/s")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
@@ -162,7 +169,7 @@ def _device(result: dict[str, Any]) -> str:
     machine = result["machine"]
     if result["device"] == "cuda":
         return str(machine["gpu"])
-    return f"{machine['cpu']}, {machine['torch_threads']} threads"
+    return f"{machine['cpu']}, {machine['torch_threads']} thread{'s' * (machine['torch_threads'] > 1)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""Files what `pytest bench/ --benchmark-only --benchmark-json=FILE` wrote: one file a device, one row a line.
+"""Files what `pytest bench/ --benchmark-only --benchmark-json=FILE` or `python bench/gpu` wrote: one file a device.
 
-python bench/record.py build/bench.json        # -> bench/results/<device>.json
+python bench/record.py build/bench.json        # -> bench/results/<device>.json, one row a line
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def record(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Write a file for every device of a benchmark run into `folder`.
+    """Write a file for every device of a benchmark run, or of a run of bench/gpu, into `folder`.
 
     Raises:
         UserError: nothing was measured, or toy sizes were.
     """
+    if "parts" in found:
+        found = _of_gpu(found)
     rows = [benchmark["extra_info"] for benchmark in found["benchmarks"]]
     if not rows or any(row["toy"] for row in rows):
         raise UserError("this run has no figures worth keeping: run the benchmarks without --toy")
@@ -47,9 +49,21 @@ def record(found: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
+def _of_gpu(found: dict[str, Any]) -> dict[str, Any]:
+    """The file of bench/gpu in the form of --benchmark-json."""
+    parts = {name: part.get("result", {}) for name, part in found["parts"].items()}
+    commit = found["commit"] or "unknown"
+    return {
+        "machine_info": parts.get("machine", {}),
+        "commit_info": {"id": commit.removesuffix("+changes"), "dirty": commit.endswith("+changes")},
+        "datetime": found["started"],
+        "benchmarks": [{"extra_info": row} for row in parts.get("benchmarks", {}).get("rows", [])],
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("file", type=Path, help="what --benchmark-json or bench/gpu wrote")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write into (default: %(default)s)")
     given = parser.parse_args(arguments)
     try:

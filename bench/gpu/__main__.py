@@ -1,6 +1,6 @@
 """What this project has to show on one GPU, in one command and one file: its tests and its benchmarks there.
 
-    python bench/gpu                                # under 9 minutes, writes gpu_result.json
+    python bench/gpu                                # under 9 minutes, writes build/gpu_result.json
     python bench/gpu --toy --output toy.json        # the same code on a CPU in tiny sizes, under a minute
 
 Every part is a process of its own with a limit of its own; one that fails or hangs is recorded and the next runs.
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python bench/gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--toy", action="store_true", help="tiny sizes on the CPU: does it run, not how fast")
-    parser.add_argument("--output", type=Path, default=Path("gpu_result.json"), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu_result.json")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="default: %(default)g")
     given = parser.parse_args(arguments)
     if not (given.toy or _has_gpu()):
@@ -153,6 +153,7 @@ def measure(chosen: Sequence[Part], budget: float, output: Path, toy: bool) -> i
     """Run the parts inside the budget and write the file; 0 if all of them ran and succeeded, else 1."""
     started = time.monotonic()
     output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "toy": toy,

@@ -34,6 +34,23 @@ def test_one_file_a_device_with_its_own_rows_and_targets(results):
     assert "data" not in cpu["rows"][0]
 
 
+def test_what_bench_gpu_wrote_is_filed_alike(tmp_path, recorded, results):
+    rows = [benchmark["extra_info"] for benchmark in recorded["benchmarks"]]
+    found = {
+        "started": recorded["datetime"],
+        "commit": "0123456789abcdef+changes",
+        "parts": {
+            "machine": {"status": "ok", "result": recorded["machine_info"]},
+            "tests": {"status": "timed out"},
+            "benchmarks": {"status": "ok", "result": {"rows": [row for row in rows if row["device"] == "cuda"]}},
+        },
+    }
+    (path,) = record.record(found, tmp_path / "filed")
+    filed, expected = json.loads(path.read_text()), json.loads(results[1].read_text())
+    assert filed.pop("commit") == {"id": "0123456789abcdef", "dirty": True}
+    assert filed == {name: value for name, value in expected.items() if name != "commit"}
+
+
 def test_toy_figures_and_empty_runs_are_not_filed(tmp_path, recorded, capsys):
     recorded["benchmarks"][3]["extra_info"]["toy"] = True
     file = tmp_path / "run.json"

@@ -46,6 +46,16 @@ def test_rounds_go_on_until_the_time_is_up(clock):
     assert len(taken["a"]) == 5
 
 
+def test_on_cuda_calls_are_queued_and_the_wait_is_part_of_the_time(clock, monkeypatch):
+    spend, spent = clock
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: spend("wait", 0.5))
+    subject = Subject(lambda state: spend(f"call {state}", 0.25), prepare=lambda: spend("prepare", 8.0) or "forward")
+    taken = interleave({"a": subject}, "cuda", Pace(0.0, 2, 3.0))
+    # Alone a call takes 0.75 s, so that four make a turn of 3 s: four times 0.25 s and one wait.
+    assert taken == {"a": [0.375, 0.375]}
+    assert spent[-10:] == ["prepare"] * 4 + ["wait"] + ["call forward"] * 4 + ["wait"]
+
+
 def test_samples_are_played_on_the_benchmark_clock():
     advance = play([0.5, 0.125])
     readings = [playback_time()]
