@@ -18,8 +18,11 @@ train: $(VENV)/.installed  ## Fine-tune; without a GPU on the embedded world. AR
 test: $(VENV)/.installed-test  ## Run the tests. ARGS="tests/kernels -q"
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/.installed-test  ## Time the fused ops, record the result, draw the plots. ARGS="-k sd15"
-	$(BIN)/python bench/record.py $(ARGS)
+bench: $(VENV)/.installed-test  ## Time the fused ops, record the results, draw them
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=build/bench.json
+	$(BIN)/python bench/record.py build/bench.json
+	$(BIN)/python bench/plots.py bench/results/*.json
 
 gate: $(VENV)/.installed-test  ## Compile every Triton kernel for every GPU generation; no GPU needed. ARGS="--write"
 	$(BIN)/python tests/kernels/gate.py $(ARGS)
