@@ -7,16 +7,17 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+
 namespace sqdf_fast {
 namespace {
 
 InstructionSet supported() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return kBaseline;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx512 ? kAvx512 : kAvx2;
+    return !avx2 ? kBaseline : avx512 ? kAvx512 : kAvx2;
 #else
     return kBaseline;
 #endif

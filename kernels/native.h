@@ -21,19 +21,21 @@ InstructionSet instruction_set();
 
 #if defined(__x86_64__)
 template <auto body, typename... Arguments>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2"))) inline auto on_avx512(const Arguments&... arguments) {
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")))
+auto on_avx512(const Arguments&... arguments) {
     return body(arguments...);
 }
 
 template <auto body, typename... Arguments>
-__attribute__((target("avx2,fma,bmi2"))) inline auto on_avx2(const Arguments&... arguments) {
+__attribute__((target("avx2,fma,bmi2")))
+auto on_avx2(const Arguments&... arguments) {
     return body(arguments...);
 }
 #endif
 
-// Runs the SQDF_FAST_INLINE function `body`, the inner loop of an op, as compiled for the instruction set in use. OpenMP
-// regions belong in the caller. Not target_clones: clang 14 selects the baseline for "arch=x86-64-v4" everywhere, and a
-// loader's resolver runs before a sanitizer is up.
+// Runs the SQDF_FAST_INLINE function `body`, the inner loop of an op, as compiled for the instruction set in use. Its
+// caller holds the OpenMP region. Not target_clones: clang 14 takes the baseline for "arch=x86-64-v4" on every
+// processor, and the loader resolves clones before a sanitizer is up.
 template <auto body, typename... Arguments>
 auto dispatch(const Arguments&... arguments) {
 #if defined(__x86_64__)

@@ -102,7 +102,7 @@ def dtype_number(dtype: torch.dtype) -> int:
 
 def coefficients(table: Tensor) -> Tensor:
     """A coefficient table as native ops read it: float32, contiguous."""
-    return table.to(torch.float32).contiguous()
+    return (table if table.dtype == torch.float32 else table.to(torch.float32)).contiguous()
 
 
 def check_index(outside: int, steps: int) -> None:

@@ -65,16 +65,59 @@ def test_every_declared_dependency_has_a_tested_version() -> None:
             assert declared.specifier.contains(pin.version), text
 
 
-def test_without_a_compiler_the_package_builds_without_its_native_library(tmp_path: Path) -> None:
+def build_wheel(folder: Path, **environment: str) -> zipfile.ZipFile:
+    """The package built in a copy of its sources."""
     for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / name)
+        shutil.copy(ROOT / name, folder / name)
     for name in ("kernels", "sqdf_fast"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("weights", "__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("weights", "__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "out", "."]
-    nowhere = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, **nowhere}, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "out").glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert wheel.name.endswith("-py3-none-any.whl")
+    subprocess.run(command, cwd=folder, env={**os.environ, **environment}, check=True, capture_output=True)
+    (wheel,) = (folder / "out").glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def test_without_a_compiler_the_package_builds_without_its_native_library(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    names = wheel.namelist()
+    assert str(wheel.filename).endswith("-py3-none-any.whl")
     assert "sqdf_fast/kernels/native.py" in names
     assert not [name for name in names if name.endswith(".so")]
+
+
+RESULTS = """
+import hashlib, torch
+from sqdf_fast.kernels.denoise_step.native import backward, forward
+from sqdf_fast.kernels.discounted_loss import native as discounted_loss
+from sqdf_fast.kernels.posterior_mean import native as posterior_mean
+
+torch.manual_seed(0)
+table, index, results = torch.rand(9, 3) + 0.1, torch.tensor([3, 7]), []
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for g in (1.0, 7.5):
+        x, noise, grad = torch.randn(3, 2, 8200).to(dtype).unbind()
+        policy, reference = torch.randn(2, 2 if g == 1 else 4, 8200).to(dtype).unbind()
+        results += forward(x, policy, reference, table, index, g, noise, None, 0.5, True)
+        results += forward(x, policy, reference, table, index, g, None, torch.tensor([5, -9]), 0.5, True)
+        results += backward(grad, torch.randn(2), results[-1], table, index, g, 0.5, dtype, dtype, True, True)
+        results += [posterior_mean.forward(x, policy, table[:, :2], index, g, dtype)]
+        results += posterior_mean.backward(grad, table[:, :2], index, g, dtype, dtype, True, True)
+results += discounted_loss.forward(torch.randn(4), torch.rand(4), torch.arange(4), 0.97, 0.1, True, 3.0)
+assert all(torch.isfinite(result).all() for result in results)
+print(hashlib.sha256(b"".join(result.double().numpy().tobytes() for result in results)).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_every_compiler_builds_without_a_warning_a_library_with_the_same_results(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    wheel = build_wheel(tmp_path, CXX=compiler, CXXFLAGS="-Werror")
+    (library,) = (name for name in wheel.namelist() if name.endswith(".so"))
+    built = wheel.extract(library, tmp_path)
+    monkeypatch.setenv("SQDF_FAST_NATIVE_LIBRARY", "")
+    installed = run(RESULTS)
+    monkeypatch.setenv("SQDF_FAST_NATIVE_LIBRARY", built)
+    assert run(RESULTS) == installed

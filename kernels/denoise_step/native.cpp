@@ -9,12 +9,7 @@ namespace {
 
 using namespace sqdf_fast;
 
-static_assert(kBlock % kPhiloxBlock == 0, "a block's noise is drawn in whole Philox blocks");
-
-struct Guidance {
-    bool on;                    // two rows a sample, [uncond; cond]
-    float scale, complement;    // g, 1 - g
-};
+static_assert(kBlock == kPhiloxBlock, "the noise of a block is drawn at once");
 
 struct Forward {
     Input x, policy, reference, noise;  // noise.data null: drawn from seed
@@ -37,10 +32,8 @@ double kl_weight(const float* transition, double kl_scale) {
     return q == 0 ? 0.0 : kl_scale * (q / sigma) * (q / sigma);
 }
 
-SQDF_FAST_INLINE const float* draw(int64_t seed, int64_t at, int n, float* normals) {
-    for (int done = 0; done < n; done += kPhiloxBlock) {
-        normal_block(seed, static_cast<uint32_t>((at + done) / 4), normals + done);
-    }
+SQDF_FAST_INLINE const float* draw(int64_t seed, int64_t at, float normals[kBlock]) {
+    normal_block(seed, static_cast<uint32_t>(at / 4), normals);
     return normals;
 }
 
@@ -56,7 +49,8 @@ SQDF_FAST_INLINE double sum_of(const float values[kBlock]) {
 }
 
 // Writes x_prev and delta of one piece; returns the sum of delta^2.
-SQDF_FAST_INLINE double step_piece(const Forward& op, const float* transition, int64_t row, int64_t begin, int64_t end) {
+SQDF_FAST_INLINE double step_piece(
+    const Forward& op, const float* transition, int64_t row, int64_t begin, int64_t end) {
     alignas(64) float scratch[8][kBlock];
     alignas(64) float squares[kBlock] = {};
     const float p = transition[0], q = transition[1], sigma = transition[2], g = op.guidance.scale;
@@ -67,7 +61,7 @@ SQDF_FAST_INLINE double step_piece(const Forward& op, const float* transition, i
         float* __restrict delta = place(op.delta, at, scratch[1]);
         const float* x = load(op.x, at, n, scratch[2]);
         const float* z = op.noise.data != nullptr ? load(op.noise, at, n, scratch[3])
-                                                  : draw(op.seed[row], in_row, n, scratch[3]);
+                                                  : draw(op.seed[row], in_row, scratch[3]);
         const float* policy = load(op.policy, at, n, scratch[4]);
         const float* reference = load(op.reference, at, n, scratch[5]);
         if (op.guidance.on) {
@@ -99,8 +93,8 @@ SQDF_FAST_INLINE double step_piece(const Forward& op, const float* transition, i
 }
 
 // Writes grad_x and grad_policy of one piece; pull = d loss / d delta over delta.
-SQDF_FAST_INLINE void step_gradient_piece(const Backward& op, const float* transition, float pull, int64_t row, int64_t begin,
-                                     int64_t end) {
+SQDF_FAST_INLINE void step_gradient_piece(
+    const Backward& op, const float* transition, float pull, int64_t row, int64_t begin, int64_t end) {
     alignas(64) float scratch[5][kBlock];
     const float p = transition[0], q = transition[1], g = op.guidance.scale, complement = op.guidance.complement;
     for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
@@ -135,25 +129,18 @@ SQDF_FAST_INLINE void step_gradient_piece(const Backward& op, const float* trans
 
 }  // namespace
 
-// Tensors are contiguous, dtypes numbers of sqdf_fast::Dtype. transition: float32 [steps, 3]; index: [batch]; exactly one
-// of noise and seed [batch] is null; kl: float32 [batch]; delta may be null. Returns 1 if an index lies outside, else 0.
+// Tensors are contiguous, dtypes numbers of sqdf_fast::Dtype. transition: float32 [steps, 3]; index: [batch]; exactly
+// one of noise and seed [batch] is null; kl: float32 [batch]; delta may be null. Returns 1 if an index lies outside the
+// table, else 0.
 SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_forward(
-    const void* x, int32_t x_dtype, const void* policy, int32_t policy_dtype, const void* reference, int32_t reference_dtype,
-    const void* noise, int32_t noise_dtype, const int64_t* seed, const float* transition, int64_t steps, const int64_t* index,
-    double guidance_scale, double kl_scale, int64_t batch, int64_t numel, void* x_prev, float* kl, void* delta,
-    int32_t threads) {
+    const void* x, int32_t x_dtype, const void* policy, int32_t policy_dtype, const void* reference,
+    int32_t reference_dtype, const void* noise, int32_t noise_dtype, const int64_t* seed, const float* transition,
+    int64_t steps, const int64_t* index, double guidance_scale, double kl_scale, int64_t batch, int64_t numel,
+    void* x_prev, float* kl, void* delta, int32_t threads) {
     const Table table{transition, steps, 3};
     if (!table.has(index, batch)) return 1;
-    const Forward op{{x, x_dtype},
-                     {policy, policy_dtype},
-                     {reference, reference_dtype},
-                     {noise, noise_dtype},
-                     seed,
-                     {x_prev, x_dtype},
-                     {delta, policy_dtype},
-                     {guidance_scale != 1, static_cast<float>(guidance_scale), static_cast<float>(1 - guidance_scale)},
-                     batch,
-                     numel};
+    const Forward op{{x, x_dtype}, {policy, policy_dtype}, {reference, reference_dtype}, {noise, noise_dtype}, seed,
+                     {x_prev, x_dtype}, {delta, policy_dtype}, guidance(guidance_scale), batch, numel};
     const int64_t pieces = pieces_of(numel);
     std::vector<double> sums(batch * pieces);
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t number, int64_t begin, int64_t end) {
@@ -168,22 +155,15 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_forward(
     return 0;
 }
 
-// As above; grad_kl: float32 [batch]. A null grad_x or grad_policy is not computed; delta is read for grad_policy alone.
-SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_backward(const void* grad_x_prev, int32_t grad_dtype, const float* grad_kl,
-                                                         const void* delta, int32_t delta_dtype, const float* transition,
-                                                         int64_t steps, const int64_t* index, double guidance_scale,
-                                                         double kl_scale, int64_t batch, int64_t numel, void* grad_x,
-                                                         int32_t x_dtype, void* grad_policy, int32_t policy_dtype,
-                                                         int32_t threads) {
+// As above; grad_kl: float32 [batch]. A null grad_x or grad_policy is not computed; delta is read for the latter alone.
+SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_backward(
+    const void* grad_x_prev, int32_t grad_dtype, const float* grad_kl, const void* delta, int32_t delta_dtype,
+    const float* transition, int64_t steps, const int64_t* index, double guidance_scale, double kl_scale, int64_t batch,
+    int64_t numel, void* grad_x, int32_t x_dtype, void* grad_policy, int32_t policy_dtype, int32_t threads) {
     const Table table{transition, steps, 3};
     if (!table.has(index, batch)) return 1;
-    const Backward op{{grad_x_prev, grad_dtype},
-                      {delta, delta_dtype},
-                      {grad_x, x_dtype},
-                      {grad_policy, policy_dtype},
-                      {guidance_scale != 1, static_cast<float>(guidance_scale), static_cast<float>(1 - guidance_scale)},
-                      batch,
-                      numel};
+    const Backward op{{grad_x_prev, grad_dtype}, {delta, delta_dtype}, {grad_x, x_dtype}, {grad_policy, policy_dtype},
+                      guidance(guidance_scale), batch, numel};
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         const float* coefficients = table.row(index[row]);
         const double pull = grad_kl[row] * kl_weight(coefficients, kl_scale) * 2 / static_cast<double>(numel);

@@ -4,9 +4,9 @@
 #include "native.h"
 
 // reward, kl, grad_reward, grad_kl: float32 [count]; remaining: [count]; loss: one float32.
-SQDF_FAST_EXPORT void sqdf_fast_discounted_loss(const float* reward, const float* kl, const int64_t* remaining, int64_t count,
-                                                double gamma, double alpha, int32_t mask_nonpositive, double denominator,
-                                                float* loss, float* grad_reward, float* grad_kl) {
+SQDF_FAST_EXPORT void sqdf_fast_discounted_loss(
+    const float* reward, const float* kl, const int64_t* remaining, int64_t count, double gamma, double alpha,
+    int32_t mask_nonpositive, double denominator, float* loss, float* grad_reward, float* grad_kl) {
     double sum = 0;
     for (int64_t i = 0; i < count; ++i) {
         const bool masked = mask_nonpositive != 0 && reward[i] <= 0;

@@ -24,8 +24,8 @@ def forward(
     reward, kl = reward.to(torch.float32).contiguous(), kl.to(torch.float32).contiguous()
     remaining = remaining.contiguous()
     loss = torch.empty((), dtype=torch.float32)
-    grad_reward = torch.empty(reward.shape, dtype=torch.float32)
-    grad_kl = torch.empty(reward.shape, dtype=torch.float32)
+    grad_reward = torch.empty_like(reward)
+    grad_kl = torch.empty_like(reward)
     native.function("sqdf_fast_discounted_loss", "ppplddidppp")(
         reward.data_ptr(),
         kl.data_ptr(),

@@ -26,16 +26,16 @@ SQDF_FAST_INLINE void normal_piece(int64_t seed, int64_t begin, int64_t end, flo
 }  // namespace
 
 // out: [batch, numel] uint32.
-SQDF_FAST_EXPORT void sqdf_fast_philox_words(const int64_t* seed, int64_t batch, int64_t numel, uint32_t* out,
-                                             int32_t threads) {
+SQDF_FAST_EXPORT void sqdf_fast_philox_words(
+    const int64_t* seed, int64_t batch, int64_t numel, uint32_t* out, int32_t threads) {
     for_each_piece(batch, numel, threads, [=](int64_t row, int64_t, int64_t begin, int64_t end) {
         dispatch<words_piece>(seed[row], begin, end, out + row * numel);
     });
 }
 
 // out: [batch, numel] float32.
-SQDF_FAST_EXPORT void sqdf_fast_philox_normal(const int64_t* seed, int64_t batch, int64_t numel, float* out,
-                                              int32_t threads) {
+SQDF_FAST_EXPORT void sqdf_fast_philox_normal(
+    const int64_t* seed, int64_t batch, int64_t numel, float* out, int32_t threads) {
     for_each_piece(batch, numel, threads, [=](int64_t row, int64_t, int64_t begin, int64_t end) {
         dispatch<normal_piece>(seed[row], begin, end, out + row * numel);
     });

@@ -1,7 +1,7 @@
 // Philox-4x32-10 and its normals, in blocks that a compiler turns into vector code.
 //
-// Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The counter is (counter, 0, 0, 0) and
-// the key the two halves of the sample's seed, which is what Triton's randn4x(seed, offset) draws.
+// Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The counter is (counter, 0, 0, 0)
+// and the key the two halves of the sample's seed, which is what Triton's randn4x(seed, offset) draws.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,7 @@ SQDF_FAST_INLINE float uniform(uint32_t word) {
     return static_cast<float>(value ^ (value >> 31)) * 4.6566127342e-10f;
 }
 
-// Natural logarithm of a normal positive float: u = m 2^e with m in [sqrt(1/2), sqrt(2)), log m = 2 artanh((m-1)/(m+1)).
+// Natural logarithm of a normal positive float: u = m 2^e, m in [sqrt(1/2), sqrt(2)), log m = 2 artanh((m-1)/(m+1)).
 SQDF_FAST_INLINE float log_positive(float u) {
     constexpr int32_t kSqrtHalf = 0x3f3504f3, kOne = 0x3f800000, kMantissa = 0x007fffff;
     int32_t bits;
@@ -75,7 +75,8 @@ SQDF_FAST_INLINE void box_muller(uint32_t word1, uint32_t word2, float* cosine, 
     const float y = ((angle - turns * 1.5703125f) - turns * 4.83751296997e-4f) - turns * 7.54978995489e-8f;
     const float z = y * y;
     const float s = y + y * z * (-1.0f / 6 + z * (1.0f / 120 + z * (-1.0f / 5040 + z * (1.0f / 362880))));
-    const float c = 1.0f + z * (-0.5f + z * (1.0f / 24 + z * (-1.0f / 720 + z * (1.0f / 40320 + z * (-1.0f / 3628800)))));
+    const float c =
+        1.0f + z * (-0.5f + z * (1.0f / 24 + z * (-1.0f / 720 + z * (1.0f / 40320 + z * (-1.0f / 3628800)))));
     const float unsigned_cosine = (quadrant & 1) ? s : c;
     const float unsigned_sine = (quadrant & 1) ? c : s;
     *cosine = radius * (((quadrant + 1) & 2) ? -unsigned_cosine : unsigned_cosine);

@@ -8,22 +8,20 @@ using namespace sqdf_fast;
 struct Forward {
     Input x, model_output;
     Output x0;
-    bool guided;  // two rows a sample, [uncond; cond]
-    float scale;
+    Guidance guidance;
     int64_t batch, numel;
 };
 
 struct Backward {
     Input grad_x0;
     Output grad_x, grad_output;
-    bool guided;
-    float scale, complement;  // g, 1 - g
+    Guidance guidance;
     int64_t batch, numel;
 };
 
 SQDF_FAST_INLINE void mean_piece(const Forward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
     alignas(64) float scratch[4][kBlock];
-    const float a = posterior[0], b = posterior[1], g = op.scale;
+    const float a = posterior[0], b = posterior[1], g = op.guidance.scale;
     for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
         const int64_t at = row * op.numel + in_row;
@@ -32,7 +30,7 @@ SQDF_FAST_INLINE void mean_piece(const Forward& op, const float* posterior, int6
         if (b == 0) {
 #pragma omp simd
             for (int i = 0; i < n; ++i) x0[i] = a * x[i];
-        } else if (op.guided) {
+        } else if (op.guidance.on) {
             const float* m = load(op.model_output, at, n, scratch[2]);
             const float* conditional = load(op.model_output, at + op.batch * op.numel, n, scratch[3]);
 #pragma omp simd
@@ -46,9 +44,10 @@ SQDF_FAST_INLINE void mean_piece(const Forward& op, const float* posterior, int6
     }
 }
 
-SQDF_FAST_INLINE void mean_gradient_piece(const Backward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
+SQDF_FAST_INLINE void mean_gradient_piece(
+    const Backward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
     alignas(64) float scratch[4][kBlock];
-    const float a = posterior[0], b = posterior[1], g = op.scale, complement = op.complement;
+    const float a = posterior[0], b = posterior[1], g = op.guidance.scale, complement = op.guidance.complement;
     for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
         const int64_t at = row * op.numel + in_row, conditional = at + op.batch * op.numel;
@@ -61,7 +60,7 @@ SQDF_FAST_INLINE void mean_gradient_piece(const Backward& op, const float* poste
         }
         if (op.grad_output.data == nullptr) continue;
         float* __restrict grad_output = place(op.grad_output, at, scratch[2]);
-        if (op.guided) {
+        if (op.guidance.on) {
             float* __restrict grad_cond = place(op.grad_output, conditional, scratch[3]);
 #pragma omp simd
             for (int i = 0; i < n; ++i) {
@@ -80,16 +79,15 @@ SQDF_FAST_INLINE void mean_gradient_piece(const Backward& op, const float* poste
 
 }  // namespace
 
-// Tensors are contiguous, dtypes numbers of sqdf_fast::Dtype. posterior: float32 [steps, 2]; index: [batch]. Returns 1 if
-// an index lies outside, else 0.
-SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_forward(const void* x, int32_t x_dtype, const void* model_output,
-                                                          int32_t output_dtype, const float* posterior, int64_t steps,
-                                                          const int64_t* index, double guidance_scale, int64_t batch,
-                                                          int64_t numel, void* x0, int32_t x0_dtype,                                                           int32_t threads) {
+// Tensors are contiguous, dtypes numbers of sqdf_fast::Dtype. posterior: float32 [steps, 2]; index: [batch]. Returns 1
+// if an index lies outside, else 0.
+SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_forward(
+    const void* x, int32_t x_dtype, const void* model_output, int32_t output_dtype, const float* posterior,
+    int64_t steps, const int64_t* index, double guidance_scale, int64_t batch, int64_t numel, void* x0,
+    int32_t x0_dtype, int32_t threads) {
     const Table table{posterior, steps, 2};
     if (!table.has(index, batch)) return 1;
-    const Forward op{{x, x_dtype},        {model_output, output_dtype},       {x0, x0_dtype},
-                     guidance_scale != 1, static_cast<float>(guidance_scale), batch,
+    const Forward op{{x, x_dtype}, {model_output, output_dtype}, {x0, x0_dtype}, guidance(guidance_scale), batch,
                      numel};
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         dispatch<mean_piece>(op, table.row(index[row]), row, begin, end);
@@ -98,20 +96,14 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_forward(const void* x, int32_t
 }
 
 // As above. A null grad_x or grad_output is not computed.
-SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_backward(const void* grad_x0, int32_t grad_dtype, const float* posterior,
-                                                           int64_t steps, const int64_t* index, double guidance_scale,
-                                                           int64_t batch, int64_t numel, void* grad_x, int32_t x_dtype,
-                                                           void* grad_output, int32_t output_dtype,                                                            int32_t threads) {
+SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_backward(
+    const void* grad_x0, int32_t grad_dtype, const float* posterior, int64_t steps, const int64_t* index,
+    double guidance_scale, int64_t batch, int64_t numel, void* grad_x, int32_t x_dtype, void* grad_output,
+    int32_t output_dtype, int32_t threads) {
     const Table table{posterior, steps, 2};
     if (!table.has(index, batch)) return 1;
-    const Backward op{{grad_x0, grad_dtype},
-                      {grad_x, x_dtype},
-                      {grad_output, output_dtype},
-                      guidance_scale != 1,
-                      static_cast<float>(guidance_scale),
-                      static_cast<float>(1 - guidance_scale),
-                      batch,
-                      numel};
+    const Backward op{{grad_x0, grad_dtype}, {grad_x, x_dtype}, {grad_output, output_dtype}, guidance(guidance_scale),
+                      batch, numel};
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         dispatch<mean_gradient_piece>(op, table.row(index[row]), row, begin, end);
     });

@@ -23,7 +23,7 @@ def forward(
     x, model_output = x.contiguous(), model_output.contiguous()
     posterior, index = native.coefficients(posterior), index.contiguous()
     batch, steps = len(x), len(posterior)
-    x0 = torch.empty(x.shape, dtype=out_dtype)
+    x0 = torch.empty_like(x, dtype=out_dtype)
     outside = native.function("sqdf_fast_posterior_mean_forward", "pipiplpdllpii", "i")(
         x.data_ptr(),
         dtype_number(x.dtype),
@@ -56,10 +56,9 @@ def backward(
     """grad_x like grad_x0, grad_output [B or 2B, ...]; the one not needed is [0] and not computed."""
     grad_x0, posterior, index = grad_x0.contiguous(), native.coefficients(posterior), index.contiguous()
     batch, steps = len(grad_x0), len(posterior)
-    shape = grad_x0.shape
     rows = batch if guidance_scale == 1 else 2 * batch
-    grad_x = torch.empty(shape if need_x else 0, dtype=x_dtype)
-    grad_output = torch.empty((rows, *shape[1:]) if need_output else 0, dtype=output_dtype)
+    grad_x = torch.empty(grad_x0.shape if need_x else 0, dtype=x_dtype)
+    grad_output = torch.empty((rows, *grad_x0.shape[1:]) if need_output else 0, dtype=output_dtype)
     outside = native.function("sqdf_fast_posterior_mean_backward", "piplpdllpipii", "i")(
         grad_x0.data_ptr(),
         dtype_number(grad_x0.dtype),

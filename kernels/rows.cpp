@@ -1,0 +1,108 @@
+// Conversion between float32 and the half precisions, a block at a time.
+#include "rows.h"
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace sqdf_fast {
+namespace {
+
+SQDF_FAST_INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+SQDF_FAST_INLINE float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+SQDF_FAST_INLINE float from_bfloat16(uint16_t value) { return float_of(uint32_t{value} << 16); }
+
+SQDF_FAST_INLINE uint16_t to_bfloat16(float value) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    const uint32_t quiet = (bits >> 16) | 0x40u;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+
+SQDF_FAST_INLINE float from_float16(uint16_t value) {
+    constexpr uint32_t kRebias = 112u << 23, kLargest = 31u << 23, kSmallestNormal = 113u << 23;
+    const uint32_t magnitude = (value & 0x7fffu) << 13;
+    const uint32_t exponent = magnitude & kLargest;
+    const uint32_t normal = magnitude + kRebias + (exponent == kLargest ? kRebias : 0);  // twice: infinity and NaN
+    // A subnormal gets the exponent of 2^-14 and with it a leading one, which is taken off again.
+    const uint32_t subnormal = bits_of(float_of(magnitude + kSmallestNormal) - float_of(kSmallestNormal));
+    return float_of((exponent == 0 ? subnormal : normal) | (value & 0x8000u) << 16);
+}
+
+SQDF_FAST_INLINE uint16_t to_float16(float value) {
+    constexpr uint32_t kRebias = 112u << 23, kSmallestNormal = 113u << 23;
+    constexpr uint32_t kOverflow = 143u << 23, kInfinity = 255u << 23;
+    const uint32_t bits = bits_of(value);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - kRebias + 0xfffu + ((magnitude >> 13) & 1)) >> 13;  // to nearest, ties to even
+    // Next to 1/2 a float's last bit is worth 2^-24, a subnormal's: the addition rounds.
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    const uint32_t special = magnitude > kInfinity ? 0x7e00u | ((magnitude >> 13) & 0x3ffu) : 0x7c00u;
+    const uint32_t finite = magnitude < kSmallestNormal ? subnormal : normal;
+    return static_cast<uint16_t>((magnitude >= kOverflow ? special : finite) | ((bits >> 16) & 0x8000u));
+}
+
+template <auto convert>
+SQDF_FAST_INLINE void read_each(const uint16_t* __restrict source, int n, float* __restrict values) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) values[i] = convert(source[i]);
+}
+
+template <auto convert>
+SQDF_FAST_INLINE void write_each(const float* __restrict values, int n, uint16_t* __restrict destination) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) destination[i] = convert(values[i]);
+}
+
+#if defined(__x86_64__)
+// Every processor with AVX2 has the instructions that convert float16.
+__attribute__((target("avx,f16c"))) void read_float16(const uint16_t* source, int n, float* values) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
+        _mm256_storeu_ps(values + i, _mm256_cvtph_ps(halves));
+    }
+    for (; i < n; ++i) values[i] = from_float16(source[i]);
+}
+
+__attribute__((target("avx,f16c"))) void write_float16(const float* values, int n, uint16_t* destination) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(destination + i), halves);
+    }
+    for (; i < n; ++i) destination[i] = to_float16(values[i]);
+}
+#endif
+
+}  // namespace
+
+void read_halves(const uint16_t* source, int32_t dtype, int n, float* values) {
+    if (dtype == kBFloat16) return dispatch<read_each<from_bfloat16>>(source, n, values);
+#if defined(__x86_64__)
+    if (instruction_set() >= kAvx2) return read_float16(source, n, values);
+#endif
+    read_each<from_float16>(source, n, values);
+}
+
+void write_halves(const float* values, int n, uint16_t* destination, int32_t dtype) {
+    if (dtype == kBFloat16) return dispatch<write_each<to_bfloat16>>(values, n, destination);
+#if defined(__x86_64__)
+    if (instruction_set() >= kAvx2) return write_float16(values, n, destination);
+#endif
+    write_each<to_float16>(values, n, destination);
+}
+
+}  // namespace sqdf_fast
