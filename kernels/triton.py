@@ -1,11 +1,13 @@
 """What the Triton implementations share: availability, the block of a program, how a tensor enters a kernel.
 
-Importing this module works without Triton. Every kernel takes the same block: 1024 elements of one row for
-four warps, so that a thread holds 16 bytes of a 16-bit tensor, or twice 16 bytes of a float32 one.
+Importing this module works without Triton. Every kernel that streams samples takes the same block, 1024 elements
+of one row: for four warps a thread then holds 16 bytes of a 16-bit tensor, or twice 16 bytes of a float32 one.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,7 +21,6 @@ except ImportError:  # no wheel for this platform: `unavailable` says so
     triton = tl = None
 
 BLOCK = 1024
-WARPS = 4
 
 
 def jit(function: Any = None, **options: Any) -> Any:
@@ -35,8 +36,12 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed: pip install 'sqdf-fast[cuda]'"
     if dtype == torch.float64:
         return "float64 runs in the reference only"
-    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
+    if _INTERPRETED and device.type == "cpu":
+        return None
+    if device.type != "cuda":
         return "needs a CUDA device"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton calls a C compiler, and there is none: install gcc or set CC"
     return None
 
 
@@ -57,6 +62,11 @@ def pieces(elements: int) -> int:
     return -(-elements // BLOCK)
 
 
+def warps(elements: int) -> int:
+    """Warps of a program. Rows of a ragged length are read element by element, which takes registers: fewer each."""
+    return 4 if elements % 16 == 0 else 8
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device; this makes `device` it."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -69,12 +79,15 @@ _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 
 @jit
-def row_and_elements(n_elements, n_pieces, BLOCK: tl.constexpr):
-    """The program's row, its piece of the row, the offsets of its elements in the row, and which of them exist."""
+def piece_of_row(n_elements, n_pieces, BLOCK: tl.constexpr):
+    """The program's row, its piece of the row, where that piece starts in [B, N], its elements and which exist."""
     i_program = tl.program_id(0)
-    i_piece = i_program % n_pieces
-    o_n = i_piece.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return (i_program // n_pieces).to(tl.int64), i_piece, o_n, o_n < n_elements
+    i_row, i_piece = (i_program // n_pieces).to(tl.int64), i_program % n_pieces
+    i_start = i_piece.to(tl.int64) * BLOCK
+    o_n = tl.arange(0, BLOCK)
+    # all that is 64 bits wide is a scalar
+    n_left = tl.minimum(n_elements - i_start, BLOCK).to(tl.int32)
+    return i_row, i_piece, i_row * n_elements + i_start, o_n, o_n < n_left
 
 
 @jit

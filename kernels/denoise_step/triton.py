@@ -8,15 +8,15 @@ from torch import Tensor
 from sqdf_fast.kernels.philox.triton import normal_block
 from sqdf_fast.kernels.triton import (
     BLOCK,
-    WARPS,
     aligned,
     jit,
     on,
+    piece_of_row,
     pieces,
-    row_and_elements,
     table_row,
     tl,
     unavailable,
+    warps,
 )
 
 __all__ = ["backward", "forward", "unavailable"]
@@ -50,29 +50,28 @@ def forward_kernel(
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row, i_piece, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
-    o_x = i_row * n_elements + o_n
-    b_x = tl.load(x + o_x, mask=m_n, other=0).to(tl.float32)
-    b_m = tl.load(policy + o_x, mask=m_n, other=0).to(tl.float32)
-    b_delta = b_m - tl.load(reference + o_x, mask=m_n, other=0).to(tl.float32)
+    i_row, i_piece, i_x, o_n, m_n = piece_of_row(n_elements, n_pieces, BLOCK)
+    b_x = tl.load(x + i_x + o_n, mask=m_n, other=0).to(tl.float32)
+    b_m = tl.load(policy + i_x + o_n, mask=m_n, other=0).to(tl.float32)
+    b_delta = b_m - tl.load(reference + i_x + o_n, mask=m_n, other=0).to(tl.float32)
     if GUIDED:
-        o_cond = (i_row + n_rows) * n_elements + o_n
-        b_cond = tl.load(policy + o_cond, mask=m_n, other=0).to(tl.float32)
-        b_delta_cond = b_cond - tl.load(reference + o_cond, mask=m_n, other=0).to(tl.float32)
+        i_cond = i_x + n_rows.to(tl.int64) * n_elements
+        b_cond = tl.load(policy + i_cond + o_n, mask=m_n, other=0).to(tl.float32)
+        b_delta_cond = b_cond - tl.load(reference + i_cond + o_n, mask=m_n, other=0).to(tl.float32)
         b_m += guidance_scale * (b_cond - b_m)
         # differences before guidance: those of nearby floats are exact
         b_delta += guidance_scale * (b_delta_cond - b_delta)
     if noise is None:
         b_z = normal_block(tl.load(seed + i_row), i_piece, BLOCK)
     else:
-        b_z = tl.load(noise + o_x, mask=m_n, other=0).to(tl.float32)
+        b_z = tl.load(noise + i_x + o_n, mask=m_n, other=0).to(tl.float32)
 
     p_row = table_row(transition, index, i_row, stride)
     p, q, sigma = tl.load(p_row), tl.load(p_row + column_stride), tl.load(p_row + 2 * column_stride)
     b_x_prev = p * b_x + q * b_m + sigma * b_z
-    tl.store(x_prev + o_x, b_x_prev.to(x_prev.dtype.element_ty), mask=m_n)
+    tl.store(x_prev + i_x + o_n, b_x_prev.to(x_prev.dtype.element_ty), mask=m_n)
     if delta is not None:
-        tl.store(delta + o_x, b_delta.to(delta.dtype.element_ty), mask=m_n)
+        tl.store(delta + i_x + o_n, b_delta.to(delta.dtype.element_ty), mask=m_n)
     tl.store(partial + i_row * n_pieces + i_piece, tl.sum(b_delta * b_delta))
 
 
@@ -82,9 +81,11 @@ def kl_kernel(
 ):
     i_row = tl.program_id(0).to(tl.int64)
     b_sum = tl.zeros((BLOCK,), dtype=tl.float32)
-    for i_start in range(0, n_pieces, BLOCK):
+    i_start = 0
+    while i_start < n_pieces:  # the interpreter of Triton 3.6 has no range over an argument
         o_p = i_start + tl.arange(0, BLOCK)
         b_sum += tl.load(partial + i_row * n_pieces + o_p, mask=o_p < n_pieces, other=0)
+        i_start += BLOCK
     mean_square = tl.div_rn(tl.sum(b_sum), n_elements.to(tl.float32))
     p_row = table_row(transition, index, i_row, stride)
     q, sigma = tl.load(p_row + column_stride), tl.load(p_row + 2 * column_stride)
@@ -115,24 +116,23 @@ def backward_kernel(
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row, _, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
-    o_x = i_row * n_elements + o_n
-    b_grad = tl.load(grad_x_prev + o_x, mask=m_n, other=0).to(tl.float32)
+    i_row, _, i_x, o_n, m_n = piece_of_row(n_elements, n_pieces, BLOCK)
+    b_grad = tl.load(grad_x_prev + i_x + o_n, mask=m_n, other=0).to(tl.float32)
     p_row = table_row(transition, index, i_row, stride)
     if grad_x is not None:
-        tl.store(grad_x + o_x, (tl.load(p_row) * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
+        tl.store(grad_x + i_x + o_n, (tl.load(p_row) * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
     if grad_policy is not None:
-        b_delta = tl.load(delta + o_x, mask=m_n, other=0).to(tl.float32)
+        b_delta = tl.load(delta + i_x + o_n, mask=m_n, other=0).to(tl.float32)
         q, sigma = tl.load(p_row + column_stride), tl.load(p_row + 2 * column_stride)
         pull = tl.load(grad_kl + i_row * kl_stride).to(tl.float32) * kl_weight(q, sigma, kl_scale) * mean_scale
         # 0 * inf again, element by element
         b_grad = q * b_grad + tl.where(b_delta == 0, 0.0, pull * b_delta)
         if GUIDED:
-            tl.store(grad_policy + o_x, (uncond_scale * b_grad).to(grad_policy.dtype.element_ty), mask=m_n)
-            o_cond = (i_row + n_rows) * n_elements + o_n
-            tl.store(grad_policy + o_cond, (cond_scale * b_grad).to(grad_policy.dtype.element_ty), mask=m_n)
+            tl.store(grad_policy + i_x + o_n, (uncond_scale * b_grad).to(grad_policy.dtype.element_ty), mask=m_n)
+            i_cond = i_x + n_rows.to(tl.int64) * n_elements
+            tl.store(grad_policy + i_cond + o_n, (cond_scale * b_grad).to(grad_policy.dtype.element_ty), mask=m_n)
         else:
-            tl.store(grad_policy + o_x, b_grad.to(grad_policy.dtype.element_ty), mask=m_n)
+            tl.store(grad_policy + i_x + o_n, b_grad.to(grad_policy.dtype.element_ty), mask=m_n)
 
 
 def forward(
@@ -175,10 +175,19 @@ def forward(
             *transition.stride(),
             guidance_scale != 1,
             BLOCK,
-            num_warps=WARPS,
+            num_warps=warps(elements),
         )
         kl_kernel[(rows,)](
-            partial, transition, index, kl, kl_scale, elements, n_pieces, *transition.stride(), BLOCK, num_warps=WARPS
+            partial,
+            transition,
+            index,
+            kl,
+            kl_scale,
+            elements,
+            n_pieces,
+            *transition.stride(),
+            BLOCK,
+            num_warps=warps(elements),
         )
     return x_prev, kl, delta
 
@@ -227,6 +236,6 @@ def backward(
                 grad_kl.stride(0),
                 guided,
                 BLOCK,
-                num_warps=WARPS,
+                num_warps=warps(elements),
             )
     return grad_x, grad_policy

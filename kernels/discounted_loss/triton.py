@@ -30,7 +30,8 @@ def forward_kernel(
     BLOCK: tl.constexpr,
 ):
     b_sum = tl.zeros((BLOCK,), dtype=tl.float32)
-    for i_start in range(0, n_terms, BLOCK):
+    i_start = 0
+    while i_start < n_terms:  # the interpreter of Triton 3.6 has no range over an argument
         o_t = i_start + tl.arange(0, BLOCK)
         m_t = o_t < n_terms
         b_reward = tl.load(reward + o_t, mask=m_t, other=0).to(tl.float32)
@@ -43,6 +44,7 @@ def forward_kernel(
         b_sum += tl.where(m_counted, alpha * b_kl - b_weight * b_reward, 0.0)
         tl.store(grad_reward + o_t, tl.where(m_counted, -b_weight * scale, 0.0), mask=m_t)
         tl.store(grad_kl + o_t, tl.where(m_counted, alpha * scale, 0.0), mask=m_t)
+        i_start += BLOCK
     tl.store(loss, tl.sum(b_sum) * scale)
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sqdf_fast.kernels.triton import BLOCK, WARPS, jit, on, pieces, row_and_elements, tl, unavailable
+from sqdf_fast.kernels.triton import BLOCK, jit, on, piece_of_row, pieces, tl, unavailable, warps
 
 __all__ = ["normal", "normal_block", "unavailable", "words"]
 
@@ -72,14 +72,14 @@ def normal_block(seed, i_piece, BLOCK: tl.constexpr):
 
 @jit(do_not_specialize=["n_pieces"])
 def fill_kernel(seed, out, n_elements, n_pieces, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
-    i_row, i_piece, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
+    i_row, i_piece, i_x, o_n, m_n = piece_of_row(n_elements, n_pieces, BLOCK)
     seed = tl.load(seed + i_row)
     if NORMAL:
         b_out = normal_block(seed, i_piece, BLOCK)
     else:
         even, odd = word_pairs(seed, i_piece, BLOCK)
         b_out = tl.reshape(tl.join(even, odd), (BLOCK,)).to(tl.int32, bitcast=True)
-    tl.store(out + i_row * n_elements + o_n, b_out, mask=m_n)
+    tl.store(out + i_x + o_n, b_out, mask=m_n)
 
 
 def words(seed: torch.Tensor, numel: int) -> torch.Tensor:
@@ -98,6 +98,6 @@ def _fill(seed: torch.Tensor, elements: int, dtype: torch.dtype) -> torch.Tensor
         n_pieces = pieces(elements)
         with on(seed.device):
             fill_kernel[(len(seed) * n_pieces,)](
-                seed.contiguous(), out, elements, n_pieces, dtype == torch.float32, BLOCK, num_warps=WARPS
+                seed.contiguous(), out, elements, n_pieces, dtype == torch.float32, BLOCK, num_warps=warps(elements)
             )
     return out

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from sqdf_fast.kernels.triton import (
     BLOCK,
-    WARPS,
     aligned,
     jit,
     on,
+    piece_of_row,
     pieces,
-    row_and_elements,
     table_row,
     tl,
     unavailable,
+    warps,
 )
 
 __all__ = ["backward", "forward", "unavailable"]
@@ -37,18 +37,17 @@ def forward_kernel(
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row, _, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
-    o_x = i_row * n_elements + o_n
-    b_x = tl.load(x + o_x, mask=m_n, other=0).to(tl.float32)
+    i_row, _, i_x, o_n, m_n = piece_of_row(n_elements, n_pieces, BLOCK)
+    b_x = tl.load(x + i_x + o_n, mask=m_n, other=0).to(tl.float32)
     p_row = table_row(posterior, index, i_row, stride)
     a, b = tl.load(p_row), tl.load(p_row + column_stride)
     # a row with b = 0 does not load the network output at all
-    m_output = o_n < tl.where(b == 0, 0, n_elements)
-    b_m = tl.load(output + o_x, mask=m_output, other=0).to(tl.float32)
+    m_output = tl.where(b == 0, False, m_n)
+    b_m = tl.load(output + i_x + o_n, mask=m_output, other=0).to(tl.float32)
     if GUIDED:
-        o_cond = (i_row + n_rows) * n_elements + o_n
-        b_m += guidance_scale * (tl.load(output + o_cond, mask=m_output, other=0).to(tl.float32) - b_m)
-    tl.store(x0 + o_x, (a * b_x + b * b_m).to(x0.dtype.element_ty), mask=m_n)
+        i_cond = i_x + n_rows.to(tl.int64) * n_elements
+        b_m += guidance_scale * (tl.load(output + i_cond + o_n, mask=m_output, other=0).to(tl.float32) - b_m)
+    tl.store(x0 + i_x + o_n, (a * b_x + b * b_m).to(x0.dtype.element_ty), mask=m_n)
 
 
 @jit(do_not_specialize=["n_rows", "n_pieces", "stride", "column_stride"])
@@ -68,21 +67,20 @@ def backward_kernel(
     GUIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row, _, o_n, m_n = row_and_elements(n_elements, n_pieces, BLOCK)
-    o_x = i_row * n_elements + o_n
-    b_grad = tl.load(grad_x0 + o_x, mask=m_n, other=0).to(tl.float32)
+    i_row, _, i_x, o_n, m_n = piece_of_row(n_elements, n_pieces, BLOCK)
+    b_grad = tl.load(grad_x0 + i_x + o_n, mask=m_n, other=0).to(tl.float32)
     p_row = table_row(posterior, index, i_row, stride)
     if grad_x is not None:
-        tl.store(grad_x + o_x, (tl.load(p_row) * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
+        tl.store(grad_x + i_x + o_n, (tl.load(p_row) * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
     if grad_output is not None:
         b = tl.load(p_row + column_stride)
         b_grad = tl.where(b == 0, 0.0, b * b_grad)
         if GUIDED:
-            tl.store(grad_output + o_x, (uncond_scale * b_grad).to(grad_output.dtype.element_ty), mask=m_n)
-            o_cond = (i_row + n_rows) * n_elements + o_n
-            tl.store(grad_output + o_cond, (cond_scale * b_grad).to(grad_output.dtype.element_ty), mask=m_n)
+            tl.store(grad_output + i_x + o_n, (uncond_scale * b_grad).to(grad_output.dtype.element_ty), mask=m_n)
+            i_cond = i_x + n_rows.to(tl.int64) * n_elements
+            tl.store(grad_output + i_cond + o_n, (cond_scale * b_grad).to(grad_output.dtype.element_ty), mask=m_n)
         else:
-            tl.store(grad_output + o_x, b_grad.to(grad_output.dtype.element_ty), mask=m_n)
+            tl.store(grad_output + i_x + o_n, b_grad.to(grad_output.dtype.element_ty), mask=m_n)
 
 
 def forward(
@@ -113,7 +111,7 @@ def forward(
             *posterior.stride(),
             guidance_scale != 1,
             BLOCK,
-            num_warps=WARPS,
+            num_warps=warps(elements),
         )
     return x0.to(out_dtype)
 
@@ -154,6 +152,6 @@ def backward(
                 *posterior.stride(),
                 guided,
                 BLOCK,
-                num_warps=WARPS,
+                num_warps=warps(elements),
             )
     return grad_x, grad_output

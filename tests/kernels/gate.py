@@ -63,9 +63,10 @@ class Launch:
 
     @property
     def streamed(self) -> dict[str, torch.Tensor]:
-        """The tensors of which every thread moves at least 16 bytes."""
+        """The tensors with whole samples in them."""
+        elements = self.arguments.get("n_elements", 0)
         tensors = {name: a for name, a in self.arguments.items() if isinstance(a, torch.Tensor)}
-        return {name: t for name, t in tensors.items() if t.numel() * t.element_size() >= 16 * self.threads}
+        return {name: t for name, t in tensors.items() if elements and t.shape[-1] == elements}
 
     @property
     def ragged(self) -> bool:
@@ -145,42 +146,44 @@ def calls(quick: bool) -> Iterator[Callable[[], Any]]:
     from sqdf_fast.kernels.philox import triton as philox
 
     lengths = (ALIGNED,) if quick else (ALIGNED, RAGGED, LONG)
-    guidance = (5.0,) if quick else (5.0, 1.0)
-    for (dtype, output), length, g in itertools.product(DTYPES, lengths, guidance):
-        yield from denoise_step_calls(dtype, output, length, g, quick)
-        yield from posterior_mean_calls(dtype, output, length, g, quick)
+    for (dtype, output), length in itertools.product(DTYPES, lengths):
+        few = quick or length == LONG
+        for g in (5.0,) if few else (5.0, 1.0):
+            yield from denoise_step_calls(dtype, output, length, g, few)
+            yield from posterior_mean_calls(dtype, output, length, g, few)
     for length in lengths:
         yield lambda length=length: philox.normal(empty(2, dtype=torch.int64), length)
         yield lambda length=length: philox.words(empty(2, dtype=torch.int64), length)
-    for dtype, mask in itertools.product((torch.float32, torch.float16, torch.bfloat16), (True, False)):
+    masks = (True,) if quick else (True, False)
+    for dtype, mask in itertools.product((torch.float32, torch.float16, torch.bfloat16), masks):
         yield lambda dtype=dtype, mask=mask: discounted_loss.forward(
             empty(8, dtype=dtype), empty(8), empty(8, dtype=torch.int64), 0.9, 1.0, mask, 8.0
         )
 
 
-def denoise_step_calls(dtype: Any, output: Any, length: int, g: float, quick: bool) -> Iterator[Callable[[], Any]]:
+def denoise_step_calls(dtype: Any, output: Any, length: int, g: float, few: bool) -> Iterator[Callable[[], Any]]:
     from sqdf_fast.kernels.denoise_step import triton as denoise_step
 
     halves = 1 if g == 1 else 2
     table, index = empty(50, 3), empty(2, dtype=torch.int64)
     x, policy, reference = empty(2, length, dtype=dtype), *(empty(2 * halves, length, dtype=output) for _ in range(2))
     noise, seed, delta = empty(2, length, dtype=dtype), empty(2, dtype=torch.int64), empty(2, length, dtype=output)
-    for drawn, with_delta in [(True, True)] if quick else itertools.product((True, False), repeat=2):
+    for drawn, with_delta in [(True, True)] if few else itertools.product((True, False), repeat=2):
         given = (None, seed) if drawn else (noise, None)
         yield lambda given=given, with_delta=with_delta: denoise_step.forward(
             x, policy, reference, table, index, g, *given, 1.0, with_delta
         )
-    for needs in [(True, True)] if quick else [(True, True), (False, True), (True, False)]:
+    for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
         yield lambda needs=needs: denoise_step.backward(x, empty(2), delta, table, index, g, 1.0, dtype, output, *needs)
 
 
-def posterior_mean_calls(dtype: Any, output: Any, length: int, g: float, quick: bool) -> Iterator[Callable[[], Any]]:
+def posterior_mean_calls(dtype: Any, output: Any, length: int, g: float, few: bool) -> Iterator[Callable[[], Any]]:
     from sqdf_fast.kernels.posterior_mean import triton as posterior_mean
 
     table, index, x = empty(50, 2), empty(2, dtype=torch.int64), empty(2, length, dtype=dtype)
     model_output = empty(2 if g == 1 else 4, length, dtype=output)
     yield lambda: posterior_mean.forward(x, model_output, table, index, g, dtype)
-    for needs in [(True, True)] if quick else [(True, True), (False, True), (True, False)]:
+    for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
         yield lambda needs=needs: posterior_mean.backward(x, table, index, g, dtype, output, *needs)
 
 
@@ -283,12 +286,15 @@ def table(found: list[Row]) -> str:
         "",
         "A cell holds the registers a thread and the bytes of shared memory a program. No kernel has a stack frame or",
         "spills, none computes in float64, and where the elements of a sample are a multiple of 16 each access to a",
-        "tensor of that length is 128 bits wide.",
+        "tensor of samples is 128 bits wide.",
         "",
-        "| kernel | dtypes | flags | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |",
-        "| --- " * (3 + len(ARCHITECTURES)) + "|",
+        "Flags: `ragged` is a sample whose elements are no multiple of 16, `64-bit length` one of more than 2^31;",
+        "`no NAME` is a tensor that is not given or not wanted (`no noise`: drawn in the kernel).",
     ]
-    lines += [f"| {' | '.join([*label, *(cells[label][a] for a in ARCHITECTURES)])} |" for label in sorted(cells)]
+    for kernel, labels in itertools.groupby(sorted(cells), key=lambda label: label[0]):
+        lines += ["", f"## {kernel}", "", "| dtypes | flags | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |"]
+        lines += ["| --- " * (2 + len(ARCHITECTURES)) + "|"]
+        lines += [f"| {' | '.join([*label[1:], *(cells[label][a] for a in ARCHITECTURES)])} |" for label in labels]
     return "\n".join(lines) + "\n"
 
 

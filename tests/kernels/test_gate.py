@@ -35,34 +35,34 @@ def test_every_kernel_dtype_and_architecture_passes():
     assert done.stdout == "154 compiled: 22 kernels on 7 architectures\n"
 
 
-def copy(x, out, BLOCK: tl.constexpr):
+def copy(x, out, n_elements, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + o, tl.load(x + o) * 1.1)
 
 
-def in_float64(x, out, BLOCK: tl.constexpr):
+def in_float64(x, out, n_elements, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + o, (tl.load(x + o).to(tl.float64) * 1.1).to(tl.float32))
 
 
-def misaligned(x, out, BLOCK: tl.constexpr):
+def misaligned(x, out, n_elements, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + o, tl.load(x + o + 1) * 1.1)
 
 
-def gathering(x, out, BLOCK: tl.constexpr):
+def gathering(x, out, n_elements, BLOCK: tl.constexpr):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_x = tl.load(x + o)
     tl.store(out + o, tl.load(x + (b_x * 10).to(tl.int32)))
 
 
-def spilling(x, out, BLOCK: tl.constexpr):
+def spilling(x, out, n_elements, BLOCK: tl.constexpr):
     o = tl.arange(0, 16 * BLOCK)
     b_x = tl.load(x + o)
     tl.store(out + o, b_x - tl.sum(b_x))
 
 
-def transposing(x, out, BLOCK: tl.constexpr):
+def transposing(x, out, n_elements, BLOCK: tl.constexpr):
     o = tl.arange(0, 256)[:, None] * 256 + tl.arange(0, 256)
     tl.store(out + o, tl.trans(tl.load(x + o)))
 
@@ -85,7 +85,7 @@ def test_each_check_can_fail(gate, kernel, warps, violation, architecture, monke
     x, out = (torch.empty(size, device="meta") for _ in range(2))
     with gate.compile_only(architecture) as launches:
         programs = size // BLOCK if kernel in (copy, in_float64, misaligned, gathering) else 1
-        triton.JITFunction(kernel)[(programs,)](x, out, BLOCK, num_warps=warps)
+        triton.JITFunction(kernel)[(programs,)](x, out, size, BLOCK, num_warps=warps)
     (row,) = gate.inspect(launches, architecture)
     assert row.registers > 0
     if violation is None:
