@@ -6,6 +6,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace sqdf_fast {
 namespace {
@@ -103,6 +106,19 @@ void write_halves(const float* values, int n, uint16_t* destination, int32_t dty
     if (instruction_set() >= kAvx2) return write_float16(values, n, destination);
 #endif
     write_each<to_float16>(values, n, destination);
+}
+
+void expect_writes(const Output& output, int64_t count) {
+#if defined(__linux__)
+    constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(output.data);
+    const uintptr_t end = begin + static_cast<uintptr_t>(count) * (output.dtype == kFloat32 ? 4 : 2);
+    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+    if (output.data != nullptr && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)output;
+    (void)count;
+#endif
 }
 
 }  // namespace sqdf_fast

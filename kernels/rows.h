@@ -59,6 +59,10 @@ SQDF_FAST_INLINE void store(const Output& output, int64_t at, int n, const float
     write_halves(values, n, static_cast<uint16_t*>(output.data) + at, output.dtype);
 }
 
+// Lets the system back what is large in an output of `count` elements by huge pages. A fresh output is mapped page by
+// page as it is written, and at 4 KiB a page that takes several times as long as the op.
+void expect_writes(const Output& output, int64_t count);
+
 SQDF_FAST_INLINE int64_t pieces_of(int64_t numel) { return (numel + kPiece - 1) / kPiece; }
 
 // Calls piece(row, number, begin, end) for every piece of every row, on several threads.

@@ -141,6 +141,8 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_forward(
     if (!table.has(index, batch)) return 1;
     const Forward op{{x, x_dtype}, {policy, policy_dtype}, {reference, reference_dtype}, {noise, noise_dtype}, seed,
                      {x_prev, x_dtype}, {delta, policy_dtype}, guidance(guidance_scale), batch, numel};
+    expect_writes(op.x_prev, batch * numel);
+    expect_writes(op.delta, batch * numel);
     const int64_t pieces = pieces_of(numel);
     std::vector<double> sums(batch * pieces);
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t number, int64_t begin, int64_t end) {
@@ -164,6 +166,8 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_backward(
     if (!table.has(index, batch)) return 1;
     const Backward op{{grad_x_prev, grad_dtype}, {delta, delta_dtype}, {grad_x, x_dtype}, {grad_policy, policy_dtype},
                       guidance(guidance_scale), batch, numel};
+    expect_writes(op.grad_x, batch * numel);
+    expect_writes(op.grad_policy, batch * numel * (op.guidance.on ? 2 : 1));
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         const float* coefficients = table.row(index[row]);
         const double pull = grad_kl[row] * kl_weight(coefficients, kl_scale) * 2 / static_cast<double>(numel);

@@ -30,7 +30,7 @@ def forward(
     seed = None if seed is None else seed.contiguous()
     batch, steps = len(x), len(transition)
     x_prev = torch.empty_like(x)
-    kl = torch.empty(batch, dtype=torch.float32)
+    kl = x.new_empty(batch, dtype=torch.float32)
     delta = torch.empty_like(x, dtype=policy.dtype) if with_delta else policy.new_empty(0)
     outside = native.function("sqdf_fast_denoise_step_forward", "pipipipipplpddllpppi", "i")(
         x.data_ptr(),
@@ -77,8 +77,8 @@ def backward(
     transition, index = native.coefficients(transition), index.contiguous()
     batch, steps = len(grad_x_prev), len(transition)
     rows = batch if guidance_scale == 1 else 2 * batch
-    grad_x = torch.empty(grad_x_prev.shape if need_x else 0, dtype=x_dtype)
-    grad_policy = torch.empty((rows, *grad_x_prev.shape[1:]) if need_policy else 0, dtype=policy_dtype)
+    grad_x = grad_x_prev.new_empty(grad_x_prev.shape if need_x else 0, dtype=x_dtype)
+    grad_policy = grad_x_prev.new_empty((rows, *grad_x_prev.shape[1:]) if need_policy else 0, dtype=policy_dtype)
     outside = native.function("sqdf_fast_denoise_step_backward", "pippiplpddllpipii", "i")(
         grad_x_prev.data_ptr(),
         dtype_number(grad_x_prev.dtype),

@@ -89,6 +89,7 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_forward(
     if (!table.has(index, batch)) return 1;
     const Forward op{{x, x_dtype}, {model_output, output_dtype}, {x0, x0_dtype}, guidance(guidance_scale), batch,
                      numel};
+    expect_writes(op.x0, batch * numel);
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         dispatch<mean_piece>(op, table.row(index[row]), row, begin, end);
     });
@@ -104,6 +105,8 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_backward(
     if (!table.has(index, batch)) return 1;
     const Backward op{{grad_x0, grad_dtype}, {grad_x, x_dtype}, {grad_output, output_dtype}, guidance(guidance_scale),
                       batch, numel};
+    expect_writes(op.grad_x, batch * numel);
+    expect_writes(op.grad_output, batch * numel * (op.guidance.on ? 2 : 1));
     for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         dispatch<mean_gradient_piece>(op, table.row(index[row]), row, begin, end);
     });

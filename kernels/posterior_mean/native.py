@@ -57,8 +57,8 @@ def backward(
     grad_x0, posterior, index = grad_x0.contiguous(), native.coefficients(posterior), index.contiguous()
     batch, steps = len(grad_x0), len(posterior)
     rows = batch if guidance_scale == 1 else 2 * batch
-    grad_x = torch.empty(grad_x0.shape if need_x else 0, dtype=x_dtype)
-    grad_output = torch.empty((rows, *grad_x0.shape[1:]) if need_output else 0, dtype=output_dtype)
+    grad_x = grad_x0.new_empty(grad_x0.shape if need_x else 0, dtype=x_dtype)
+    grad_output = grad_x0.new_empty((rows, *grad_x0.shape[1:]) if need_output else 0, dtype=output_dtype)
     outside = native.function("sqdf_fast_posterior_mean_backward", "piplpdllpipii", "i")(
         grad_x0.data_ptr(),
         dtype_number(grad_x0.dtype),

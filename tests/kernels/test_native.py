@@ -258,6 +258,13 @@ def test_every_half_is_read_exactly(dtype: torch.dtype, instruction_sets: list[s
 
 
 @needs_native
+def test_an_output_of_several_huge_pages_is_written_whole() -> None:
+    values = torch.randn(1_500_001)
+    assert torch.equal(identity(values, torch.float32), values)
+    assert torch.equal(identity(values.bfloat16(), torch.bfloat16), values.bfloat16())
+
+
+@needs_native
 def test_what_is_not_needed_is_empty_and_changes_nothing_else() -> None:
     x, noise, grad = torch.randn(3, 2, 700).unbind()
     policy, reference = torch.randn(2, 4, 700).unbind()
