@@ -74,7 +74,7 @@ def function(name: str, arguments: str, result: str = "") -> Callable[..., Any]:
     found = getattr(library(), name)
     found.argtypes = [_ARGUMENTS[letter] for letter in arguments]
     found.restype = _ARGUMENTS[result] if result else None
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
