@@ -4,6 +4,9 @@ Importing this module works without Triton. Every kernel that streams samples ta
 of one row: for four warps a thread then holds 16 bytes of a 16-bit tensor, or twice 16 bytes of a float32 one.
 """
 
+# A kernel's arguments have no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 import os
@@ -19,6 +22,19 @@ try:
     import triton.language as tl
 except ImportError:  # no wheel for this platform: `unavailable` says so
     triton = tl = None
+
+__all__ = [
+    "BLOCK",
+    "aligned",
+    "jit",
+    "on",
+    "piece_of_row",
+    "pieces",
+    "table_row",
+    "tl",
+    "unavailable",
+    "warps",
+]
 
 BLOCK = 1024
 

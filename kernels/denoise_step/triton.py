@@ -1,5 +1,8 @@
 """denoise_step on CUDA: one pass over the latents each way, and a few numbers a row for the KL's second stage."""
 
+# A kernel's arguments have no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 import torch

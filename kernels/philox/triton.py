@@ -1,5 +1,8 @@
 """Philox on CUDA; the arguments and results of reference.py. `normal_block` is what other kernels draw from."""
 
+# A kernel's arguments have no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 import math
