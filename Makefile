@@ -42,7 +42,7 @@ format: $(VENV)/.installed-dev  ## Rewrite the files in the house style
 native-asan: $(VENV)/.installed-dev  ## The kernel tests on a native library built with sanitizers
 	$(BIN)/cmake -S . -B build/asan -DSQDF_FAST_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	$(BIN)/cmake --build build/asan
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
 	  SQDF_FAST_NATIVE_LIBRARY=build/asan/libsqdf_fast_native.so $(BIN)/python -m pytest tests/kernels -k native $(ARGS)
 
 clean:  ## Remove the environment and everything built

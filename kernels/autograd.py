@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -21,11 +22,14 @@ def plain(*arguments: object) -> bool:
     """Whether the tensors among the arguments are computed right now, neither traced nor faked nor intercepted."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    return all(type(a) in (Tensor, torch.nn.Parameter) for a in arguments if isinstance(a, Tensor))
+    for a in arguments:
+        if isinstance(a, Tensor) and type(a) is not Tensor and type(a) is not torch.nn.Parameter:
+            return False
+    return True
 
 
 def differentiable(
-    op: torch.library.CustomOpDef,
+    op: CustomOpDef,
     compute: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
@@ -49,8 +53,14 @@ def differentiable(
         setup(ctx, arguments, output)
         return output
 
+    refuse_twice = once_differentiable(backward)
+
+    def backward_once(ctx: Any, *grads: Any) -> Any:
+        # gradients are enabled in a backward pass that shall be differentiated itself, and only there
+        return refuse_twice(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
     op.register_autograd(backward, setup_context=setup)
-    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
     function: Any = type(op._name, (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:

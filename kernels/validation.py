@@ -10,7 +10,10 @@ from sqdf_fast.errors import UserError
 
 def math_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Precision of an op's arithmetic: float64 as soon as one tensor is float64, float32 otherwise."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def check_floating(op: str, x: Tensor, **others: Tensor | None) -> None:

@@ -65,26 +65,15 @@ _backward_op = torch.library.custom_op("sqdf_fast::denoise_step_backward", _back
 
 
 @_forward_op.register_fake
-def _(x, policy, reference, transition, index, guidance_scale, noise, seed, kl_scale, with_delta, impl):  # type: ignore[no-untyped-def]
+def _(x: Tensor, policy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, with_delta, _impl = rest
     kl = x.new_empty(x.shape[0], dtype=torch.float32)
     return x.new_empty(x.shape), kl, policy.new_empty(x.shape if with_delta else (0,))
 
 
 @_backward_op.register_fake
-def _(
-    grad_x_prev,
-    grad_kl,
-    delta,
-    transition,
-    index,
-    guidance_scale,
-    kl_scale,
-    x_dtype,
-    policy_dtype,
-    need_x,
-    need_policy,
-    impl,
-):  # type: ignore[no-untyped-def]
+def _(grad_x_prev: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, guidance_scale, _kl_scale, x_dtype, policy_dtype, need_x, need_policy, _impl = rest
     batch, *sample = grad_x_prev.shape
     rows = batch if guidance_scale == 1 else 2 * batch
     grad_x = grad_x_prev.new_empty((batch, *sample) if need_x else (0,), dtype=x_dtype)

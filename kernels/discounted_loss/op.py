@@ -31,7 +31,7 @@ _forward_op = torch.library.custom_op("sqdf_fast::discounted_loss", _forward, mu
 
 
 @_forward_op.register_fake
-def _(reward, kl, remaining, gamma, alpha, mask_nonpositive, denominator, impl):  # type: ignore[no-untyped-def]
+def _(reward: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(reward.new_empty(shape, dtype=torch.float32) for shape in ((), reward.shape, reward.shape))
 
 

@@ -46,12 +46,14 @@ _backward_op = torch.library.custom_op("sqdf_fast::posterior_mean_backward", _ba
 
 
 @_forward_op.register_fake
-def _(x, model_output, posterior, index, guidance_scale, out_dtype, impl):  # type: ignore[no-untyped-def]
+def _(x: Tensor, *rest: Any) -> Tensor:
+    *_, out_dtype, _impl = rest
     return x.new_empty(x.shape, dtype=out_dtype)
 
 
 @_backward_op.register_fake
-def _(grad_x0, posterior, index, guidance_scale, x_dtype, output_dtype, need_x, need_output, impl):  # type: ignore[no-untyped-def]
+def _(grad_x0: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, guidance_scale, x_dtype, output_dtype, need_x, need_output, _impl = rest
     batch, *sample = grad_x0.shape
     rows = batch if guidance_scale == 1 else 2 * batch
     grad_x = grad_x0.new_empty((batch, *sample) if need_x else (0,), dtype=x_dtype)
