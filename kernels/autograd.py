@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def plain(*arguments: object) -> bool:
-    """Whether the tensors among the arguments are computed right now, neither traced nor faked nor intercepted."""
+    """Whether the tensors among the arguments hold their values, neither traced nor faked nor intercepted."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     for a in arguments:
-        if isinstance(a, Tensor) and type(a) is not Tensor and type(a) is not torch.nn.Parameter:
+        if isinstance(a, Tensor) and (type(a) not in (Tensor, torch.nn.Parameter) or a.is_neg()):
             return False
     return True
 

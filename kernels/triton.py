@@ -107,6 +107,14 @@ def piece_of_row(n_elements, n_pieces, BLOCK: tl.constexpr):
 
 
 @jit
-def table_row(table, index, i_row, stride):
-    """Where the coefficients of sample i_row start: table[index[i_row]]."""
-    return table + tl.load(index + i_row) * stride
+def table_row(table, index, i_row, n_steps, stride):
+    """Where the coefficients of sample i_row start, and whether its index is one of the table's; -1 is the last."""
+    i_step = tl.load(index + i_row)
+    i_step = tl.where(i_step < 0, i_step + n_steps, i_step)
+    return table + i_step * stride, (i_step >= 0) & (i_step < n_steps)
+
+
+@jit
+def coefficient(p_row, m_row, offset):
+    """One of them; NaN for an index outside, since a kernel cannot raise and must not read there."""
+    return tl.load(p_row + offset, mask=m_row, other=float("nan"))

@@ -16,15 +16,16 @@ def math_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def check_floating(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """Every tensor is floating point and lies on the device of x."""
-    for name, tensor in {"x": x, **others}.items():
+def check_floating(op: str, **tensors: Tensor | None) -> None:
+    """Every tensor is floating point and lies on the device of the first."""
+    first, device = next((name, tensor.device) for name, tensor in tensors.items() if tensor is not None)
+    for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not tensor.is_floating_point():
             raise UserError(f"{op}: {name} is {tensor.dtype}; pass a floating-point tensor")
-        if tensor.device != x.device:
-            raise UserError(f"{op}: {name} is on {tensor.device}, x on {x.device}; move them to one device")
+        if tensor.device != device:
+            raise UserError(f"{op}: {name} is on {tensor.device}, {first} on {device}; move them to one device")
 
 
 def check_network_output(op: str, name: str, output: Tensor, x: Tensor, guidance_scale: float) -> None:
@@ -55,7 +56,15 @@ def check_table(op: str, name: str, table: Tensor, columns: int, index: Tensor, 
         )
 
 
-def check_batch(op: str, x: Tensor) -> None:
-    """x has a batch axis and at least one element a sample."""
-    if x.ndim < 2 or x.numel() == 0:
-        raise UserError(f"{op}: x has shape {tuple(x.shape)}; it must be [B, ...] with at least one element a sample")
+def check_batch(op: str, **tensors: Tensor) -> None:
+    """Each tensor has a batch axis and at least one element a sample."""
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or tensor.numel() == 0:
+            raise UserError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}; it must be [B, ...] with at least one element a sample"
+            )
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """The tensor without its history: gradients reach the documented inputs and no others."""
+    return tensor.detach() if tensor.requires_grad else tensor

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sqdf_fast.errors import UserError
-    from sqdf_fast.kernels import denoise_step, denoise_step_staged, discounted_loss, posterior_mean
+    from sqdf_fast.kernels import denoise_step, denoise_step_staged, denoise_step_vjp, discounted_loss, posterior_mean
     from sqdf_fast.objective import sqdf_loss
     from sqdf_fast.schedule import DenoisingSchedule
 
@@ -18,6 +18,7 @@ __all__ = [
     "UserError",
     "denoise_step",
     "denoise_step_staged",
+    "denoise_step_vjp",
     "discounted_loss",
     "posterior_mean",
     "sqdf_loss",
@@ -28,6 +29,7 @@ _HOME = {
     "UserError": "sqdf_fast.errors",
     "denoise_step": "sqdf_fast.kernels",
     "denoise_step_staged": "sqdf_fast.kernels",
+    "denoise_step_vjp": "sqdf_fast.kernels",
     "discounted_loss": "sqdf_fast.kernels",
     "posterior_mean": "sqdf_fast.kernels",
     "sqdf_loss": "sqdf_fast.objective",

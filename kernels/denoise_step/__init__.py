@@ -7,13 +7,15 @@ from torch import Tensor
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.denoise_step import op as fused
-from sqdf_fast.kernels.denoise_step import reference as plain
+from sqdf_fast.kernels.denoise_step import reference as unfused
 from sqdf_fast.kernels.dispatch import resolve
+from sqdf_fast.kernels.philox import MAX_ELEMENTS
 from sqdf_fast.kernels.validation import (
     check_batch,
     check_floating,
     check_network_output,
     check_table,
+    constant,
     math_dtype,
 )
 
@@ -41,7 +43,7 @@ def denoise_step(
     The published programs use kl_scale = 1; 0.5 is the Gaussian KL per element. The KL of equal outputs is
     exactly 0 and so is its gradient. Where sigma = 0 (a deterministic step) the KL of different outputs is
     what it is, infinite: draw only the schedule's trainable indices. Gradients flow to `x` and `policy`,
-    never to `reference`. Arithmetic is float32, or float64 when an input is float64.
+    to nothing else. Arithmetic is float32, or float64 when an input is float64.
 
     Args:
         x: [B, ...] latents at the step's level, any float dtype, any strides.
@@ -116,22 +118,26 @@ def denoise_step_vjp(
         transition, index, guidance_scale, kl_scale, impl: as given to `denoise_step_staged`.
 
     Returns:
-        [2B, ...] or [B, ...], float32 (float64 when an input is float64): scale it before a cast to float16.
+        [2B, ...] or [B, ...], float32 (float64 when an input is float64): scale it before a cast to float16. It
+        carries no gradient itself.
     """
-    op = "denoise_step"
-    check_batch(op, delta)
-    check_floating(op, delta, grad_x_prev=grad_x_prev, grad_kl=grad_kl)
-    check_network_output(op, "grad_x_prev", grad_x_prev, delta, 1.0)
+    op = "denoise_step_vjp"
+    check_batch(op, delta=delta)
+    check_floating(op, delta=delta, grad_x_prev=grad_x_prev, grad_kl=grad_kl)
     check_table(op, "transition", transition, 3, index, delta)
-    if grad_kl.shape != index.shape:
-        raise UserError(f"{op}: grad_kl has shape {tuple(grad_kl.shape)}; it must be [{delta.shape[0]}]")
-    name = resolve(op, impl, delta.device, math_dtype(grad_x_prev, grad_kl, delta))
+    if grad_x_prev.shape != delta.shape or grad_kl.shape != index.shape:
+        raise UserError(
+            f"{op}: grad_x_prev has shape {tuple(grad_x_prev.shape)}, grad_kl {tuple(grad_kl.shape)}; "
+            f"with delta {tuple(delta.shape)} they must be {tuple(delta.shape)} and [{delta.shape[0]}]"
+        )
+    name = resolve("denoise_step", impl, delta.device, math_dtype(grad_x_prev, grad_kl, delta))
     settings = float(guidance_scale), float(kl_scale)
-    if name == "reference":
-        return plain.denoise_step_vjp(grad_x_prev, grad_kl, delta, transition, index, *settings)
-    dtypes = grad_x_prev.dtype, torch.float32
-    arguments = (grad_x_prev, grad_kl, delta, transition, index, *settings, *dtypes, False, True, name)
-    return fused.denoise_step_backward(*arguments)[1]
+    with torch.no_grad():
+        if name == "reference":
+            return unfused.denoise_step_vjp(grad_x_prev, grad_kl, delta, transition, index, *settings)
+        dtypes = grad_x_prev.dtype, torch.float32
+        arguments = (grad_x_prev, grad_kl, delta, transition, index, *settings, *dtypes, False, True, name)
+        return fused.denoise_step_backward(*arguments)[1]
 
 
 def _step(
@@ -148,17 +154,18 @@ def _step(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "denoise_step"
-    check_batch(op, x)
-    check_floating(op, x, policy=policy, reference=reference, noise=noise)
+    check_batch(op, x=x)
+    check_floating(op, x=x, policy=policy, reference=reference, noise=noise)
     check_network_output(op, "policy", policy, x, guidance_scale)
     check_network_output(op, "reference", reference, x, guidance_scale)
     check_table(op, "transition", transition, 3, index, x)
     _check_noise(x, noise, seed)
     name = resolve(op, impl, x.device, math_dtype(x, policy, reference, noise))
+    noise = None if noise is None else constant(noise)
     settings = float(guidance_scale), noise, seed, float(kl_scale)
-    arguments = (x, policy, reference.detach(), transition, index, *settings)
+    arguments = (x, policy, constant(reference), constant(transition), index, *settings)
     if name == "reference":
-        return plain.denoise_step_staged(*arguments)
+        return unfused.denoise_step_staged(*arguments)
     x_prev, kl, delta = fused.denoise_step(*arguments, with_delta, name)
     return x_prev, kl, delta
 
@@ -167,6 +174,8 @@ def _check_noise(x: Tensor, noise: Tensor | None, seed: Tensor | None) -> None:
     if (noise is None) == (seed is None):
         given = "neither" if noise is None else "both"
         raise UserError(f"denoise_step: exactly one of noise and seed must be given, got {given}")
+    if seed is not None and x[0].numel() > MAX_ELEMENTS:
+        raise UserError(f"denoise_step: a sample of {x[0].numel()} elements is more than seed can draw; give noise")
     if noise is not None and noise.shape != x.shape:
         raise UserError(f"denoise_step: noise has shape {tuple(noise.shape)}; it must be {tuple(x.shape)}, like x")
     if seed is not None and (

@@ -54,9 +54,10 @@ def denoise_step_vjp(
     dtype = math_dtype(grad_x_prev, grad_kl, delta)
     elements = delta[0].numel()
     weight = kl_weight(transition, index, kl_scale, dtype)
-    pull = per_sample(grad_kl.to(dtype) * weight * (2.0 / elements), delta)
-    difference = delta.to(dtype)
-    pull = torch.where(difference == 0, torch.zeros_like(difference), pull * difference)
+    grad_kl, difference = grad_kl.to(dtype), delta.to(dtype)
+    # 0 * inf twice: a KL that is not in the loss pulls nowhere, equal outputs are not pulled
+    pull = torch.where(grad_kl == 0, torch.zeros_like(weight), grad_kl * weight * (2.0 / elements))
+    pull = torch.where(difference == 0, torch.zeros_like(difference), per_sample(pull, delta) * difference)
     grad = per_sample(transition[index, 1].to(dtype), delta) * grad_x_prev.to(dtype) + pull
     if guidance_scale == 1:
         return grad

@@ -12,6 +12,7 @@ from sqdf_fast.kernels.philox.triton import normal_block
 from sqdf_fast.kernels.triton import (
     BLOCK,
     aligned,
+    coefficient,
     jit,
     on,
     piece_of_row,
@@ -32,7 +33,7 @@ def kl_weight(q, sigma, kl_scale):
     return tl.where(q == 0, 0.0, kl_scale * ratio * ratio)
 
 
-@jit(do_not_specialize=["n_rows", "n_pieces", "stride", "column_stride"])
+@jit(do_not_specialize=["n_rows", "n_pieces", "n_steps", "stride", "column_stride"])
 def forward_kernel(
     x,
     policy,
@@ -48,6 +49,7 @@ def forward_kernel(
     n_rows,
     n_elements,
     n_pieces,
+    n_steps,
     stride,
     column_stride,
     GUIDED: tl.constexpr,
@@ -69,8 +71,12 @@ def forward_kernel(
     else:
         b_z = tl.load(noise + i_x + o_n, mask=m_n, other=0).to(tl.float32)
 
-    p_row = table_row(transition, index, i_row, stride)
-    p, q, sigma = tl.load(p_row), tl.load(p_row + column_stride), tl.load(p_row + 2 * column_stride)
+    p_row, m_row = table_row(transition, index, i_row, n_steps, stride)
+    p, q, sigma = (
+        coefficient(p_row, m_row, 0),
+        coefficient(p_row, m_row, column_stride),
+        coefficient(p_row, m_row, 2 * column_stride),
+    )
     b_x_prev = p * b_x + q * b_m + sigma * b_z
     tl.store(x_prev + i_x + o_n, b_x_prev.to(x_prev.dtype.element_ty), mask=m_n)
     if delta is not None:
@@ -78,9 +84,9 @@ def forward_kernel(
     tl.store(partial + i_row * n_pieces + i_piece, tl.sum(b_delta * b_delta))
 
 
-@jit(do_not_specialize=["n_elements", "n_pieces", "stride", "column_stride"])
+@jit(do_not_specialize=["n_elements", "n_pieces", "n_steps", "stride", "column_stride"])
 def kl_kernel(
-    partial, transition, index, kl, kl_scale, n_elements, n_pieces, stride, column_stride, BLOCK: tl.constexpr
+    partial, transition, index, kl, kl_scale, n_elements, n_pieces, n_steps, stride, column_stride, BLOCK: tl.constexpr
 ):
     i_row = tl.program_id(0).to(tl.int64)
     b_sum = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -90,14 +96,14 @@ def kl_kernel(
         b_sum += tl.load(partial + i_row * n_pieces + o_p, mask=o_p < n_pieces, other=0)
         i_start += BLOCK
     mean_square = tl.div_rn(tl.sum(b_sum), n_elements.to(tl.float32))
-    p_row = table_row(transition, index, i_row, stride)
-    q, sigma = tl.load(p_row + column_stride), tl.load(p_row + 2 * column_stride)
+    p_row, m_row = table_row(transition, index, i_row, n_steps, stride)
+    q, sigma = coefficient(p_row, m_row, column_stride), coefficient(p_row, m_row, 2 * column_stride)
     # 0 * inf: equal outputs cost nothing even where sigma is 0
     weight = tl.where(mean_square == 0, 0.0, kl_weight(q, sigma, kl_scale))
     tl.store(kl + i_row, weight * mean_square)
 
 
-@jit(do_not_specialize=["n_rows", "n_pieces", "stride", "column_stride", "kl_stride"])
+@jit(do_not_specialize=["n_rows", "n_pieces", "n_steps", "stride", "column_stride", "kl_stride"])
 def backward_kernel(
     grad_x_prev,
     grad_kl,
@@ -113,6 +119,7 @@ def backward_kernel(
     n_rows,
     n_elements,
     n_pieces,
+    n_steps,
     stride,
     column_stride,
     kl_stride,
@@ -121,13 +128,15 @@ def backward_kernel(
 ):
     i_row, _, i_x, o_n, m_n = piece_of_row(n_elements, n_pieces, BLOCK)
     b_grad = tl.load(grad_x_prev + i_x + o_n, mask=m_n, other=0).to(tl.float32)
-    p_row = table_row(transition, index, i_row, stride)
+    p_row, m_row = table_row(transition, index, i_row, n_steps, stride)
     if grad_x is not None:
-        tl.store(grad_x + i_x + o_n, (tl.load(p_row) * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
+        tl.store(grad_x + i_x + o_n, (coefficient(p_row, m_row, 0) * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
     if grad_policy is not None:
         b_delta = tl.load(delta + i_x + o_n, mask=m_n, other=0).to(tl.float32)
-        q, sigma = tl.load(p_row + column_stride), tl.load(p_row + 2 * column_stride)
-        pull = tl.load(grad_kl + i_row * kl_stride).to(tl.float32) * kl_weight(q, sigma, kl_scale) * mean_scale
+        q, sigma = coefficient(p_row, m_row, column_stride), coefficient(p_row, m_row, 2 * column_stride)
+        g_kl = tl.load(grad_kl + i_row * kl_stride).to(tl.float32)
+        # 0 * inf: a KL that is not in the loss pulls nowhere
+        pull = tl.where(g_kl == 0, 0.0, g_kl * kl_weight(q, sigma, kl_scale) * mean_scale)
         # 0 * inf again, element by element
         b_grad = q * b_grad + tl.where(b_delta == 0, 0.0, pull * b_delta)
         if GUIDED:
@@ -155,7 +164,7 @@ def forward(
     transition = transition.float()
     rows, elements = x.shape[0], x.numel() // x.shape[0]
     n_pieces = pieces(elements)
-    x_prev = torch.empty_like(x)
+    x_prev = x.new_empty(x.shape)
     delta = torch.empty(x.shape if with_delta else 0, dtype=policy.dtype, device=x.device)
     partial = torch.empty(rows, n_pieces, dtype=torch.float32, device=x.device)
     kl = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -175,6 +184,7 @@ def forward(
             rows,
             elements,
             n_pieces,
+            len(transition),
             *transition.stride(),
             guidance_scale != 1,
             BLOCK,
@@ -188,6 +198,7 @@ def forward(
             kl_scale,
             elements,
             n_pieces,
+            len(transition),
             *transition.stride(),
             BLOCK,
             num_warps=warps(elements),
@@ -235,6 +246,7 @@ def backward(
                 rows,
                 elements,
                 n_pieces,
+                len(transition),
                 *transition.stride(),
                 grad_kl.stride(0),
                 guided,

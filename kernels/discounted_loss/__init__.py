@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.discounted_loss import op as fused
-from sqdf_fast.kernels.discounted_loss import reference as plain
+from sqdf_fast.kernels.discounted_loss import reference as unfused
 from sqdf_fast.kernels.dispatch import resolve
 from sqdf_fast.kernels.validation import math_dtype
 
@@ -51,9 +51,9 @@ def discounted_loss(
     op = "discounted_loss"
     if not 0 < gamma <= 1:
         raise UserError(f"{op}: gamma={gamma} is outside (0, 1]")
-    if not (alpha >= 0 and math.isfinite(alpha)):
+    if not 0 <= alpha < math.inf:
         raise UserError(f"{op}: alpha={alpha} must be a number >= 0")
-    if denominator is not None and not (denominator > 0 and math.isfinite(denominator)):
+    if denominator is not None and not 0 < denominator < math.inf:
         raise UserError(f"{op}: denominator={denominator} must be a number > 0")
     if not reward.is_floating_point() or not kl.is_floating_point():
         raise UserError(f"{op}: reward is {reward.dtype}, kl {kl.dtype}; both must be floating point")
@@ -71,6 +71,6 @@ def discounted_loss(
     total = float(reward.numel() if denominator is None else denominator)
     arguments = (reward, kl, remaining, float(gamma), float(alpha), bool(mask_nonpositive), total)
     if name == "reference":
-        return plain.discounted_loss(*arguments)
+        return unfused.discounted_loss(*arguments)
     loss: Tensor = fused.discounted_loss(*arguments, name)[0]
     return loss

@@ -63,8 +63,7 @@ def forward(
     """The loss, float32 [], and its gradients with respect to reward and kl, float32, shaped like reward."""
     reward, kl, remaining = reward.contiguous(), kl.contiguous(), remaining.contiguous()
     loss = torch.empty((), dtype=torch.float32, device=reward.device)
-    grad_reward = torch.empty_like(reward, dtype=torch.float32)
-    grad_kl = torch.empty_like(grad_reward)
+    grad_reward, grad_kl = (reward.new_empty(reward.shape, dtype=torch.float32) for _ in range(2))
     with on(reward.device):
         forward_kernel[(1,)](
             reward,

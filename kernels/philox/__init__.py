@@ -15,9 +15,10 @@ import torch
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.dispatch import module, resolve
 
-__all__ = ["derive_seed", "derive_seeds", "philox_normal", "philox_uint32"]
+__all__ = ["MAX_ELEMENTS", "derive_seed", "derive_seeds", "philox_normal", "philox_uint32"]
 
-_MAX_ELEMENTS = 4 * 2**32
+MAX_ELEMENTS = 4 * 2**32
+"""Elements of one sample: four a counter, counters of 32 bits."""
 
 
 def philox_normal(
@@ -101,8 +102,8 @@ def _(seed: torch.Tensor, shape: Sequence[int], impl: str) -> torch.Tensor:
 def _check(seed: torch.Tensor, numel: int) -> None:
     if seed.dtype != torch.int64 or seed.dim() != 1:
         raise UserError(f"philox: seed must be int64 [B], one a sample, not {seed.dtype} {list(seed.shape)}")
-    if not 0 <= numel <= _MAX_ELEMENTS:
-        raise UserError(f"philox: a sample has 0 to {_MAX_ELEMENTS} elements (32-bit counters), not {numel}")
+    if not 0 <= numel <= MAX_ELEMENTS:
+        raise UserError(f"philox: a sample has 0 to {MAX_ELEMENTS} elements (32-bit counters), not {numel}")
 
 
 _MASK64 = 2**64 - 1

@@ -8,12 +8,13 @@ from torch import Tensor
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.dispatch import resolve
 from sqdf_fast.kernels.posterior_mean import op as fused
-from sqdf_fast.kernels.posterior_mean import reference as plain
+from sqdf_fast.kernels.posterior_mean import reference as unfused
 from sqdf_fast.kernels.validation import (
     check_batch,
     check_floating,
     check_network_output,
     check_table,
+    constant,
     math_dtype,
 )
 
@@ -33,7 +34,7 @@ def posterior_mean(
     Tweedie's formula for any prediction type, a consistency model's jump and a deterministic sampler step
     alike: which of them it is lies in the table. A row with b = 0 never reads m, so that a NaN there reaches
     neither result nor gradient. Arithmetic is float32, or float64 when an input is float64. Gradients flow to
-    `x` and `model_output`.
+    `x` and `model_output`, to nothing else.
 
     Args:
         x: [B, ...] latents, any float dtype, any strides.
@@ -52,17 +53,19 @@ def posterior_mean(
         UserError: shapes, dtypes or devices that do not fit, an `impl` that cannot run.
     """
     op = "posterior_mean"
-    check_batch(op, x)
-    check_floating(op, x, model_output=model_output)
+    check_batch(op, x=x)
+    check_floating(op, x=x, model_output=model_output)
     check_network_output(op, "model_output", model_output, x, guidance_scale)
     check_table(op, "posterior", posterior, 2, index, x)
     dtype = x.dtype if out_dtype is None else out_dtype
     if not dtype.is_floating_point:
         raise UserError(f"{op}: out_dtype is {dtype}; it must be a floating-point dtype")
-    precision = dtype if dtype == torch.float64 else math_dtype(x, model_output)
+    # the reference alone knows other results than these
+    known = dtype in (torch.float32, torch.float16, torch.bfloat16)
+    precision = math_dtype(x, model_output) if known else torch.float64
     name = resolve(op, impl, x.device, precision)
-    arguments = (x, model_output, posterior, index, float(guidance_scale), dtype)
+    arguments = (x, model_output, constant(posterior), index, float(guidance_scale), dtype)
     if name == "reference":
-        return plain.posterior_mean(*arguments)
+        return unfused.posterior_mean(*arguments)
     x0: Tensor = fused.posterior_mean(*arguments, name)
     return x0

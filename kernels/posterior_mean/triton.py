@@ -11,6 +11,7 @@ from torch import Tensor
 from sqdf_fast.kernels.triton import (
     BLOCK,
     aligned,
+    coefficient,
     jit,
     on,
     piece_of_row,
@@ -24,7 +25,7 @@ from sqdf_fast.kernels.triton import (
 __all__ = ["backward", "forward", "unavailable"]
 
 
-@jit(do_not_specialize=["n_rows", "n_pieces", "stride", "column_stride"])
+@jit(do_not_specialize=["n_rows", "n_pieces", "n_steps", "stride", "column_stride"])
 def forward_kernel(
     x,
     output,
@@ -35,6 +36,7 @@ def forward_kernel(
     n_rows,
     n_elements,
     n_pieces,
+    n_steps,
     stride,
     column_stride,
     GUIDED: tl.constexpr,
@@ -42,8 +44,8 @@ def forward_kernel(
 ):
     i_row, _, i_x, o_n, m_n = piece_of_row(n_elements, n_pieces, BLOCK)
     b_x = tl.load(x + i_x + o_n, mask=m_n, other=0).to(tl.float32)
-    p_row = table_row(posterior, index, i_row, stride)
-    a, b = tl.load(p_row), tl.load(p_row + column_stride)
+    p_row, m_row = table_row(posterior, index, i_row, n_steps, stride)
+    a, b = coefficient(p_row, m_row, 0), coefficient(p_row, m_row, column_stride)
     # a row with b = 0 does not load the network output at all
     m_output = tl.where(b == 0, False, m_n)
     b_m = tl.load(output + i_x + o_n, mask=m_output, other=0).to(tl.float32)
@@ -53,7 +55,7 @@ def forward_kernel(
     tl.store(x0 + i_x + o_n, (a * b_x + b * b_m).to(x0.dtype.element_ty), mask=m_n)
 
 
-@jit(do_not_specialize=["n_rows", "n_pieces", "stride", "column_stride"])
+@jit(do_not_specialize=["n_rows", "n_pieces", "n_steps", "stride", "column_stride"])
 def backward_kernel(
     grad_x0,
     posterior,
@@ -65,6 +67,7 @@ def backward_kernel(
     n_rows,
     n_elements,
     n_pieces,
+    n_steps,
     stride,
     column_stride,
     GUIDED: tl.constexpr,
@@ -72,11 +75,11 @@ def backward_kernel(
 ):
     i_row, _, i_x, o_n, m_n = piece_of_row(n_elements, n_pieces, BLOCK)
     b_grad = tl.load(grad_x0 + i_x + o_n, mask=m_n, other=0).to(tl.float32)
-    p_row = table_row(posterior, index, i_row, stride)
+    p_row, m_row = table_row(posterior, index, i_row, n_steps, stride)
     if grad_x is not None:
-        tl.store(grad_x + i_x + o_n, (tl.load(p_row) * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
+        tl.store(grad_x + i_x + o_n, (coefficient(p_row, m_row, 0) * b_grad).to(grad_x.dtype.element_ty), mask=m_n)
     if grad_output is not None:
-        b = tl.load(p_row + column_stride)
+        b = coefficient(p_row, m_row, column_stride)
         b_grad = tl.where(b == 0, 0.0, b * b_grad)
         if GUIDED:
             tl.store(grad_output + i_x + o_n, (uncond_scale * b_grad).to(grad_output.dtype.element_ty), mask=m_n)
@@ -99,7 +102,7 @@ def forward(
     posterior = posterior.float()
     rows, elements = x.shape[0], x.numel() // x.shape[0]
     n_pieces = pieces(elements)
-    x0 = torch.empty_like(x, dtype=torch.float32 if out_dtype == torch.float64 else out_dtype)
+    x0 = x.new_empty(x.shape, dtype=out_dtype)
     with on(x.device):
         forward_kernel[(rows * n_pieces,)](
             x,
@@ -111,12 +114,13 @@ def forward(
             rows,
             elements,
             n_pieces,
+            len(posterior),
             *posterior.stride(),
             guidance_scale != 1,
             BLOCK,
             num_warps=warps(elements),
         )
-    return x0.to(out_dtype)
+    return x0
 
 
 def backward(
@@ -152,6 +156,7 @@ def backward(
                 rows,
                 elements,
                 n_pieces,
+                len(posterior),
                 *posterior.stride(),
                 guided,
                 BLOCK,

@@ -233,7 +233,8 @@ def test_staged_backward_equals_autograd(target, dtype, g):
     delta = denoise_step_staged(x, policy, reference, table, index, noise=noise, **keywords)[2]
     assert not delta.requires_grad
     assert delta.dtype == dtype
-    grad = denoise_step_vjp(*grads, delta, table, index, **keywords)
+    grad = denoise_step_vjp(grads[0].requires_grad_(), grads[1], delta, table, index, **keywords)
+    assert not grad.requires_grad
     # float32 at least: a cast to half precision belongs to the caller, after scaling
     assert grad.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_within_budget(grad, expected, dtype)
@@ -275,6 +276,42 @@ def test_deterministic_rows(target):
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
+def test_a_deterministic_row_trains_as_long_as_its_kl_is_not_in_the_loss(target):
+    """0 * inf once more: the cotangent of the KL is 0 there."""
+    x, policy, reference, noise, index = (t.to(target.device) for t in make((5,), target.dtype, index=(3, 0)))
+    table = TRANSITION.to(target.device)
+    keywords = {"guidance_scale": 5.0, "impl": target.impl}
+    x_prev, _ = denoise_step(x, policy.requires_grad_(), reference, table, index, noise=noise, **keywords)
+    (grad,) = torch.autograd.grad(x_prev.sum(), policy)
+    q = TRANSITION[index.cpu(), 1].view(2, 1)
+    assert_within_budget(grad, torch.cat([-4 * q, 5 * q]).expand(4, 5), target.dtype)
+    weights = torch.zeros_like(x[:, 0])
+    assert torch.equal(denoise_step_vjp(torch.ones_like(x), weights, x, table, index, **keywords), grad)
+
+
+def test_an_index_counts_from_the_end_or_is_refused(target):
+    """As everywhere in PyTorch; a CUDA kernel cannot raise, so what it computes there is NaN."""
+    x, policy, reference, noise, index = (t.to(target.device) for t in make((5,), target.dtype))
+    table, grads = TRANSITION.to(target.device), [t.to(target.device) for t in cotangents(x)]
+
+    def step(index):
+        def of(x, policy):
+            keywords = {"guidance_scale": 5.0, "noise": noise, "impl": target.impl}
+            return denoise_step(x, policy, reference, table, index, **keywords)
+
+        return differentiate(of, x, policy, grads)
+
+    for value, expected in zip(step(index - len(table)), step(index), strict=True):
+        assert torch.equal(value, expected)
+    for outside in (len(table), -len(table) - 1):
+        index[1] = outside
+        if target.device == "cpu" and target.impl != "triton":
+            with pytest.raises(IndexError):
+                step(index)
+        elif target.impl == "triton":
+            assert all(t[1].isnan().all() and t[0].isfinite().all() for t in step(index))
+
+
 def test_reference_gets_no_gradient(target):
     x, policy, reference, noise, index = (t.to(target.device) for t in make((4,), target.dtype))
     table = TRANSITION.to(target.device)
@@ -283,9 +320,11 @@ def test_reference_gets_no_gradient(target):
     outputs = denoise_step(x, policy, reference, table, index, **keywords)
     assert not any(output.requires_grad for output in outputs)
     policy.requires_grad_()
+    noise.requires_grad_()
+    table.requires_grad_()
     x_prev, kl = denoise_step(x, policy, reference, table, index, **keywords)
     (x_prev.sum() + kl.sum()).backward()
-    assert reference.grad is None
+    assert reference.grad is noise.grad is table.grad is None
     assert policy.grad is not None
 
 
@@ -459,3 +498,32 @@ def test_bad_input_is_one_clear_line(change, message):
     with pytest.raises(UserError, match=message) as caught:
         denoise_step(**{**arguments, **change})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"delta": torch.zeros(3)}, "denoise_step_vjp: delta has shape"),
+        ({"delta": torch.zeros(3, 4, dtype=torch.int32)}, "denoise_step_vjp: delta is torch.int32"),
+        ({"grad_x_prev": torch.zeros(3, 5)}, "denoise_step_vjp: grad_x_prev has shape"),
+        ({"grad_kl": torch.zeros(2)}, "grad_kl \\(2,\\)"),
+        ({"index": torch.zeros(2, dtype=torch.int64)}, "index is"),
+    ],
+)
+def test_bad_input_of_the_staged_backward(change, message):
+    arguments = {
+        "grad_x_prev": torch.zeros(3, 4),
+        "grad_kl": torch.zeros(3),
+        "delta": torch.zeros(3, 4),
+        "transition": TRANSITION,
+        "index": torch.zeros(3, dtype=torch.int64),
+    }
+    with pytest.raises(UserError, match=message) as caught:
+        denoise_step_vjp(**{**arguments, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_more_elements_than_a_seed_can_draw():
+    huge = torch.zeros(1).expand(2, 2**34 + 1)
+    with pytest.raises(UserError, match="more than seed can draw"):
+        denoise_step(huge, huge, huge, TRANSITION, torch.zeros(2, dtype=torch.int64), seed=torch.zeros(2).long())

@@ -204,6 +204,20 @@ def test_compiles_without_a_graph_break(target):
     torch.testing.assert_close(grad, torch.autograd.grad(loss(reward, kl, remaining), reward)[0])
 
 
+def test_a_changing_coefficient_compiles_too(target):
+    """alpha, gamma and the denominator of a schedule of theirs: one graph each time, and the eager values."""
+    torch.compiler.reset()
+    terms = [t.to(target.device) for t in make((5,), torch.float32)]
+
+    def loss(reward, kl, remaining, alpha, gamma, denominator):
+        settings = {"gamma": gamma, "alpha": alpha, "denominator": denominator, "impl": target.impl}
+        return discounted_loss(reward, kl, remaining, **settings)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for values in ((2.0, 0.9, 5), (1.5, 0.8, 6), (1.25, 0.7, 7.5)):
+        torch.testing.assert_close(compiled(*terms, *values), loss(*terms, *values))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

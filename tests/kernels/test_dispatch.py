@@ -43,6 +43,13 @@ def test_order_of_auto_and_the_logged_reason(forget, monkeypatch, caplog):
     assert [record.message for record in caplog.records] == ["denoise_step on cpu takes native (triton: no GPU)"]
 
 
+def test_the_reference_on_a_gpu_is_worth_a_warning(forget, monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "reason_against", lambda op, name, *_: None if name == "reference" else "not here")
+    assert dispatch.resolve("denoise_step", "auto", torch.device("cuda"), FLOAT) == "reference"
+    assert dispatch.resolve("denoise_step", "auto", CPU, FLOAT) == "reference"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 def test_explicit_choice_never_falls_back(forget, monkeypatch):
     monkeypatch.setattr(dispatch, "reason_against", lambda op, name, device, dtype: "no GPU")
     with pytest.raises(UserError, match="impl='triton' of denoise_step cannot run here: no GPU"):

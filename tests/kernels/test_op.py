@@ -191,3 +191,13 @@ def test_function_transforms_are_refused_not_wrong(fused):
     x, policy, *rest = tensors(fused.device)
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda policy: loss_of(fused, (x, policy, *rest)))(policy)
+
+
+def test_a_negated_view_is_read_as_its_values(fused):
+    """PyTorch may keep a negation as a flag of a tensor."""
+    x, policy, _, table, index, *_ = tensors(fused.device)
+    flagged = torch._neg_view(x)
+    assert flagged.is_neg()
+    keywords = {"guidance_scale": 5.0, "impl": fused.impl}
+    found = posterior_mean(flagged, policy, table[:, :2], index, **keywords)
+    assert torch.equal(found, posterior_mean(-x, policy, table[:, :2], index, **keywords))

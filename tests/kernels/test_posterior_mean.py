@@ -227,6 +227,28 @@ def test_two_columns_of_a_transition_table(target):
         assert torch.isfinite(part).all()
 
 
+def test_an_index_counts_from_the_end_or_is_refused(target):
+    """As everywhere in PyTorch; a CUDA kernel cannot raise, so what it computes there is NaN."""
+    x, output, index = make((5,), target.dtype)
+    grad = torch.ones_like(x)
+    for value, expected in zip(
+        run(target, x, output, index - len(POSTERIOR), 5.0, grad), run(target, x, output, index, 5.0, grad), strict=True
+    ):
+        assert torch.equal(value, expected)
+    index[1] = len(POSTERIOR)
+    if target.impl == "triton":
+        assert all(t[1].isnan().all() for t in run(target, x, output, index, 5.0, grad))
+    elif target.device == "cpu":
+        with pytest.raises(IndexError):
+            run(target, x, output, index, 5.0, grad)
+
+
+def test_the_table_gets_no_gradient(target):
+    x, output, index = (t.to(target.device) for t in make((5,), target.dtype, guided=False))
+    table = POSTERIOR.to(target.device).requires_grad_()
+    assert not posterior_mean(x, output, table, index, impl=target.impl).requires_grad
+
+
 def test_compiles_without_a_graph_break(target):
     x, output, index = (t.to(target.device) for t in make((4, 6, 5), torch.float32))
     table = POSTERIOR.to(target.device)
