@@ -88,7 +88,7 @@ def parts(toy: bool) -> list[Part]:
         ]
     return [
         Part("machine", ("bench/fused_ops/machine.py",), 60, machine),
-        Part("tests", (*pytest, "tests/kernels"), 220, outcomes),
+        Part("tests", (*pytest, "tests/kernels", "-k", "cuda"), 180, outcomes),
         Part("benchmarks", (*bench, "--bench-device=cuda", "bench"), 420, benchmarks),
     ]
 

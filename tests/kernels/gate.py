@@ -37,10 +37,11 @@ DTYPES = [
     (torch.float16, torch.float16),
     (torch.bfloat16, torch.bfloat16),
     (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
 ]
 """Of the latents and of the network outputs."""
 
-ALIGNED, RAGGED, LONG = 4096, 4099, 2**33
+ALIGNED, RAGGED, LONG, SINGLE = 4096, 4099, 2**33, 1
 SCALAR_LOADS = 6  # index, seed or grad_kl, three coefficients, and one to spare
 SCALAR_STORES = 1  # the KL's partial sum
 TABLE = Path(__file__).parents[2] / "docs" / "kernel_registers.md"
@@ -87,8 +88,9 @@ class Launch:
         dtypes = ", ".join(short if only else f"{' '.join(tensors)} {short}" for short, tensors in names.items())
         flags = [name.lower() for name, value in self.arguments.items() if value is True]
         flags += [f"no {name}" for name, value in self.arguments.items() if value is None]
-        flags += ["ragged"] if self.ragged else []
-        flags += ["64-bit length"] if self.arguments.get("n_elements", 0) >= 2**31 else []
+        elements = self.arguments.get("n_elements", 0)
+        flags += ["one element"] if elements == SINGLE else ["ragged"] if self.ragged else []
+        flags += ["64-bit length"] if elements >= 2**31 else []
         return f"{self.op} {self.name.removesuffix('_kernel')}", dtypes, ", ".join(flags)
 
 
@@ -145,9 +147,9 @@ def calls(quick: bool) -> Iterator[Callable[[], Any]]:
     from sqdf_fast.kernels.discounted_loss import triton as discounted_loss
     from sqdf_fast.kernels.philox import triton as philox
 
-    lengths = (ALIGNED,) if quick else (ALIGNED, RAGGED, LONG)
+    lengths = (ALIGNED,) if quick else (ALIGNED, RAGGED, LONG, SINGLE)
     for (dtype, output), length in itertools.product(DTYPES, lengths):
-        few = quick or length == LONG
+        few = quick or length in (LONG, SINGLE)
         for g in (5.0,) if few else (5.0, 1.0):
             yield from denoise_step_calls(dtype, output, length, g, few)
             yield from posterior_mean_calls(dtype, output, length, g, few)
