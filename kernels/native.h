@@ -5,12 +5,14 @@
 #include <cstdint>
 
 // Raised whenever the signature or the meaning of an exported function changes; kernels/native.py checks it.
-#define SQDF_FAST_ABI_VERSION 2
+#define SQDF_FAST_ABI_VERSION 3
 
 #define SQDF_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 
 // A function called from one that runs on several instruction sets must be inlined to be compiled for them.
 #define SQDF_FAST_INLINE static inline __attribute__((always_inline))
+// The same for a lambda in one.
+#define SQDF_FAST_INLINED __attribute__((always_inline))
 
 namespace sqdf_fast {
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sqdf_fast.errors import UserError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Must equal SQDF_FAST_ABI_VERSION in native.h."""
 
 _FILE_NAME = {"win32": "sqdf_fast_native.dll", "darwin": "libsqdf_fast_native.dylib"}.get(
@@ -66,6 +66,14 @@ def instruction_set() -> str:
 def limit_instruction_set(limit: str) -> None:
     """From now on the inner loops use the best instruction set here that is not above `limit`; results are the same."""
     function("sqdf_fast_limit_instruction_set", "i")(_INSTRUCTION_SETS.index(limit))
+
+
+def limit_cached_traffic(traffic: int | None) -> None:
+    """From now on calls that move more than so many bytes write past the cache; None: what suits this processor.
+
+    Results are the same.
+    """
+    function("sqdf_fast_limit_cached_traffic", "l")(-1 if traffic is None else traffic)
 
 
 @functools.cache
@@ -118,20 +126,6 @@ def check_index(outside: int, steps: int) -> None:
 def threads() -> int:
     """The `threads` argument of every native op: as many as PyTorch uses for its own operators."""
     return torch.get_num_threads()
-
-
-def pointer(tensor: torch.Tensor) -> int:
-    """The address of a contiguous CPU tensor's first element.
-
-    Raises:
-        ValueError: the tensor is on another device or not contiguous.
-    """
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(
-            f"a native op takes contiguous CPU tensors, not {tuple(tensor.shape)} with strides "
-            f"{tensor.stride()} on {tensor.device}"
-        )
-    return tensor.data_ptr()
 
 
 @functools.cache

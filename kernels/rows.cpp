@@ -1,7 +1,10 @@
-// Conversion between float32 and the half precisions, a block at a time.
+// What happens around a block: conversion of the half precisions, memory for outputs.
 #include "rows.h"
 
+#include <atomic>
 #include <cstring>
+#include <fstream>
+#include <string>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -88,7 +91,20 @@ __attribute__((target("avx,f16c"))) void write_float16(const float* values, int 
     }
     for (; i < n; ++i) destination[i] = to_float16(values[i]);
 }
+
 #endif
+
+// Bytes of the last-level cache as Linux describes it: what sysconf says of a virtual machine is often the whole host's.
+int64_t last_level_cache() {
+    long kibibytes = 0;
+    for (const char* level : {"2", "3"}) {
+        const std::string path = std::string("/sys/devices/system/cpu/cpu0/cache/index") + level + "/size";
+        std::ifstream(path) >> kibibytes;  // "32768K"; what cannot be read leaves the level before
+    }
+    return int64_t{kibibytes > 0 ? kibibytes : 32768} << 10;
+}
+
+std::atomic<int64_t> most_traffic_in_cache{last_level_cache() / 2};
 
 }  // namespace
 
@@ -108,17 +124,26 @@ void write_halves(const float* values, int n, uint16_t* destination, int32_t dty
     write_each<to_float16>(values, n, destination);
 }
 
-void expect_writes(const Output& output, int64_t count) {
+void expect_writes(Output& output, int64_t rows, int64_t numel, int64_t traffic) {
+    if (output.data == nullptr) return;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(output.data);
+#if defined(__x86_64__)
+    constexpr int kLine = 64;
+    const bool whole_lines = begin % kLine == 0 && numel % (kLine / sizeof(float)) == 0;
+    output.streamed = output.dtype == kFloat32 && whole_lines && traffic > most_traffic_in_cache;
+#endif
 #if defined(__linux__)
     constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(output.data);
-    const uintptr_t end = begin + static_cast<uintptr_t>(count) * (output.dtype == kFloat32 ? 4 : 2);
+    const uintptr_t end = begin + static_cast<uintptr_t>(bytes(output, rows * numel));
     const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-    if (output.data != nullptr && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)output;
-    (void)count;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+    (void)begin, (void)rows, (void)numel, (void)traffic;
 }
 
 }  // namespace sqdf_fast
+
+// From now on calls that move more than so many bytes write past the cache; negative: what suits this processor.
+SQDF_FAST_EXPORT void sqdf_fast_limit_cached_traffic(int64_t bytes) {
+    sqdf_fast::most_traffic_in_cache = bytes < 0 ? sqdf_fast::last_level_cache() / 2 : bytes;
+}

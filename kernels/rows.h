@@ -9,11 +9,16 @@
 
 #include "native.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace sqdf_fast {
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };  // kernels/native.py has the same numbers
 
 constexpr int kBlock = 256;              // elements of a stream that are handled at once; more leave the L1 cache
+constexpr int kTile = 64;                // of them computed before their results are streamed: long bursts stall reads
 constexpr int64_t kPiece = 32 * kBlock;  // elements that one thread takes at a time
 constexpr int64_t kSerial = 4 * kPiece;  // a batch of at most so many elements is not worth waking threads for
 
@@ -25,12 +30,23 @@ struct Input {
 struct Output {
     void* data;  // null: not wanted
     int32_t dtype;
+    bool streamed = false;  // written past the cache; every row begins and ends at a cache line
 };
+
+inline int64_t element_size(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// Bytes of `count` elements of an input or output; none where there is no tensor.
+template <typename Tensor>
+int64_t bytes(const Tensor& tensor, int64_t count) {
+    return tensor.data == nullptr ? 0 : count * element_size(tensor.dtype);
+}
 
 // Classifier-free guidance, m_uncond + g (m_cond - m_uncond).
 struct Guidance {
     bool on;                  // two rows a sample, all unconditional ones first; g = 1 has one
     float scale, complement;  // g, 1 - g
+
+    int64_t rows(int64_t batch) const { return on ? 2 * batch : batch; }
 };
 
 inline Guidance guidance(double scale) {
@@ -48,33 +64,61 @@ SQDF_FAST_INLINE const float* load(const Input& input, int64_t at, int n, float*
     return scratch;
 }
 
-// Where the float32 results for `at` on go, before `store`: to their place, or into `scratch`.
+// Where the float32 results for `at` on go, before `stream` and `store`: to their place, or into `scratch`.
 SQDF_FAST_INLINE float* place(const Output& output, int64_t at, float* scratch) {
-    return output.data != nullptr && output.dtype == kFloat32 ? static_cast<float*>(output.data) + at : scratch;
+    const bool direct = output.data != nullptr && output.dtype == kFloat32 && !output.streamed;
+    return direct ? static_cast<float*>(output.data) + at : scratch;
 }
 
-// Brings n results from `place` home.
+// Brings n results of a streamed output past the cache: a store that fetches no line first saves a third of an output's
+// traffic.
+SQDF_FAST_INLINE void stream(const Output& output, int64_t at, int n, const float* values) {
+    if (!output.streamed) return;
+#if defined(__x86_64__)
+    float* destination = static_cast<float*>(output.data) + at;
+    for (int i = 0; i < n; i += 4) _mm_stream_ps(destination + i, _mm_load_ps(values + i));
+#else
+    (void)at, (void)n, (void)values;
+#endif
+}
+
+// Brings n results of a half precision home.
 SQDF_FAST_INLINE void store(const Output& output, int64_t at, int n, const float* values) {
     if (output.data == nullptr || output.dtype == kFloat32) return;
     write_halves(values, n, static_cast<uint16_t*>(output.data) + at, output.dtype);
 }
 
-// Lets the system back what is large in an output of `count` elements by huge pages. A fresh output is mapped page by
-// page as it is written, and at 4 KiB a page that takes several times as long as the op.
-void expect_writes(const Output& output, int64_t count);
+// Calls tile(first, count) for a block of n elements; the count of a full tile is known to the compiler.
+template <typename Tile>
+SQDF_FAST_INLINE void for_each_tile(int n, Tile tile) {
+    int first = 0;
+    for (; first + kTile <= n; first += kTile) tile(first, kTile);
+    if (first < n) tile(first, n - first);
+}
+
+// Prepares an output of `rows` rows that is about to be written whole, by a call that reads and writes `traffic` bytes
+// in all: huge pages for what is large in it, since a fresh output is mapped page by page and at 4 KiB a page that takes
+// several times as long as the op; and streaming where the cache could not keep it.
+void expect_writes(Output& output, int64_t rows, int64_t numel, int64_t traffic);
 
 SQDF_FAST_INLINE int64_t pieces_of(int64_t numel) { return (numel + kPiece - 1) / kPiece; }
 
-// Calls piece(row, number, begin, end) for every piece of every row, on several threads.
+// Calls piece(row, number, begin, end) for every piece of every row, on several threads; `streamed`: pieces stream.
 template <typename Piece>
-void for_each_piece(int64_t batch, int64_t numel, int32_t threads, Piece piece) {
+void for_each_piece(int64_t batch, int64_t numel, int32_t threads, Piece piece, bool streamed = false) {
     const int64_t pieces = pieces_of(numel);
-#pragma omp parallel for num_threads(threads) schedule(static) if (batch * numel > kSerial)
-    for (int64_t i = 0; i < batch * pieces; ++i) {
-        const int64_t number = i % pieces, begin = number * kPiece;
-        piece(i / pieces, number, begin, std::min(begin + kPiece, numel));
+#pragma omp parallel num_threads(threads) if (batch * numel > kSerial)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < batch * pieces; ++i) {
+            const int64_t number = i % pieces, begin = number * kPiece;
+            piece(i / pieces, number, begin, std::min(begin + kPiece, numel));
+        }
+#if defined(__x86_64__)
+        if (streamed) _mm_sfence();  // nothing else orders streamed stores
+#endif
     }
-    (void)threads;
+    (void)threads, (void)streamed;
 }
 
 // A table of coefficients, float32 [steps, columns]; an index counts from the end when it is negative, as in PyTorch.

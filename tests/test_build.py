@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sqdf_fast
+from sqdf_fast.kernels import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,22 +87,25 @@ def test_without_a_compiler_the_package_builds_without_its_native_library(tmp_pa
 
 
 RESULTS = """
-import hashlib, torch
+import hashlib, itertools, torch
+from sqdf_fast.kernels import native
 from sqdf_fast.kernels.denoise_step.native import backward, forward
 from sqdf_fast.kernels.discounted_loss import native as discounted_loss
 from sqdf_fast.kernels.posterior_mean import native as posterior_mean
 
 torch.manual_seed(0)
+torch.set_num_threads(2)
 table, index, results = torch.rand(9, 3) + 0.1, torch.tensor([3, 7]), []
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for g in (1.0, 7.5):
-        x, noise, grad = torch.randn(3, 2, 8200).to(dtype).unbind()
-        policy, reference = torch.randn(2, 2 if g == 1 else 4, 8200).to(dtype).unbind()
-        results += forward(x, policy, reference, table, index, g, noise, None, 0.5, True)
-        results += forward(x, policy, reference, table, index, g, None, torch.tensor([5, -9]), 0.5, True)
-        results += backward(grad, torch.randn(2), results[-1], table, index, g, 0.5, dtype, dtype, True, True)
-        results += [posterior_mean.forward(x, policy, table[:, :2], index, g, dtype)]
-        results += posterior_mean.backward(grad, table[:, :2], index, g, dtype, dtype, True, True)
+dtypes = torch.float32, torch.float16, torch.bfloat16
+for dtype, g, (numel, traffic) in itertools.product(dtypes, (1.0, 7.5), ((8200, None), (24592, 0))):
+    native.limit_cached_traffic(traffic)
+    x, noise, grad = torch.randn(3, 2, numel).to(dtype).unbind()
+    policy, reference = torch.randn(2, 2 if g == 1 else 4, numel).to(dtype).unbind()
+    results += forward(x, policy, reference, table, index, g, noise, None, 0.5, True)
+    results += forward(x, policy, reference, table, index, g, None, torch.tensor([5, -9]), 0.5, True)
+    results += backward(grad, torch.randn(2), results[-1], table, index, g, 0.5, dtype, dtype, True, True)
+    results += [posterior_mean.forward(x, policy, table[:, :2], index, g, dtype)]
+    results += posterior_mean.backward(grad, table[:, :2], index, g, dtype, dtype, True, True)
 results += discounted_loss.forward(torch.randn(4), torch.rand(4), torch.arange(4), 0.97, 0.1, True, 3.0)
 assert all(torch.isfinite(result).all() for result in results)
 print(hashlib.sha256(b"".join(result.double().numpy().tobytes() for result in results)).hexdigest())
@@ -114,10 +118,12 @@ def test_every_compiler_builds_without_a_warning_a_library_with_the_same_results
 ) -> None:
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
+    monkeypatch.setenv("SQDF_FAST_NATIVE_LIBRARY", "")
+    if native.find() is None:
+        pytest.skip("installed without the native library")
     wheel = build_wheel(tmp_path, CXX=compiler, CXXFLAGS="-Werror")
     (library,) = (name for name in wheel.namelist() if name.endswith(".so"))
     built = wheel.extract(library, tmp_path)
-    monkeypatch.setenv("SQDF_FAST_NATIVE_LIBRARY", "")
     installed = run(RESULTS)
     monkeypatch.setenv("SQDF_FAST_NATIVE_LIBRARY", built)
     assert run(RESULTS) == installed

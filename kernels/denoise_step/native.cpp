@@ -67,24 +67,32 @@ SQDF_FAST_INLINE double step_piece(
         if (op.guidance.on) {
             const float* policy_cond = load(op.policy, conditional, n, scratch[6]);
             const float* reference_cond = load(op.reference, conditional, n, scratch[7]);
-            // Differences before guidance: those of nearby floats are exact.
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
+                // Differences before guidance: those of nearby floats are exact.
 #pragma omp simd
-            for (int i = 0; i < n; ++i) {
-                const float m = policy[i] + g * (policy_cond[i] - policy[i]);
-                const float difference = policy[i] - reference[i];
-                const float d = difference + g * ((policy_cond[i] - reference_cond[i]) - difference);
-                x_prev[i] = p * x[i] + q * m + sigma * z[i];
-                delta[i] = d;
-                squares[i] += d * d;
-            }
+                for (int i = first; i < first + count; ++i) {
+                    const float m = policy[i] + g * (policy_cond[i] - policy[i]);
+                    const float difference = policy[i] - reference[i];
+                    const float d = difference + g * ((policy_cond[i] - reference_cond[i]) - difference);
+                    x_prev[i] = p * x[i] + q * m + sigma * z[i];
+                    delta[i] = d;
+                    squares[i] += d * d;
+                }
+                stream(op.x_prev, at + first, count, x_prev + first);
+                stream(op.delta, at + first, count, delta + first);
+            });
         } else {
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) {
-                const float d = policy[i] - reference[i];
-                x_prev[i] = p * x[i] + q * policy[i] + sigma * z[i];
-                delta[i] = d;
-                squares[i] += d * d;
-            }
+                for (int i = first; i < first + count; ++i) {
+                    const float d = policy[i] - reference[i];
+                    x_prev[i] = p * x[i] + q * policy[i] + sigma * z[i];
+                    delta[i] = d;
+                    squares[i] += d * d;
+                }
+                stream(op.x_prev, at + first, count, x_prev + first);
+                stream(op.delta, at + first, count, delta + first);
+            });
         }
         store(op.x_prev, at, n, x_prev);
         store(op.delta, at, n, delta);
@@ -103,8 +111,11 @@ SQDF_FAST_INLINE void step_gradient_piece(
         const float* grad = load(op.grad_x_prev, at, n, scratch[0]);
         if (op.grad_x.data != nullptr) {
             float* __restrict grad_x = place(op.grad_x, at, scratch[1]);
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) grad_x[i] = p * grad[i];
+                for (int i = first; i < first + count; ++i) grad_x[i] = p * grad[i];
+                stream(op.grad_x, at + first, count, grad_x + first);
+            });
             store(op.grad_x, at, n, grad_x);
         }
         if (op.grad_policy.data == nullptr) continue;
@@ -112,16 +123,25 @@ SQDF_FAST_INLINE void step_gradient_piece(
         float* __restrict grad_policy = place(op.grad_policy, at, scratch[3]);
         if (op.guidance.on) {
             float* __restrict grad_cond = place(op.grad_policy, conditional, scratch[4]);
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) {
-                const float mean = q * grad[i] + (delta[i] == 0 ? 0.0f : pull * delta[i]);  // 0 * inf
-                grad_policy[i] = complement * mean;
-                grad_cond[i] = g * mean;
-            }
+                for (int i = first; i < first + count; ++i) {
+                    const float mean = q * grad[i] + (delta[i] == 0 ? 0.0f : pull * delta[i]);  // 0 * inf
+                    grad_policy[i] = complement * mean;
+                    grad_cond[i] = g * mean;
+                }
+                stream(op.grad_policy, at + first, count, grad_policy + first);
+                stream(op.grad_policy, conditional + first, count, grad_cond + first);
+            });
             store(op.grad_policy, conditional, n, grad_cond);
         } else {
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) grad_policy[i] = q * grad[i] + (delta[i] == 0 ? 0.0f : pull * delta[i]);
+                for (int i = first; i < first + count; ++i) {
+                    grad_policy[i] = q * grad[i] + (delta[i] == 0 ? 0.0f : pull * delta[i]);
+                }
+                stream(op.grad_policy, at + first, count, grad_policy + first);
+            });
         }
         store(op.grad_policy, at, n, grad_policy);
     }
@@ -139,15 +159,19 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_forward(
     void* x_prev, float* kl, void* delta, int32_t threads) {
     const Table table{transition, steps, 3};
     if (!table.has(index, batch)) return 1;
-    const Forward op{{x, x_dtype}, {policy, policy_dtype}, {reference, reference_dtype}, {noise, noise_dtype}, seed,
-                     {x_prev, x_dtype}, {delta, policy_dtype}, guidance(guidance_scale), batch, numel};
-    expect_writes(op.x_prev, batch * numel);
-    expect_writes(op.delta, batch * numel);
+    Forward op{{x, x_dtype}, {policy, policy_dtype}, {reference, reference_dtype}, {noise, noise_dtype}, seed,
+               {x_prev, x_dtype}, {delta, policy_dtype}, guidance(guidance_scale), batch, numel};
+    const int64_t count = batch * numel, guided = op.guidance.rows(batch) * numel;
+    const int64_t traffic = bytes(op.x, count) + bytes(op.policy, guided) + bytes(op.reference, guided) +
+                            bytes(op.noise, count) + bytes(op.x_prev, count) + bytes(op.delta, count);
+    expect_writes(op.x_prev, batch, numel, traffic);
+    expect_writes(op.delta, batch, numel, traffic);
     const int64_t pieces = pieces_of(numel);
     std::vector<double> sums(batch * pieces);
-    for_each_piece(batch, numel, threads, [&](int64_t row, int64_t number, int64_t begin, int64_t end) {
+    const auto step = [&](int64_t row, int64_t number, int64_t begin, int64_t end) {
         sums[row * pieces + number] = dispatch<step_piece>(op, table.row(index[row]), row, begin, end);
-    });
+    };
+    for_each_piece(batch, numel, threads, step, op.x_prev.streamed || op.delta.streamed);
     for (int64_t row = 0; row < batch; ++row) {
         double sum = 0;
         for (int64_t i = 0; i < pieces; ++i) sum += sums[row * pieces + i];
@@ -164,14 +188,20 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_backward(
     int64_t numel, void* grad_x, int32_t x_dtype, void* grad_policy, int32_t policy_dtype, int32_t threads) {
     const Table table{transition, steps, 3};
     if (!table.has(index, batch)) return 1;
-    const Backward op{{grad_x_prev, grad_dtype}, {delta, delta_dtype}, {grad_x, x_dtype}, {grad_policy, policy_dtype},
-                      guidance(guidance_scale), batch, numel};
-    expect_writes(op.grad_x, batch * numel);
-    expect_writes(op.grad_policy, batch * numel * (op.guidance.on ? 2 : 1));
-    for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+    Backward op{{grad_x_prev, grad_dtype}, {delta, delta_dtype}, {grad_x, x_dtype}, {grad_policy, policy_dtype},
+                guidance(guidance_scale), batch, numel};
+    const int64_t count = batch * numel, rows = op.guidance.rows(batch);
+    const int64_t traffic = bytes(op.grad_x_prev, count) + bytes(op.delta, count) + bytes(op.grad_x, count) +
+                            bytes(op.grad_policy, rows * numel);
+    expect_writes(op.grad_x, batch, numel, traffic);
+    expect_writes(op.grad_policy, rows, numel, traffic);
+    const auto step = [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         const float* coefficients = table.row(index[row]);
-        const double pull = grad_kl[row] * kl_weight(coefficients, kl_scale) * 2 / static_cast<double>(numel);
+        // 0 * inf: where sigma is 0 and the KL not part of the loss
+        const double weight = grad_kl[row] == 0 ? 0.0 : grad_kl[row] * kl_weight(coefficients, kl_scale);
+        const double pull = weight * 2 / static_cast<double>(numel);
         dispatch<step_gradient_piece>(op, coefficients, static_cast<float>(pull), row, begin, end);
-    });
+    };
+    for_each_piece(batch, numel, threads, step, op.grad_x.streamed || op.grad_policy.streamed);
     return 0;
 }

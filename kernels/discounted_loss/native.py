@@ -23,9 +23,9 @@ def forward(
     """loss float32 [], d loss / d reward and d loss / d kl float32 like reward."""
     reward, kl = reward.to(torch.float32).contiguous(), kl.to(torch.float32).contiguous()
     remaining = remaining.contiguous()
-    loss = torch.empty((), dtype=torch.float32)
-    grad_reward = torch.empty_like(reward)
-    grad_kl = torch.empty_like(reward)
+    loss = reward.new_empty(())
+    grad_reward = reward.new_empty(reward.shape)
+    grad_kl = reward.new_empty(reward.shape)
     native.function("sqdf_fast_discounted_loss", "ppplddidppp")(
         reward.data_ptr(),
         kl.data_ptr(),

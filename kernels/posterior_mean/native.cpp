@@ -28,17 +28,28 @@ SQDF_FAST_INLINE void mean_piece(const Forward& op, const float* posterior, int6
         float* __restrict x0 = place(op.x0, at, scratch[0]);
         const float* x = load(op.x, at, n, scratch[1]);
         if (b == 0) {
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) x0[i] = a * x[i];
+                for (int i = first; i < first + count; ++i) x0[i] = a * x[i];
+                stream(op.x0, at + first, count, x0 + first);
+            });
         } else if (op.guidance.on) {
             const float* m = load(op.model_output, at, n, scratch[2]);
             const float* conditional = load(op.model_output, at + op.batch * op.numel, n, scratch[3]);
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) x0[i] = a * x[i] + b * (m[i] + g * (conditional[i] - m[i]));
+                for (int i = first; i < first + count; ++i) {
+                    x0[i] = a * x[i] + b * (m[i] + g * (conditional[i] - m[i]));
+                }
+                stream(op.x0, at + first, count, x0 + first);
+            });
         } else {
             const float* m = load(op.model_output, at, n, scratch[2]);
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) x0[i] = a * x[i] + b * m[i];
+                for (int i = first; i < first + count; ++i) x0[i] = a * x[i] + b * m[i];
+                stream(op.x0, at + first, count, x0 + first);
+            });
         }
         store(op.x0, at, n, x0);
     }
@@ -54,24 +65,34 @@ SQDF_FAST_INLINE void mean_gradient_piece(
         const float* grad = load(op.grad_x0, at, n, scratch[0]);
         if (op.grad_x.data != nullptr) {
             float* __restrict grad_x = place(op.grad_x, at, scratch[1]);
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) grad_x[i] = a * grad[i];
+                for (int i = first; i < first + count; ++i) grad_x[i] = a * grad[i];
+                stream(op.grad_x, at + first, count, grad_x + first);
+            });
             store(op.grad_x, at, n, grad_x);
         }
         if (op.grad_output.data == nullptr) continue;
         float* __restrict grad_output = place(op.grad_output, at, scratch[2]);
         if (op.guidance.on) {
             float* __restrict grad_cond = place(op.grad_output, conditional, scratch[3]);
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) {
-                const float mean = b == 0 ? 0.0f : b * grad[i];  // 0 * inf
-                grad_output[i] = complement * mean;
-                grad_cond[i] = g * mean;
-            }
+                for (int i = first; i < first + count; ++i) {
+                    const float mean = b == 0 ? 0.0f : b * grad[i];  // 0 * inf
+                    grad_output[i] = complement * mean;
+                    grad_cond[i] = g * mean;
+                }
+                stream(op.grad_output, at + first, count, grad_output + first);
+                stream(op.grad_output, conditional + first, count, grad_cond + first);
+            });
             store(op.grad_output, conditional, n, grad_cond);
         } else {
+            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
 #pragma omp simd
-            for (int i = 0; i < n; ++i) grad_output[i] = b == 0 ? 0.0f : b * grad[i];
+                for (int i = first; i < first + count; ++i) grad_output[i] = b == 0 ? 0.0f : b * grad[i];
+                stream(op.grad_output, at + first, count, grad_output + first);
+            });
         }
         store(op.grad_output, at, n, grad_output);
     }
@@ -87,12 +108,13 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_forward(
     int32_t x0_dtype, int32_t threads) {
     const Table table{posterior, steps, 2};
     if (!table.has(index, batch)) return 1;
-    const Forward op{{x, x_dtype}, {model_output, output_dtype}, {x0, x0_dtype}, guidance(guidance_scale), batch,
-                     numel};
-    expect_writes(op.x0, batch * numel);
-    for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+    Forward op{{x, x_dtype}, {model_output, output_dtype}, {x0, x0_dtype}, guidance(guidance_scale), batch, numel};
+    const int64_t count = batch * numel, guided = op.guidance.rows(batch) * numel;
+    expect_writes(op.x0, batch, numel, bytes(op.x, count) + bytes(op.model_output, guided) + bytes(op.x0, count));
+    const auto mean = [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         dispatch<mean_piece>(op, table.row(index[row]), row, begin, end);
-    });
+    };
+    for_each_piece(batch, numel, threads, mean, op.x0.streamed);
     return 0;
 }
 
@@ -103,12 +125,15 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_backward(
     int32_t output_dtype, int32_t threads) {
     const Table table{posterior, steps, 2};
     if (!table.has(index, batch)) return 1;
-    const Backward op{{grad_x0, grad_dtype}, {grad_x, x_dtype}, {grad_output, output_dtype}, guidance(guidance_scale),
-                      batch, numel};
-    expect_writes(op.grad_x, batch * numel);
-    expect_writes(op.grad_output, batch * numel * (op.guidance.on ? 2 : 1));
-    for_each_piece(batch, numel, threads, [&](int64_t row, int64_t, int64_t begin, int64_t end) {
+    Backward op{{grad_x0, grad_dtype}, {grad_x, x_dtype}, {grad_output, output_dtype}, guidance(guidance_scale),
+                batch, numel};
+    const int64_t count = batch * numel, rows = op.guidance.rows(batch);
+    const int64_t traffic = bytes(op.grad_x0, count) + bytes(op.grad_x, count) + bytes(op.grad_output, rows * numel);
+    expect_writes(op.grad_x, batch, numel, traffic);
+    expect_writes(op.grad_output, rows, numel, traffic);
+    const auto gradient = [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         dispatch<mean_gradient_piece>(op, table.row(index[row]), row, begin, end);
-    });
+    };
+    for_each_piece(batch, numel, threads, gradient, op.grad_x.streamed || op.grad_output.streamed);
     return 0;
 }

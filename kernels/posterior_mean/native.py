@@ -23,7 +23,7 @@ def forward(
     x, model_output = x.contiguous(), model_output.contiguous()
     posterior, index = native.coefficients(posterior), index.contiguous()
     batch, steps = len(x), len(posterior)
-    x0 = torch.empty_like(x, dtype=out_dtype)
+    x0 = x.new_empty(x.shape, dtype=out_dtype)
     outside = native.function("sqdf_fast_posterior_mean_forward", "pipiplpdllpii", "i")(
         x.data_ptr(),
         dtype_number(x.dtype),

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import ctypes
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,14 +93,6 @@ def test_a_missing_library_is_one_line_and_no_crash(
         native.library()
 
 
-@needs_native
-def test_pointer_refuses_what_c_cannot_walk() -> None:
-    tensor = torch.arange(6.0).view(2, 3)
-    assert ctypes.c_float.from_address(native.pointer(tensor) + 4).value == 1.0
-    with pytest.raises(ValueError, match="contiguous"):
-        native.pointer(tensor.T)
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -114,6 +107,12 @@ def instruction_sets() -> Iterator[list[str]]:
     found = ["baseline", "AVX2", "AVX-512"]
     yield found[: found.index(best) + 1]
     native.limit_instruction_set(best)
+
+
+@pytest.fixture
+def cached_traffic() -> Iterator[None]:
+    yield
+    native.limit_cached_traffic(None)
 
 
 def every_result(shape: tuple[int, ...], guidance_scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -173,6 +172,42 @@ def test_instruction_sets_give_the_same_bits(
         found[-1]["normal"] = philox.normal(torch.tensor([3, -4]), 5003)
     for other in found[1:]:
         assert_same_bits(other, found[0])
+
+
+@needs_native
+@pytest.mark.usefixtures("threads", "cached_traffic")
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 16), (3, 1, 17), (2, 2, 8208), (3, 2, 12001)])
+def test_past_the_cache_go_the_same_bits(
+    shape: tuple[int, ...], dtype: torch.dtype, guidance_scale: float, count: int, instruction_sets: list[str]
+) -> None:
+    torch.set_num_threads(count)
+    for name in instruction_sets:
+        native.limit_instruction_set(name)
+        native.limit_cached_traffic(2**62)
+        cached = every_result(shape, guidance_scale, dtype)
+        native.limit_cached_traffic(0)
+        assert_same_bits(every_result(shape, guidance_scale, dtype), cached)
+
+
+@needs_native
+@pytest.mark.usefixtures("cached_traffic")
+def test_only_whole_lines_are_written_past_the_cache() -> None:
+    """Destinations at every offset to a cache line keep their neighbours, whatever the length of a row."""
+    mean = native.function("sqdf_fast_posterior_mean_forward", "pipiplpdllpii", "i")
+    table, index = torch.tensor([[2.0, 3.0]]), torch.zeros(2, dtype=torch.int64)
+    native.limit_cached_traffic(0)
+    for numel in (1, 15, 16, 64, 100, 272, 8208):
+        x, output = torch.randn(2, 2, numel).unbind()
+        inputs = x.data_ptr(), 0, output.data_ptr(), 0, table.data_ptr(), 1, index.data_ptr(), 1.0, 2, numel
+        for offset in (0, 1, 4, 8, 16):
+            found = torch.full((2 * numel + 48,), 7.0)
+            assert mean(*inputs, found.data_ptr() + 4 * offset, 0, 1) == 0
+            expected = torch.full_like(found, 7.0)
+            expected[offset : offset + 2 * numel] = (2 * x + 3 * output).flatten()
+            assert torch.equal(found, expected), (numel, offset)
 
 
 @needs_native
@@ -265,9 +300,12 @@ def test_an_output_of_several_huge_pages_is_written_whole() -> None:
 
 
 @needs_native
-def test_what_is_not_needed_is_empty_and_changes_nothing_else() -> None:
-    x, noise, grad = torch.randn(3, 2, 700).unbind()
-    policy, reference = torch.randn(2, 4, 700).unbind()
+@pytest.mark.usefixtures("cached_traffic")
+@pytest.mark.parametrize("traffic", [0, 2**62])
+def test_what_is_not_needed_is_empty_and_changes_nothing_else(traffic: int) -> None:
+    native.limit_cached_traffic(traffic)
+    x, noise, grad = torch.randn(3, 2, 720).unbind()
+    policy, reference = torch.randn(2, 4, 720).unbind()
     table, index = torch.tensor([[0.9, -0.3, 0.2]]), torch.zeros(2, dtype=torch.int64)
     x_prev, kl, delta = denoise_step.forward(x, policy, reference, table, index, 3.0, noise, None, 1.0, True)
     half = policy.half()
@@ -285,7 +323,7 @@ def test_what_is_not_needed_is_empty_and_changes_nothing_else() -> None:
     mean_x = posterior_mean.backward(grad, *settings, True, False)
     mean_output = posterior_mean.backward(grad, *settings, False, True)
     for (first, second), x_alone, second_alone in ((both, only_x, only_policy), (mean_both, mean_x, mean_output)):
-        assert (first.dtype, second.dtype, second.shape) == (torch.float32, torch.bfloat16, (4, 700))
+        assert (first.dtype, second.dtype, second.shape) == (torch.float32, torch.bfloat16, (4, 720))
         assert torch.equal(x_alone[0], first)
         assert (x_alone[1].shape, x_alone[1].dtype) == ((0,), torch.bfloat16)
         assert torch.equal(second_alone[1], second)
@@ -302,6 +340,59 @@ def test_a_row_without_the_network_does_not_read_it() -> None:
     grad = torch.tensor([torch.inf, 1.0])[:, None].expand(2, 600)
     _, grad_output = posterior_mean.backward(grad, table, index, 7.5, torch.float32, torch.float32, True, True)
     assert torch.equal(grad_output, torch.tensor([0.0, -19.5, 0.0, 22.5])[:, None].expand(4, 600))
+
+
+@needs_native
+def test_a_row_without_noise_has_a_gradient_where_the_kl_is_not_part_of_the_loss() -> None:
+    table, index = torch.tensor([[0.5, 2.0, 0.0]]), torch.zeros(2, dtype=torch.int64)
+    grad, delta, grad_kl = torch.ones(2, 300), torch.ones(2, 300), torch.tensor([0.0, 1.0])
+    settings = (table, index, 1.0, 1.0, torch.float32, torch.float32)
+    grad_x, grad_policy = denoise_step.backward(grad, grad_kl, delta, *settings, True, True)
+    assert torch.equal(grad_x, torch.full((2, 300), 0.5))
+    assert torch.equal(grad_policy, torch.tensor([2.0, torch.inf])[:, None].expand(2, 300))
+
+
+@needs_native
+def test_results_are_plainly_contiguous_where_an_input_has_odd_strides() -> None:
+    x = torch.randn(2, 1, 6, 5).as_strided((2, 1, 6, 5), (30, 1, 5, 1))
+    assert x.is_contiguous()
+    table, index = torch.rand(1, 3), torch.zeros(2, dtype=torch.int64)
+    x_prev, _, delta = denoise_step.forward(x, x, x, table, index, 1.0, x, None, 1.0, True)
+    grads = denoise_step.backward(x, torch.ones(2), x, table, index, 1.0, 1.0, *DTYPES[:2], True, True)
+    x0 = posterior_mean.forward(x, x, table[:, :2], index, 1.0, torch.float16)
+    mean_grads = posterior_mean.backward(x, table[:, :2], index, 1.0, *DTYPES[:2], True, True)
+    loss_grads = discounted_loss.forward(x, x, torch.zeros(x.shape, dtype=torch.int64), 1.0, 0.1, False, 1.0)[1:]
+    for result in (x_prev, delta, *grads, x0, *mean_grads, *loss_grads):
+        assert result.stride() == (30, 30, 5, 1)
+
+
+ELSEWHERE = """
+import torch
+from sqdf_fast.kernels.denoise_step import native as denoise_step
+from sqdf_fast.kernels.discounted_loss import native as discounted_loss
+from sqdf_fast.kernels.philox import native as philox
+from sqdf_fast.kernels.posterior_mean import native as posterior_mean
+
+torch.set_default_device("meta")
+x, index = torch.ones(2, 300, device="cpu"), torch.zeros(2, dtype=torch.int64, device="cpu")
+table = torch.tensor([[2.0, 3.0, 1.0]], device="cpu")
+dtypes = torch.float32, torch.bfloat16
+results = [philox.words(index, 300), philox.normal(index, 300)]
+results += denoise_step.forward(x, x, x, table, index, 1.0, x, None, 1.0, True)
+results += denoise_step.forward(x, x, x, table, index, 1.0, None, index, 1.0, False)
+results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, True, True)
+results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, False, False)
+results += [posterior_mean.forward(x, x, table[:, :2], index, 1.0, torch.float16)]
+results += posterior_mean.backward(x, table[:, :2], index, 1.0, *dtypes, True, True)
+results += discounted_loss.forward(x, x, index[:, None].expand(2, 300), 0.5, 0.25, False, 600.0)
+print({result.device.type for result in results}, results[-3].item(), results[2].unique().item())
+"""
+
+
+@needs_native
+def test_results_are_on_the_device_of_the_inputs_and_not_on_the_default_one() -> None:
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "{'cpu'} -0.75 6.0\n"), done.stderr
 
 
 @needs_native
