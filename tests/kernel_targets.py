@@ -73,7 +73,7 @@ def assert_within_budget(
     error, limit = relative_error(value, truth), torch.full((len(truth),), BUDGET[dtype], dtype=torch.float64)
     if terms is not None:
         norm = truth.detach().reshape(len(truth), -1).double().norm(dim=1)
-        limit = limit * (norm + terms[:, 0]) / norm
+        limit = torch.where(norm == 0, limit, limit * (norm + terms[:, 0]) / norm)
     if reference is not None:
         limit = limit + 2 * relative_error(reference, truth)
     worst = (error - limit).argmax()  # a NaN counts as the largest
