@@ -14,7 +14,7 @@ from sqdf_fast.kernels import native
 def test_packages_are_the_declared_ones_with_their_versions() -> None:
     found = {package.name: package for package in info.packages()}
     assert found["torch"] == info.Package("torch", importlib.metadata.version("torch"), "")
-    assert found["pytest"].extra == "test"
+    assert found["hypothesis"].extra == "test"
     assert "sqdf-fast" not in found
 
 

@@ -133,7 +133,7 @@ if any(target.impl == "triton" for target in targets()):
         table = torch.tensor([[1.0, 0.3, 0.2], [1.0, -0.5, 0.1]], device=device)
         index, kl = torch.tensor([1, 0], device=device), torch.empty(2, device=device)
         elements = pieces * BLOCK - 5
-        kl_kernel[(2,)](partial, table, index, kl, 0.7, elements, pieces, *table.stride(), BLOCK)
+        kl_kernel[(2,)](partial, table, index, kl, 0.7, elements, pieces, len(table), *table.stride(), BLOCK)
         ratio = (table[index, 1] / table[index, 2]).double()
         expected = 0.7 * ratio**2 * partial.double().sum(1) / elements
         torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=0)
