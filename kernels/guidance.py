@@ -1,7 +1,8 @@
-"""Classifier-free guidance and broadcasting of per-sample coefficients, as the references use them."""
+"""Classifier-free guidance, its two halves of a gradient, and broadcasting of per-sample coefficients."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -16,3 +17,21 @@ def guide(output: Tensor, guidance_scale: float) -> Tensor:
 def per_sample(coefficient: Tensor, x: Tensor) -> Tensor:
     """[B] -> [B, 1, ..., 1], to multiply with x [B, ...]."""
     return coefficient.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def empty_gradients(
+    grad: Tensor,
+    guidance_scale: float,
+    x_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    need_x: bool,
+    need_output: bool,
+) -> tuple[Tensor, Tensor]:
+    """Where a backward of `grad` [B, ...] writes: for x [B, ...], for the network output [2B, ...] ([B, ...] if g = 1).
+
+    The one that is not needed is [0].
+    """
+    batch, *sample = grad.shape
+    rows = batch if guidance_scale == 1 else 2 * batch
+    grad_x = grad.new_empty((batch, *sample) if need_x else (0,), dtype=x_dtype)
+    return grad_x, grad.new_empty((rows, *sample) if need_output else (0,), dtype=output_dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.kernels import native
+from sqdf_fast.kernels.guidance import empty_gradients
 from sqdf_fast.kernels.native import dtype_number, unavailable
 
 __all__ = ["backward", "forward", "unavailable"]
@@ -76,9 +77,8 @@ def backward(
     grad_kl = grad_kl.to(torch.float32).contiguous()
     transition, index = native.coefficients(transition), index.contiguous()
     batch, steps = len(grad_x_prev), len(transition)
-    rows = batch if guidance_scale == 1 else 2 * batch
-    grad_x = grad_x_prev.new_empty(grad_x_prev.shape if need_x else 0, dtype=x_dtype)
-    grad_policy = grad_x_prev.new_empty((rows, *grad_x_prev.shape[1:]) if need_policy else 0, dtype=policy_dtype)
+    needs = x_dtype, policy_dtype, need_x, need_policy
+    grad_x, grad_policy = empty_gradients(grad_x_prev, guidance_scale, *needs)
     outside = native.function("sqdf_fast_denoise_step_backward", "pippiplpddllpipii", "i")(
         grad_x_prev.data_ptr(),
         dtype_number(grad_x_prev.dtype),

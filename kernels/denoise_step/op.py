@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sqdf_fast.kernels.autograd import differentiable, plain
 from sqdf_fast.kernels.dispatch import module
+from sqdf_fast.kernels.guidance import empty_gradients
 
 
 def _forward(
@@ -74,10 +75,7 @@ def _(x: Tensor, policy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 @_backward_op.register_fake
 def _(grad_x_prev: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, guidance_scale, _kl_scale, x_dtype, policy_dtype, need_x, need_policy, _impl = rest
-    batch, *sample = grad_x_prev.shape
-    rows = batch if guidance_scale == 1 else 2 * batch
-    grad_x = grad_x_prev.new_empty((batch, *sample) if need_x else (0,), dtype=x_dtype)
-    return grad_x, grad_x_prev.new_empty((rows, *sample) if need_policy else (0,), dtype=policy_dtype)
+    return empty_gradients(grad_x_prev, guidance_scale, x_dtype, policy_dtype, need_x, need_policy)
 
 
 def denoise_step_backward(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sqdf_fast.kernels.guidance import empty_gradients
 from sqdf_fast.kernels.philox.triton import normal_block
 from sqdf_fast.kernels.triton import (
     BLOCK,
@@ -222,13 +223,12 @@ def backward(
     """grad_x [B, ...] in x_dtype, grad_policy [B or 2B, ...] in policy_dtype; [0] where not needed."""
     grad_x_prev = aligned(grad_x_prev)
     transition = transition.float()
-    rows, *sample = grad_x_prev.shape
+    rows = len(grad_x_prev)
     elements = grad_x_prev.numel() // rows
     n_pieces = pieces(elements)
     guided = guidance_scale != 1
-    grad_x = grad_x_prev.new_empty((rows, *sample) if need_x else 0, dtype=x_dtype)
-    halves = 2 if guided else 1
-    grad_policy = grad_x_prev.new_empty((halves * rows, *sample) if need_policy else 0, dtype=policy_dtype)
+    needs = x_dtype, policy_dtype, need_x, need_policy
+    grad_x, grad_policy = empty_gradients(grad_x_prev, guidance_scale, *needs)
     if need_x or need_policy:
         with on(grad_x_prev.device):
             backward_kernel[(rows * n_pieces,)](

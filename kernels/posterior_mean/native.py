@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.kernels import native
+from sqdf_fast.kernels.guidance import empty_gradients
 from sqdf_fast.kernels.native import dtype_number, unavailable
 
 __all__ = ["backward", "forward", "unavailable"]
@@ -56,9 +57,8 @@ def backward(
     """grad_x like grad_x0, grad_output [B or 2B, ...]; the one not needed is [0] and not computed."""
     grad_x0, posterior, index = grad_x0.contiguous(), native.coefficients(posterior), index.contiguous()
     batch, steps = len(grad_x0), len(posterior)
-    rows = batch if guidance_scale == 1 else 2 * batch
-    grad_x = grad_x0.new_empty(grad_x0.shape if need_x else 0, dtype=x_dtype)
-    grad_output = grad_x0.new_empty((rows, *grad_x0.shape[1:]) if need_output else 0, dtype=output_dtype)
+    needs = x_dtype, output_dtype, need_x, need_output
+    grad_x, grad_output = empty_gradients(grad_x0, guidance_scale, *needs)
     outside = native.function("sqdf_fast_posterior_mean_backward", "piplpdllpipii", "i")(
         grad_x0.data_ptr(),
         dtype_number(grad_x0.dtype),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sqdf_fast.kernels.autograd import differentiable, plain
 from sqdf_fast.kernels.dispatch import module
+from sqdf_fast.kernels.guidance import empty_gradients
 
 
 def _forward(
@@ -54,10 +55,7 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 @_backward_op.register_fake
 def _(grad_x0: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, guidance_scale, x_dtype, output_dtype, need_x, need_output, _impl = rest
-    batch, *sample = grad_x0.shape
-    rows = batch if guidance_scale == 1 else 2 * batch
-    grad_x = grad_x0.new_empty((batch, *sample) if need_x else (0,), dtype=x_dtype)
-    return grad_x, grad_x0.new_empty((rows, *sample) if need_output else (0,), dtype=output_dtype)
+    return empty_gradients(grad_x0, guidance_scale, x_dtype, output_dtype, need_x, need_output)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sqdf_fast.kernels.guidance import empty_gradients
 from sqdf_fast.kernels.triton import (
     BLOCK,
     aligned,
@@ -136,13 +137,12 @@ def backward(
     """grad_x [B, ...] in x_dtype, grad_output [B or 2B, ...] in output_dtype; [0] where not needed."""
     grad_x0 = aligned(grad_x0)
     posterior = posterior.float()
-    rows, *sample = grad_x0.shape
+    rows = len(grad_x0)
     elements = grad_x0.numel() // rows
     n_pieces = pieces(elements)
     guided = guidance_scale != 1
-    grad_x = grad_x0.new_empty((rows, *sample) if need_x else 0, dtype=x_dtype)
-    halves = 2 if guided else 1
-    grad_output = grad_x0.new_empty((halves * rows, *sample) if need_output else 0, dtype=output_dtype)
+    needs = x_dtype, output_dtype, need_x, need_output
+    grad_x, grad_output = empty_gradients(grad_x0, guidance_scale, *needs)
     if need_x or need_output:
         with on(grad_x0.device):
             backward_kernel[(rows * n_pieces,)](
