@@ -190,13 +190,13 @@ def distill(
 
     Settings and what they did on the shapes model: docs/distill.md.
     """
+    from sqdf_fast.assembly import pick_device, pick_dtype
     from sqdf_fast.config import parse_assignments
     from sqdf_fast.distill import accuracy_table, make_distillation
     from sqdf_fast.distill import distill as make_lora
     from sqdf_fast.prompts import load_prompts
     from sqdf_fast.report import StageProgress
     from sqdf_fast.rewards import checked_reward, load_reward
-    from sqdf_fast.train import pick_device, pick_dtype
 
     settings = make_distillation(
         preset or ("shapes" if model == "shapes" else "default"), parse_assignments(assignments)

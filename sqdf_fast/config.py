@@ -114,6 +114,19 @@ class Execution(Section):
     attention: Literal["auto", "native", "xformers"] = Field("auto", description="diffusers' attention backend")
 
 
+class Baseline(Section):
+    """What the algorithms beside SQDF need; docs/baselines.md."""
+
+    truncation: Positive = Field(1, description="draft, draft-kl: K, the last denoising steps that carry a gradient")
+    noises: Positive = Field(2, description="draft-lv: times the picture is noised anew")
+    window: float = Field(0.25, gt=0, le=1, description="refl: share of the last steps of which one gets the gradient")
+    group: Positive = Field(
+        1, description="ddpo, dpok, awm: samples a prompt whose rewards are compared; 1: all of a collection"
+    )
+    clip_range: float = Field(1e-4, gt=0, description="ddpo, dpok: the probability ratio stays within 1 +- this")
+    clip_advantage: float = Field(5.0, gt=0, description="ddpo, dpok, awm: advantages stay within +- this")
+
+
 class Replay(Section):
     """The off-policy buffer D."""
 
@@ -149,6 +162,9 @@ class Config(Section):
     reward_options: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="keywords of the reward's loader"
     )
+    algorithm: Literal["sqdf", "draft", "draft-kl", "draft-lv", "refl", "ddpo", "dpok", "awm"] = Field(
+        "sqdf", description="how the policy learns from the reward; docs/baselines.md"
+    )
     prompts: str = Field("shapes", description="named set ('shapes', 'animals') or a text file, one prompt a line")
     consistency_lora: str | None = Field(
         None, description="folder, file or hub id of the consistency LoRA; default: the family's own"
@@ -167,6 +183,7 @@ class Config(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     execution: Execution = Field(default_factory=Execution)
     replay: Replay = Field(default_factory=Replay)
+    baseline: Baseline = Field(default_factory=Baseline)
     evaluation: Evaluation = Field(default_factory=Evaluation)
 
     @model_validator(mode="after")
@@ -193,6 +210,15 @@ class Config(Section):
             raise ValueError(
                 "sampling.compile = cuda-graphs needs weights that stay in their place; "
                 "set sampling.merge_lora=false and execution.residency=resident, or sampling.compile=regional"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_plan_is_of_the_algorithm(self) -> Config:
+        if self.vram is not None and self.algorithm != "sqdf":
+            raise ValueError(
+                f"--vram plans the steps of SQDF, and algorithm is {self.algorithm}; leave --vram out and set "
+                "execution.micro_batch and execution.recompute"
             )
         return self
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqdf_fast.assembly import HeldOut, load_backbone, make_sampler
 from sqdf_fast.backbone import Role
 from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.config import Config
 from sqdf_fast.engine.noise import Stream, sample_seeds
+from sqdf_fast.engine.rollouts import decode_images
 from sqdf_fast.errors import UserError
 from sqdf_fast.evaluate import evaluate_images, load_judges
 from sqdf_fast.prompts import load_prompts
@@ -17,7 +19,6 @@ from sqdf_fast.report import image_grid, save_png
 from sqdf_fast.rewards import load_reward
 from sqdf_fast.rewards.preprocess import to_pil
 from sqdf_fast.run_folder import RunFolder
-from sqdf_fast.train import HeldOut, decode_images, load_backbone, make_sampler
 
 Scores = dict[str, float | None]
 

@@ -18,7 +18,7 @@ from tiny import write_pipeline
 from sqdf_fast import train
 from sqdf_fast.checkpoint import read_checkpoint
 from sqdf_fast.config import make_config
-from sqdf_fast.engine import Executor
+from sqdf_fast.engine import Executor, rollouts
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.errors import UserError
 from sqdf_fast.inference import draw
@@ -353,7 +353,7 @@ def test_running_out_of_memory_while_sampling_halves_the_batch(model, folder, mo
 
 
 def test_running_out_of_memory_while_decoding_takes_fewer_pictures(model, folder, monkeypatch):
-    decode = train.decode_images
+    decode = rollouts.decode_images
 
     def failing(family, latents, size):
         if size > 1:
@@ -361,7 +361,7 @@ def test_running_out_of_memory_while_decoding_takes_fewer_pictures(model, folder
         return decode(family, latents, size)
 
     new_run(config(model, steps=1, execution=STAGED), folder / "plain")
-    monkeypatch.setattr(train, "decode_images", failing)
+    monkeypatch.setattr(rollouts, "decode_images", failing)
     new_run(config(model, steps=1, execution=STAGED), folder / "squeezed")
     truth, found = final(folder / "plain"), final(folder / "squeezed")
     assert (found - truth).norm() / truth.norm() < 1e-4
@@ -480,7 +480,7 @@ def test_a_buffer_of_x0_trains_and_resumes(model, folder):
     assert same(lora(folder / "run"), lora(folder / "again"))
     assert not same(lora(folder / "run"), lora(folder / "states"))
     kept = [
-        read_checkpoint(folder / name / "checkpoints" / "step_000004")[0][f"replay.{store}"]
+        read_checkpoint(folder / name / "checkpoints" / "step_000004")[0][f"algorithm.{store}"]
         for name, store in (("run", "x0"), ("states", "states"))
     ]
     assert kept[1].nbytes == kept[0].nbytes * kept[1].shape[1]

@@ -23,12 +23,14 @@ class StepResult:
     """What one optimizer step saw, per sample and detached.
 
     Attributes:
-        loss: [] of the whole batch; reward, kl: [B]; index: [B] positions in the schedule.
+        loss: [] of the whole batch; reward: [B].
+        index: [N] positions in the schedule of the transitions that were trained, kl: [N] their KL; None of an
+            algorithm that does not run the reference.
     """
 
     loss: Tensor
     reward: Tensor
-    kl: Tensor
+    kl: Tensor | None
     index: Tensor
 
 

@@ -70,7 +70,7 @@ class TrainingProgress:
             # What precedes the first step says nothing about how long steps take.
             self._began = self._clock()
 
-    def update(self, step: int, reward: float, kl: float, memory_bytes: int | None = None) -> None:
+    def update(self, step: int, reward: float, kl: float | None, memory_bytes: int | None = None) -> None:
         """An optimizer step is finished: ``step`` of ``total_steps``, counted from 1."""
         self.step, self.reward, self.kl, self.memory_bytes = step, reward, kl, memory_bytes
         if not self.console.is_terminal and self._plain_line_due():

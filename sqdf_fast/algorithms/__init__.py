@@ -1,0 +1,17 @@
+"""Fine-tuning algorithms on one engine: SQDF and what it is compared with."""
+
+from __future__ import annotations
+
+from sqdf_fast.algorithms.base import Algorithm
+from sqdf_fast.algorithms.sqdf import Sqdf
+from sqdf_fast.config import Config
+from sqdf_fast.engine.rollouts import Rollouts
+
+__all__ = ["Algorithm", "Sqdf", "make_algorithm"]
+
+ALGORITHMS: dict[str, type[Algorithm]] = {"sqdf": Sqdf}
+
+
+def make_algorithm(config: Config, rollouts: Rollouts) -> Algorithm:
+    """The algorithm that ``config.algorithm`` names."""
+    return ALGORITHMS[config.algorithm](config, rollouts)
