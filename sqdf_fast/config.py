@@ -143,10 +143,29 @@ class Evaluation(Section):
     """Held-out prompts, the same seeds before, during and after."""
 
     every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0 = only before and after")
+    points: int = Field(
+        0, ge=0, description="with a limit: evaluations spread evenly over it, in place of every; 0 = by steps"
+    )
     prompts: str | None = Field(None, description="named set or file of held-out prompts; default: the preset's")
     num_prompts: Positive = Field(16, description="held-out prompts used, a fixed choice of the set")
     images_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="diversity needs at least two")
+    held_out: tuple[str, ...] = Field((), description="rewards that are never trained on, scored at each evaluation")
     grid: Positive = Field(16, description="images kept on disk at each evaluation")
+
+
+class Limits(Section):
+    """What training may cost; a run ends with the step that reaches a limit. Evaluations are not counted."""
+
+    unet_evaluations: Positive | None = Field(None, description="rows that go through the network, sampling included")
+    seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="of sampling and optimizer steps")
+
+
+class Monitor(Section):
+    """Watches the judges while the trained reward rises; docs/monitor.md."""
+
+    action: Literal["off", "warn", "stop", "restore"] = Field(
+        "warn", description="on over-optimisation: say so, end the run, or end it with the best checkpoint"
+    )
 
 
 class Config(Section):
@@ -185,6 +204,8 @@ class Config(Section):
     replay: Replay = Field(default_factory=Replay)
     baseline: Baseline = Field(default_factory=Baseline)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    monitor: Monitor = Field(default_factory=Monitor)
+    limits: Limits = Field(default_factory=Limits)
 
     @model_validator(mode="after")
     def _reward_options_are_the_rewards_own(self) -> Config:
@@ -219,6 +240,15 @@ class Config(Section):
             raise ValueError(
                 f"--vram plans the steps of SQDF, and algorithm is {self.algorithm}; leave --vram out and set "
                 "execution.micro_batch and execution.recompute"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _points_need_a_limit(self) -> Config:
+        if self.evaluation.points and self.limits == Limits():
+            raise ValueError(
+                f"evaluation.points = {self.evaluation.points} spreads evaluations over a limit and there is none; set "
+                "limits.unet_evaluations or limits.seconds, or use evaluation.every"
             )
         return self
 

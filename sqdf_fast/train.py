@@ -33,7 +33,7 @@ from sqdf_fast.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from sqdf_fast.config import Config, with_settings
+from sqdf_fast.config import Config, Limits, with_settings
 from sqdf_fast.engine import Parts, StepResult
 from sqdf_fast.engine.budget import EnergyMeter, StageMeter, cap_process
 from sqdf_fast.engine.noise import Stream, sample_seeds
@@ -75,6 +75,15 @@ class Spent:
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(self.unet_evaluations + other.unet_evaluations, self.seconds + other.seconds)
+
+    def share(self, limits: Limits) -> float:
+        """How much of the tightest limit is spent; 0 where there is none."""
+        shares = [0.0]
+        if limits.unet_evaluations is not None:
+            shares.append(self.unet_evaluations / limits.unet_evaluations)
+        if limits.seconds is not None:
+            shares.append(self.seconds / limits.seconds)
+        return max(shares)
 
 
 class Trainer:
@@ -136,13 +145,23 @@ class Trainer:
             seed=derive_seed(config.seed, Stream.ROUNDING) & (2**63 - 1),
         )
         self.step, self.evaluated = 0, -1
-        self.spent = Spent()
+        self.spent, self._share_before = Spent(), 0.0
         self._updating = False
 
     @property
     def whole(self) -> bool:
         """Whether the state is that of a whole step: no update was broken off."""
         return not self._updating
+
+    @property
+    def share(self) -> float:
+        """How much of the run is over: of its steps, or of a limit that is reached before them."""
+        return max(self.step / self.config.steps, self.spent.share(self.config.limits))
+
+    @property
+    def done(self) -> bool:
+        """Whether steps or a limit are used up."""
+        return self.share >= 1
 
     def preflight(self) -> None:
         """Check the reward's value and gradient, and the judges, on two pictures of the base model."""
@@ -159,17 +178,19 @@ class Trainer:
 
     def train(self) -> None:
         """Train to the end. Raises Interrupted, and UserError when reward, gradient or disk fail."""
-        every, total = self.config.checkpoint_every, self.config.steps
+        every = self.config.checkpoint_every
         with MetricsLog(self.run.metrics) as log:
             log.truncate(self.step, self.evaluated)
             while True:
                 if self._evaluation_due():
                     self._evaluate(log)
-                if self.step == total:
+                if self.done:
                     break
                 if every and self.step > 0 and self.step % every == 0:
                     self.save()
                 self._optimize(log)
+            reason = "steps" if self.step >= self.config.steps else "limit"
+            log.append({"kind": "end", "step": self.step, "reason": reason, **_totals(self.spent)})
         self.save()
 
     def save(self) -> Path:
@@ -180,7 +201,12 @@ class Trainer:
             tensors[f"policy.{name}"] = parameter
             for key, value in state_tensors(self.optimizer, parameter).items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        values = {"evaluated": self.evaluated, "spent": asdict(self.spent), "algorithm": state}
+        values = {
+            "evaluated": self.evaluated,
+            "spent": asdict(self.spent),
+            "share_before": self._share_before,
+            "algorithm": state,
+        }
         path = save_checkpoint(self.run.checkpoints, self.step, tensors, values)
         with atomic_folder(self.run.policy(self.config)) as folder:
             self.backbone.save_policy(folder)
@@ -215,20 +241,27 @@ class Trainer:
         stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         self.algorithm.restore(stored, values["algorithm"])
         self.step, self.evaluated = values["step"], values["evaluated"]
-        self.spent = Spent(**values["spent"])
+        self.spent, self._share_before = Spent(**values["spent"]), values["share_before"]
 
     def _evaluation_due(self) -> bool:
+        if self.evaluated >= self.step:
+            return False
+        if self.step == 0 or self.done:
+            return True
+        if points := self.config.evaluation.points:
+            # The step that passed a mark: the first point is before training, the last at the end.
+            return int(self.share * (points - 1)) > int(self._share_before * (points - 1))
         every = self.config.evaluation.every
-        due = self.step in (0, self.config.steps) or (every > 0 and self.step % every == 0)
-        return due and self.evaluated < self.step
+        return every > 0 and self.step % every == 0
 
     def _evaluate(self, log: MetricsLog) -> None:
         started = time.monotonic()
-        sampled = self.rollouts.sample(self.held_out.prompts, self.held_out.seeds, "evaluating")
+        prompts, seeds = self.held_out.prompts, self.held_out.seeds
+        sampled = self.rollouts.sample(prompts, seeds, "evaluating", keep_states=True)
+        assert sampled.states is not None
+        divergence = self.rollouts.divergence(sampled.states, prompts)
         images = self.rollouts.decode(sampled.x0)
-        scores = evaluate_images(
-            images.to(self.backbone.family.device), self.held_out.prompts, self.reward, self.judges
-        )
+        scores = evaluate_images(images.to(self.backbone.family.device), prompts, self.reward, self.judges)
         # Its stages are no part of a step; the run's peak knows them.
         self.meter.drop_step()
         self._keep_samples(images)
@@ -236,6 +269,8 @@ class Trainer:
             "kind": "evaluation",
             "step": self.step,
             **scores,
+            "eval_kl": float(divergence.mean()),
+            **_totals(self.spent),
             "diversity_measure": self.judges.diversity_measure,
             "seconds": time.monotonic() - started,
         }
@@ -272,6 +307,7 @@ class Trainer:
         self.optimizer.step()
         self._updating = False
         self.meter.end_step()
+        self._share_before = self.share
         self.step += 1
         cost = Spent(self.backbone.evaluations - evaluations, time.monotonic() - started)
         self.spent += cost
@@ -288,7 +324,9 @@ class Trainer:
             record["budget_event"] = "; ".join(self._given_up)
             self._given_up.clear()
         log.append(record)
-        self.progress.update(self.step, record["reward_mean"], record.get("kl_mean"), record["memory_bytes"])
+        self.progress.update(
+            self.step, record["reward_mean"], record.get("kl_mean"), record["memory_bytes"], share=self.share
+        )
 
     def _gradient(self) -> StepResult:
         """The step's gradient; out of memory, the whole batch again with a smaller execution: nothing counts twice."""
@@ -336,6 +374,10 @@ class Trainer:
             self.progress.phase(phase, done, total)
 
         return report
+
+
+def _totals(spent: Spent) -> dict[str, float]:
+    return {f"spent_{name}": value for name, value in asdict(spent).items()}
 
 
 def _evaluation_line(record: dict[str, Any]) -> str:

@@ -139,6 +139,27 @@ def test_the_lora_loads_into_a_plain_pipeline_and_changes_it(model, folder):
     assert torch.allclose(pipeline.unet(x, t, states).sample, before)
 
 
+def test_a_limit_ends_the_run_and_spreads_its_evaluations(model, folder):
+    new_run(config(model), folder / "free")
+    each = [line["unet_evaluations"] for line in read_metrics(folder / "free" / "metrics.jsonl") if "loss" in line]
+    # Reached by the third step.
+    limits = {"unet_evaluations": sum(each[:3]) - 1}
+    changes = {"steps": 100, "limits": limits, "evaluation": {"points": 2}}
+    new_run(config(model, **changes), folder / "limited")
+    lines = read_metrics(folder / "limited" / "metrics.jsonl")
+    evaluated = [line for line in lines if line["kind"] == "evaluation"]
+    assert [line["step"] for line in evaluated] == [0, 3]
+    assert evaluated[0]["eval_kl"] == 0 < evaluated[1]["eval_kl"]
+    assert (lines[-1]["kind"], lines[-1]["reason"]) == ("end", "limit")
+    assert lines[-1]["spent_unet_evaluations"] == evaluated[1]["spent_unet_evaluations"] == sum(each[:3])
+    # A run that is stopped and resumed ends at the same place.
+    calls = iter(range(10_000))
+    with pytest.raises(Interrupted):
+        new_run(config(model, **changes), folder / "parts", lambda: next(calls) > 30)
+    continue_run(folder / "parts")
+    assert same(lora(folder / "limited"), lora(folder / "parts"))
+
+
 def test_the_reward_rises_and_the_kl_holds_it(model, folder):
     changes = {"steps": 25, "optimizer": {"lr": 3e-2, "batch_size": 8}, "execution": {"micro_batch": 8}}
     new_run(config(model, **changes, objective={"alpha": 0.0}), folder / "free")

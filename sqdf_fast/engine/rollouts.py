@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqdf_fast.backbone import Backbone
+from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.config import Config, Execution
 from sqdf_fast.engine.executor import RewardFunction
 from sqdf_fast.engine.ladder import step_down
@@ -17,6 +17,7 @@ from sqdf_fast.engine.parts import Part, Parts
 from sqdf_fast.engine.sampler import Sampler, Trajectories
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import Family
+from sqdf_fast.kernels import denoise_step
 
 Progress = Callable[[str], Callable[[int, int], None]]
 
@@ -127,6 +128,56 @@ class Rollouts:
     def rewards(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
         """The rewards of the pictures that latents [n, ...] decode to: [n], no gradient."""
         return self._in_groups(lambda size: self._scores(latents, prompts, size))
+
+    @torch.no_grad()
+    def divergence(self, states: Tensor, prompts: Sequence[str]) -> Tensor:
+        """KL of one step between policy and reference, at one state of each trajectory: [n] float32 on the CPU.
+
+        The states take turns along the schedule, so that the mean over many trajectories is that over its trainable
+        steps. Mean over the elements of a sample, without the factor 1/2, times ``objective.kl_scale``.
+
+        Args:
+            states: x_t at the schedule's K trainable indices, [n, K, ...]; prompts: n.
+        """
+        family, schedule = self.backbone.family, self.sampler.schedule
+        turn = torch.arange(len(states)) % states.shape[1]
+        x = states[torch.arange(len(states)), turn]
+        index = torch.nonzero(schedule.trainable.cpu(), as_tuple=True)[0][turn]
+        while True:
+            self.enter("divergence")
+            try:
+                self.parts.use("network")
+                size = self.sampler.batch_size
+                parts = [slice(start, start + size) for start in range(0, len(x), size)]
+                return torch.cat([self._divergence(x[part], index[part], prompts[part]) for part in parts])
+            except torch.OutOfMemoryError:
+                pass
+            if size == 1:
+                raise UserError(f"out of memory for one network call of {family.name}; a smaller model would help")
+            self.sampler.batch_size = size // 2
+            self._on_smaller(f"out of memory while evaluating: sampling.batch_size {size} -> {size // 2}")
+
+    def _divergence(self, x: Tensor, index: Tensor, prompts: Sequence[str]) -> Tensor:
+        family, scale = self.backbone.family, self.sampler.guidance_scale
+        tables = self.sampler.schedule.to(family.device, family.precision)
+        x, index = x.to(family.device, family.precision), index.to(family.device)
+        unconditional = None if scale == 1 else family.encode([""])
+        outputs = []
+        roles: tuple[Role, ...] = ("policy", "reference")
+        for role in roles:
+            with self.backbone.role(role):
+                outputs.append(self.backbone.predict(x, tables.timesteps[index], family.encode(prompts), unconditional))
+        _, kl = denoise_step(
+            x,
+            *outputs,
+            tables.transition,
+            index,
+            guidance_scale=scale,
+            noise=torch.zeros_like(x),
+            kl_scale=self.config.objective.kl_scale,
+            impl=self.config.impl,
+        )
+        return kl.float().cpu()
 
     def smaller(self, stage: str, step: int, *, staged: bool) -> None:
         """A smaller execution from now on, for a stage that ran out of memory.

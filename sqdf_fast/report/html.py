@@ -71,7 +71,11 @@ def _header(run: Run, title: str) -> str:
     summary = summarise(run.evaluations)
     planned = run.config.get("steps")
     state = f"{run.last_step} of {planned} steps" if isinstance(planned, int) else f"{run.last_step} steps"
-    facts = [state if run.finished else f"partial run: {state}", f"seed {run.config.get('seed', 'unknown')}"]
+    if run.ended is None:
+        state = f"partial run: {state}"
+    elif run.ended != "steps":
+        state = f"{run.last_step} steps, ended by its {run.ended}"
+    facts = [state, f"seed {run.config.get('seed', 'unknown')}"]
     if run.config.get("preset"):
         facts.append(f"preset {run.config['preset']}")
     tiles = "".join(_tiles(summary))

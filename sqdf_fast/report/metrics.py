@@ -50,12 +50,13 @@ class MetricsLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def truncate(self, step: int, evaluated: int) -> None:
-        """Drop what a resumed run writes again: records beyond ``step``, evaluations beyond ``evaluated``."""
+        """Drop what a resumed run writes again: beyond ``step``, of evaluations beyond ``evaluated``, and its end."""
         self._file.close()
         kept = [
             record
             for record in read_metrics(self.path)
-            if record["step"] <= (evaluated if record.get("kind") == "evaluation" else step)
+            if record.get("kind") != "end"
+            and record["step"] <= (evaluated if record.get("kind") in ("evaluation", "alarm") else step)
         ]
         _rewrite(self.path, kept)
         self._file = _open(self.path)

@@ -41,6 +41,7 @@ class TrainingProgress:
         self.planned_bytes = planned_bytes
         self.total_steps = total_steps
         self.step = self.first_step = first_step
+        self.share = first_step / total_steps
         self.phase_name = "starting"
         self.reward: float | None = None
         self.kl: float | None = None
@@ -70,26 +71,44 @@ class TrainingProgress:
             # What precedes the first step says nothing about how long steps take.
             self._began = self._clock()
 
-    def update(self, step: int, reward: float, kl: float | None, memory_bytes: int | None = None) -> None:
-        """An optimizer step is finished: ``step`` of ``total_steps``, counted from 1."""
+    def update(
+        self,
+        step: int,
+        reward: float,
+        kl: float | None,
+        memory_bytes: int | None = None,
+        share: float | None = None,
+    ) -> None:
+        """An optimizer step is finished: ``step`` of ``total_steps``, counted from 1.
+
+        Args:
+            share: of the run that is over, in (0, 1]; default: that of its steps. A limit may end it earlier.
+        """
         self.step, self.reward, self.kl, self.memory_bytes = step, reward, kl, memory_bytes
+        self.share = step / self.total_steps if share is None else min(share, 1.0)
         if not self.console.is_terminal and self._plain_line_due():
             self._last_plain = self._clock()
-            self.message(" · ".join([f"step {step}/{self.total_steps}", *self._facts()]))
+            self.message(" · ".join([f"step {step}/{self._expected_steps()}", *self._facts()]))
 
     def message(self, text: str) -> None:
         """Print a line that stays, above the live one."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _plain_line_due(self) -> bool:
-        last = self.step >= self.total_steps
+        last = self.share >= 1
         return last or self._last_plain is None or self._clock() - self._last_plain >= PLAIN_INTERVAL
+
+    def _expected_steps(self) -> int:
+        """Of the whole run, as far as its share so far tells."""
+        return round(self.step / self.share) if 0 < self.step < self.share * self.total_steps else self.total_steps
 
     def _seconds_left(self) -> float | None:
         done = self.step - self.first_step
         if done <= 0:
             return None
-        return (self._clock() - self._began) / done * (self.total_steps - self.step)
+        # Steps cost alike, so those of this process say how many are to come.
+        to_come = self.step * (1 / self.share - 1)
+        return (self._clock() - self._began) / done * to_come
 
     def _facts(self) -> list[str]:
         facts = []
@@ -110,8 +129,8 @@ class TrainingProgress:
         row = Table.grid(padding=(0, 1))
         row.add_row(
             Text(f"{self.phase_name:<18}", style="cyan"),
-            ProgressBar(total=self.total_steps, completed=self.step, width=24),
-            Text(f"{self.step}/{self.total_steps}"),
+            ProgressBar(total=1, completed=self.share, width=24),
+            Text(f"{self.step}/{self._expected_steps()}"),
             Text(" · ".join(self._facts()), no_wrap=True, overflow="ellipsis"),
         )
         return row

@@ -24,7 +24,8 @@ class Run:
     Attributes:
         config: the nested settings.
         steps: records of kind "step", in order.
-        evaluations: records of kind "evaluation", in order.
+        evaluations: records of kind "evaluation", in order; alarms: of kind "alarm", what the monitor said.
+        ended: why the run is over: "steps", "limit" or "monitor"; None while it is not.
         environment: versions; empty if the run kept none.
         plan: what the planner wrote before the run; empty without one.
     """
@@ -33,6 +34,8 @@ class Run:
     config: dict[str, Any]
     steps: list[Record]
     evaluations: list[Record]
+    alarms: list[Record]
+    ended: str | None
     samples: Samples
     environment: dict[str, str]
     plan: Record
@@ -55,8 +58,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        planned = self.config.get("steps")
-        return isinstance(planned, int) and self.last_step >= planned
+        return self.ended is not None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def read_run(folder: Path) -> Run:
         config=config,
         steps=[record for record in records if record.get("kind") == "step"],
         evaluations=[record for record in records if record.get("kind") == "evaluation"],
+        alarms=[record for record in records if record.get("kind") == "alarm"],
+        ended=next((str(record["reason"]) for record in records if record.get("kind") == "end"), None),
         samples=read_samples(folder),
         environment=_read_environment(folder / ENVIRONMENT_FILE),
         plan=read_plan(folder),

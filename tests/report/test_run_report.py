@@ -81,6 +81,7 @@ def run_folder(tmp_path) -> Path:
             log.append(step_record(step))
             if step % 20 == 0:
                 log.append(evaluation(step, 0.25 + step / 40, -1.0 + step / 100))
+        log.append({"kind": "end", "step": 40, "reason": "steps"})
     for step in (0, 20, 40):
         images = torch.full((2, 3, 16, 16), step / 40)
         images[1] = 0.5
@@ -170,6 +171,14 @@ def test_headline_numbers(run_folder):
     assert "6,000" in text
     assert "1:20" in text
     assert "40 of 40 steps" in text
+    assert "partial" not in text
+
+
+def test_a_run_that_its_limit_ended_says_so(run_folder):
+    lines = (run_folder / "metrics.jsonl").read_text().replace('"reason": "steps"', '"reason": "limit"')
+    (run_folder / "metrics.jsonl").write_text(lines)
+    text = Page(write_report(run_folder).read_text(encoding="utf-8")).text
+    assert "40 steps, ended by its limit" in text
     assert "partial" not in text
 
 
