@@ -257,7 +257,7 @@ class Trainer:
     def _evaluate(self, log: MetricsLog) -> None:
         started = time.monotonic()
         prompts, seeds = self.held_out.prompts, self.held_out.seeds
-        sampled = self.rollouts.sample(prompts, seeds, "evaluating", keep_states=True)
+        sampled = self.rollouts.sample(prompts, seeds, "evaluating", keep="trainable")
         assert sampled.states is not None
         divergence = self.rollouts.divergence(sampled.states, prompts)
         images = self.rollouts.decode(sampled.x0)

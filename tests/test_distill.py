@@ -148,7 +148,7 @@ def test_states_before_the_branch_are_the_samplers(model):
     schedule = DenoisingSchedule.from_scheduler(backbone.family.scheduler, 4, trainable_ratio=1e9)
     seeds = sample_seeds(0, Stream.DISTILL, 0, 3)
     sampler = Sampler(backbone, schedule, guidance_scale=5.0, batch_size=3)
-    expected = sampler.sample(PROMPTS, seeds, role="reference", keep_states=True).states
+    expected = sampler.sample(PROMPTS, seeds, role="reference", keep="trainable").states
     got = guided_trajectories(
         backbone, schedule, PROMPTS, seeds, torch.tensor([0, 2, 3]), guidance_scale=5.0, batch_size=2
     )

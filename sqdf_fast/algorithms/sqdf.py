@@ -41,7 +41,7 @@ class Sqdf(Algorithm):
         if self.refills * settings.steps_per_refill > step:
             return
         prompts, seeds = rollouts.fresh(self.refills, settings.refill)
-        sampled = rollouts.sample(prompts, seeds, keep_states=settings.store == "states")
+        sampled = rollouts.sample(prompts, seeds, keep="trainable" if settings.store == "states" else "none")
         rewards = rollouts.rewards(sampled.x0, prompts) if settings.mode == "prioritised" else None
         # The buffer's x_0 are of the network's precision, as its states are.
         stored = sampled.x0.to(rollouts.backbone.family.dtype) if sampled.states is None else sampled.states

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,18 @@ from sqdf_fast.kernels import posterior_mean
 from sqdf_fast.kernels.philox import derive_seeds, philox_normal
 from sqdf_fast.schedule import DenoisingSchedule
 
+Keep = Literal["none", "trainable", "all"]
+"""Which states of a trajectory to return: none, x_t at the K trainable indices, or all of x_T, ..., x_0."""
+
 
 @dataclass(frozen=True)
 class Trajectories:
     """Sampled trajectories.
 
     Attributes:
-        x0: final latents [n, ...].
-        states: x_t at the schedule's K trainable indices, [n, K, ...] on the CPU; None unless asked for.
+        x0: final latents [n, ...]; those at index ``stop`` where sampling stopped early.
+        states: on the CPU, None unless asked for. "trainable": [n, K, ...] in the network's dtype. "all":
+            [n, T + 1, ...] in the family's precision, since a transition's probability is that of the very states.
     """
 
     x0: Tensor
@@ -83,7 +88,8 @@ class Sampler:
         seeds: Tensor,
         *,
         role: Role = "policy",
-        keep_states: bool = False,
+        keep: Keep = "none",
+        stop: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Trajectories:
         """Trajectories for the prompts.
@@ -91,12 +97,13 @@ class Sampler:
         Args:
             prompts: n prompts; seeds: [n] int64, one a sample.
             role: whose trajectories.
-            keep_states: also return x_t at the trainable indices.
+            keep: states to return as well.
+            stop: index of the state to stop at, 0 (the first noise) to T; None: T, the final latents.
             on_progress: called with (network calls done, network calls in all).
         """
         x0, states = [], []
         chunks = range(0, len(prompts), self.batch_size)
-        steps = len(self.schedule.timesteps)
+        steps = len(self.schedule) if stop is None else stop
         with self._ready(role):
             for number, start in enumerate(chunks):
                 part = slice(start, start + self.batch_size)
@@ -105,10 +112,10 @@ class Sampler:
                     if on_progress:
                         on_progress(done + step, len(chunks) * steps)
 
-                latents, kept = self._denoise(prompts[part], seeds[part], keep_states, report)
+                latents, kept = self._denoise(prompts[part], seeds[part], keep, steps, report)
                 x0.append(latents)
                 states += kept
-        return Trajectories(torch.cat(x0), torch.cat(states) if keep_states else None)
+        return Trajectories(torch.cat(x0), torch.cat(states) if states else None)
 
     @contextmanager
     def _ready(self, role: Role) -> Iterator[None]:
@@ -118,7 +125,7 @@ class Sampler:
             yield
 
     def _denoise(
-        self, prompts: Sequence[str], seeds: Tensor, keep: bool, report: Callable[[int], None]
+        self, prompts: Sequence[str], seeds: Tensor, keep: Keep, steps: int, report: Callable[[int], None]
     ) -> tuple[Tensor, list[Tensor]]:
         family = self.backbone.family
         device = family.device
@@ -126,10 +133,10 @@ class Sampler:
         conditioning = family.encode(prompts)
         unconditional = family.encode([""]) if self.guidance_scale != 1 else None
         x = self._noise(derive_seeds(Stream.INITIAL, ids=seeds), tables.transition.dtype)
-        states = []
-        for i in range(len(self.schedule.timesteps)):
-            if keep and self._trainable[i]:
-                states.append(x.to("cpu", family.dtype))
+        states, stored = [], family.precision if keep == "all" else family.dtype
+        for i in range(steps):
+            if keep == "all" or (keep == "trainable" and self._trainable[i]):
+                states.append(x.to("cpu", stored))
             index = torch.full((len(x),), i, device=device)
             if self.compilation == "cuda-graphs":
                 # Outputs of the step before may be overwritten from here on: none is held.
@@ -151,7 +158,9 @@ class Sampler:
                 else mean + sigma * self._noise(derive_seeds(Stream.DENOISING, i, ids=seeds), x.dtype)
             )
             report(i + 1)
-        return x, [torch.stack(states, dim=1)] if keep else []
+        if keep == "all":
+            states.append(x.to("cpu", stored))
+        return x, [torch.stack(states, dim=1)] if states else []
 
     def _noise(self, seeds: Tensor, dtype: torch.dtype) -> Tensor:
         family = self.backbone.family

@@ -71,20 +71,43 @@ def test_equals_the_diffusers_pipeline_on_the_same_noise(model):
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_sample_does_not_depend_on_its_batch(model, batch_size):
     seeds = sample_seeds(0, Stream.REFILL, 0, 3)
-    whole = sampler(model).sample(PROMPTS, seeds, keep_states=True)
-    parts = sampler(model, batch_size).sample(PROMPTS, seeds, keep_states=True)
+    whole = sampler(model).sample(PROMPTS, seeds, keep="trainable")
+    parts = sampler(model, batch_size).sample(PROMPTS, seeds, keep="trainable")
     assert torch.allclose(whole.x0, parts.x0, rtol=0, atol=1e-12)
     assert torch.allclose(whole.states, parts.states, rtol=0, atol=1e-12)
 
 
 def test_states_are_those_at_the_trainable_indices(model):
     found = sampler(model)
-    result = found.sample(PROMPTS, sample_seeds(0, Stream.REFILL, 0, 3), keep_states=True)
+    result = found.sample(PROMPTS, sample_seeds(0, Stream.REFILL, 0, 3), keep="trainable")
     assert result.states.shape == (3, int(found.schedule.trainable.sum()), 4, 8, 8)
     first = philox_normal(
         derive_seeds(Stream.INITIAL, ids=sample_seeds(0, Stream.REFILL, 0, 3)), (4, 8, 8), dtype=torch.float64
     )
     assert torch.equal(result.states[:, 0], first)
+
+
+def test_all_states_are_the_trajectory_and_follow_from_one_another(model):
+    found, seeds = trained(model, merge_lora=False), sample_seeds(0, Stream.REFILL, 0, 3)
+    result, some = (found.sample(PROMPTS, seeds, keep=keep) for keep in ("all", "trainable"))
+    states = result.states
+    assert states.shape == (3, 5, 4, 8, 8)
+    assert torch.equal(states[:, -1], result.x0)
+    assert torch.equal(states[:, :-1][:, found.schedule.trainable], some.states)
+    family, i = found.backbone.family, 2
+    with torch.no_grad(), found.backbone.role("policy"):
+        m = found.backbone.predict(
+            states[:, i], found.schedule.timesteps[[i] * 3], family.encode(PROMPTS), family.encode([""])
+        )
+    unconditional, conditional = m.chunk(2)
+    p, q, sigma = found.schedule.transition[i]
+    z = (states[:, i + 1] - p * states[:, i] - q * (unconditional + 3 * (conditional - unconditional))) / sigma
+    expected = philox_normal(derive_seeds(Stream.DENOISING, i, ids=seeds), (4, 8, 8), dtype=torch.float64)
+    assert apart(z, expected) < 1e-10
+
+
+def test_nothing_is_kept_unless_asked_for(model):
+    assert sampler(model).sample(PROMPTS, sample_seeds(0, Stream.REFILL, 0, 3)).states is None
 
 
 def test_progress_counts_network_calls(model):
@@ -222,8 +245,10 @@ def test_blocks_to_compile_are_those_that_diffusers_names():
 
 def test_a_half_precision_network_samples_in_full_precision(model):
     exact, half = trained(model, dtype=torch.float32), trained(model, dtype=torch.bfloat16)
-    result = half.sample(PROMPTS, sample_seeds(0, Stream.REFILL, 0, 3), keep_states=True)
+    result = half.sample(PROMPTS, sample_seeds(0, Stream.REFILL, 0, 3), keep="trainable")
     assert (result.x0.dtype, result.states.dtype) == (torch.float32, torch.bfloat16)
+    visited = half.sample(PROMPTS, sample_seeds(0, Stream.REFILL, 0, 3), keep="all").states
+    assert torch.equal(visited[:, -1], result.x0)
     assert apart(result.x0, x0(exact)) < 0.1
     assert apart(x0(half), x0(trained(model, dtype=torch.bfloat16, merge_lora=False))) < 0.1
 
@@ -240,3 +265,23 @@ def test_sampling_reads_no_value_of_a_tensor(model, merge_lora):
     result = found.sample(PROMPTS, torch.arange(3))
     assert (result.x0.device.type, tuple(result.x0.shape)) == ("meta", (3, 4, 8, 8))
     assert found.backbone.evaluations == 2 * 3 * len(found.schedule)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+def test_sampling_stops_at_a_state_of_the_whole_trajectory(model, stop):
+    """The steps that follow, taken one by one, end where an uninterrupted trajectory does."""
+    found, seeds, calls = trained(model, merge_lora=False), sample_seeds(0, Stream.REFILL, 0, 3), []
+    before = found.backbone.evaluations
+    x = found.sample(PROMPTS, seeds, stop=stop, on_progress=lambda done, total: calls.append((done, total))).x0
+    assert found.backbone.evaluations - before == 2 * 3 * stop
+    assert calls == [(i + 1, stop) for i in range(stop)]
+    family, schedule = found.backbone.family, found.schedule
+    conditioning, empty = family.encode(PROMPTS), family.encode([""])
+    with torch.no_grad(), found.backbone.role("policy"):
+        for i in range(stop, 4):
+            m = found.backbone.predict(x, schedule.timesteps[[i] * 3], conditioning, empty)
+            unconditional, conditional = m.chunk(2)
+            p, q, sigma = schedule.transition[i]
+            z = philox_normal(derive_seeds(Stream.DENOISING, i, ids=seeds), (4, 8, 8), dtype=torch.float64)
+            x = p * x + q * (unconditional + 3 * (conditional - unconditional)) + sigma * z
+    assert apart(x, x0(found)) < 1e-12
