@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, one thread each: a worker takes up to 2 GiB.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadscope
 
 # What an installation depends on; Python files do not count, the installation is editable.
 INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)
@@ -16,7 +19,7 @@ train: $(VENV)/.installed  ## Fine-tune; without a GPU on the embedded world. AR
 	$(BIN)/sqdf-fast train $(ARGS)
 
 test: $(VENV)/.installed-test  ## Run the tests. ARGS="tests/kernels -q"
-	$(BIN)/python -m pytest $(ARGS)
+	$(TESTS) $(ARGS)
 
 bench: $(VENV)/.installed-test  ## Time the fused ops, record the results, draw them
 	mkdir -p build
@@ -43,7 +46,7 @@ native-asan: $(VENV)/.installed-dev  ## The kernel tests on a native library bui
 	$(BIN)/cmake -S . -B build/asan -DSQDF_FAST_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	$(BIN)/cmake --build build/asan
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
-	  SQDF_FAST_NATIVE_LIBRARY=build/asan/libsqdf_fast_native.so $(BIN)/python -m pytest tests/kernels -k native $(ARGS)
+	  SQDF_FAST_NATIVE_LIBRARY=build/asan/libsqdf_fast_native.so $(TESTS) tests/kernels -k native $(ARGS)
 
 clean:  ## Remove the environment and everything built
 	rm -rf $(VENV) build
