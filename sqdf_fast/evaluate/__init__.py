@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from sqdf_fast.evaluate.bootstrap import bootstrap_interval
-from sqdf_fast.evaluate.judges import EmbeddingJudges, Judges, ShapesJudges, load_judges
+from sqdf_fast.evaluate.judge import Judge, Measurement, PictureJudge, Pictures, PromptJudge, Values
+from sqdf_fast.evaluate.judges import Judges, available_judges, load_judges
 from sqdf_fast.evaluate.metrics import evaluate_images
 
 __all__ = [
-    "EmbeddingJudges",
+    "Judge",
     "Judges",
-    "ShapesJudges",
+    "Measurement",
+    "PictureJudge",
+    "Pictures",
+    "PromptJudge",
+    "Values",
+    "available_judges",
     "bootstrap_interval",
     "evaluate_images",
     "load_judges",

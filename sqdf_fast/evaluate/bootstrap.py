@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def bootstrap_interval(
@@ -26,12 +27,25 @@ def bootstrap_interval(
         (low, high); the same arguments give the same interval. One group alone gives (mean, mean).
     """
     numbers = np.asarray(values, dtype=np.float64)
-    labels = list(range(len(numbers))) if groups is None else list(groups)
-    distinct = {label: position for position, label in enumerate(dict.fromkeys(labels))}
-    member = np.array([distinct[label] for label in labels])
+    member = group_members(range(len(numbers)) if groups is None else groups)
     sums = np.bincount(member, weights=numbers)
     counts = np.bincount(member)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    drawn = resampled_groups(len(sums), resamples, seed)
+    return percentile_interval(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), level)
+
+
+def group_members(groups: Sequence[Hashable]) -> NDArray[np.int64]:
+    """The position of each value's group among the distinct groups, [N]."""
+    distinct = {label: position for position, label in enumerate(dict.fromkeys(groups))}
+    return np.array([distinct[label] for label in groups], dtype=np.int64)
+
+
+def resampled_groups(count: int, resamples: int, seed: int = 0) -> NDArray[np.int64]:
+    """Which of ``count`` groups each resample draws, with replacement, [resamples, count]."""
+    return np.random.default_rng(seed).integers(count, size=(resamples, count))
+
+
+def percentile_interval(statistics: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+    """The middle ``level`` of resampled statistics; NaN, a resample that has none, does not count."""
+    low, high = np.nanquantile(statistics, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

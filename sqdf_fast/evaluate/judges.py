@@ -1,114 +1,145 @@
-"""What judges the pictures of a model, beside the reward it is trained on."""
+"""Which judges a model gets: its own, those asked for by name, and rewards held out of training."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Sequence
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sqdf_fast.errors import UserError
+from sqdf_fast.evaluate.distance import KernelDistance
+from sqdf_fast.evaluate.diversity import EmbeddingDiversity, Vendi, VendiOfAll
+from sqdf_fast.evaluate.embedding import Embedding, embedding_of
+from sqdf_fast.evaluate.judge import Better, Judge, PictureJudge
+from sqdf_fast.evaluate.reward_judges import held_out_judge
 from sqdf_fast.rewards import Reward
 
-PIXEL_SIDE = 16
+_REGISTERED = {
+    "clip": "sqdf_fast.evaluate.reward_judges:ClipAlignment",
+    "lpips": "sqdf_fast.evaluate.perceptual:LpipsDiversity",
+    "dreamsim": "sqdf_fast.evaluate.perceptual:DreamSimDiversity",
+    "frechet": "sqdf_fast.evaluate.distance:FrechetDistance",
+}
 
 
 class Judges:
-    """Judges nothing; subclasses answer what their model or world can. None means that it cannot be told.
+    """Several judges and the embedding that they share.
 
-    Images are float [B, 3, H, W] in [0, 1], prompts are B strings.
-
-    Attributes:
-        diversity_measure: what :meth:`diversity` compares, in a few words.
+    Raises:
+        UserError: two judges of the same name.
     """
 
-    diversity_measure: str | None = None
+    def __init__(self, judges: Sequence[Judge], embedding: Embedding) -> None:
+        self.embedding = embedding
+        self.by_name = {judge.name: judge for judge in judges}
+        for judge in judges:
+            if self.by_name[judge.name] is not judge:
+                raise UserError(
+                    f"two judges are called {judge.name!r}; leave one out "
+                    "(the embedded world has an alignment judge of its own)"
+                )
 
-    def true_reward(self, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
-        """What the trained reward stands for, [B]; training never sees it."""
-        return None
+    @property
+    def diversity_measure(self) -> str | None:
+        """What the judge called diversity compares, in a few words."""
+        judge = self.by_name.get("diversity")
+        return None if judge is None else getattr(judge, "description", self.embedding.description)
 
-    def alignment(self, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
-        """How well each picture fits its prompt, [B]."""
-        return None
-
-    def attribute_accuracy(self, images: Tensor, prompts: Sequence[str]) -> float | None:
-        """Fraction of the attributes named in the prompts that a classifier finds in the pictures."""
-        return None
-
-    def diversity(self, images: Tensor, prompts: Sequence[str]) -> float | None:
-        """How much pictures of the same prompt differ; None where no prompt occurs twice."""
-        return None
-
-
-class ShapesJudges(Judges):
-    """The embedded world, where even the true reward is known. The networks are tiny and stay on the CPU."""
-
-    diversity_measure = "attributes that the prompt leaves free"
-
-    def __init__(self) -> None:
-        from sqdf_fast.shapes import load_judge
-
-        self.judge = load_judge()
-
-    def true_reward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        from sqdf_fast.shapes import hidden_rule
-
-        return hidden_rule(images.cpu(), prompts)
-
-    def alignment(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.judge.alignment(images.cpu(), prompts)
-
-    def attribute_accuracy(self, images: Tensor, prompts: Sequence[str]) -> float:
-        accuracy = self.judge.attribute_accuracy(images.cpu(), prompts)
-        return accuracy.shape if math.isnan(accuracy.colour) else accuracy.mean
-
-    def diversity(self, images: Tensor, prompts: Sequence[str]) -> float | None:
-        found = self.judge.diversity(images.cpu(), prompts)
-        return None if math.isnan(found) else found
-
-
-class EmbeddingJudges(Judges):
-    """Any other model: diversity in the embeddings of the reward's own backbone, or of small thumbnails.
-
-    Reward features are compared by 1 - cosine, in [0, 2]; thumbnails of 16 x 16 pixels by the root mean
-    square difference of their values, in [0, 1]. Mean over the pairs of a prompt, then over the prompts that
-    occur twice.
-    """
-
-    def __init__(self, reward: Reward) -> None:
-        self.reward = reward
-        self._has_features = type(reward).features is not Reward.features
-        self.diversity_measure = (
-            f"features of the reward {reward.name!r} (1 - cosine)"
-            if self._has_features
-            else f"thumbnails of {PIXEL_SIDE} x {PIXEL_SIDE} pixels (root mean square difference)"
-        )
+    @property
+    def better(self) -> dict[str, Better]:
+        """Which direction is good, for each judge's name."""
+        return {name: judge.better for name, judge in self.by_name.items()}
 
     @torch.no_grad()
-    def diversity(self, images: Tensor, prompts: Sequence[str], batch_size: int = 16) -> float | None:
-        embeddings = torch.cat([self._embed(batch) for batch in images.split(batch_size)]).double().cpu()
-        members: dict[str, list[int]] = defaultdict(list)
-        for index, prompt in enumerate(prompts):
-            members[prompt].append(index)
-        means = [self._distances(embeddings[rows]).mean() for rows in members.values() if len(rows) > 1]
-        return float(torch.stack(means).mean()) if means else None
+    def alignment(self, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
+        """How well each picture fits its prompt, [B]; None where no judge can tell.
 
-    def _embed(self, images: Tensor) -> Tensor:
-        features = self.reward.features(images) if self._has_features else None
-        if features is None:
-            return F.adaptive_avg_pool2d(images.float(), PIXEL_SIDE).flatten(1)
-        return F.normalize(features.float(), dim=1)
+        Raises:
+            UserError: a prompt that the judge cannot read.
+        """
+        judge = self.by_name.get("alignment")
+        if not isinstance(judge, PictureJudge):
+            return None
+        with judge.at(images.device):
+            return judge.score(images, prompts)
 
-    def _distances(self, embeddings: Tensor) -> Tensor:
-        """Of every pair of rows, [B (B - 1) / 2]."""
-        euclidean = torch.pdist(embeddings)
-        # Between unit vectors |a - b|^2 / 2 = 1 - cosine.
-        return euclidean.square() / 2 if self._has_features else euclidean / embeddings.shape[1] ** 0.5
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        """Tell the judges all prompts that will come, so that they can free what only serves new ones."""
+        for judge in self.by_name.values():
+            judge.encode_prompts(prompts)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, batch_size: int = 16) -> Tensor:
+        """Embeddings [N, F] of pictures, such as the base model's."""
+        return torch.cat([self.embedding(batch) for batch in images.split(batch_size)])
 
 
-def load_judges(model: str, reward: Reward) -> Judges:
-    """The judges of ``model``: those of the embedded world for "shapes", embeddings for every other."""
-    return ShapesJudges() if model == "shapes" else EmbeddingJudges(reward)
+def available_judges() -> tuple[str, ...]:
+    """Names that :func:`load_judges` knows beside ``module:Class``."""
+    return tuple(_REGISTERED)
+
+
+def load_judges(
+    model: str,
+    reward: Reward,
+    names: Sequence[str] = (),
+    held_out: Sequence[str] = (),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Judges:
+    """The judges of ``model``: those of the embedded world for "shapes", embeddings for every other; and more.
+
+    Args:
+        reward: the one that training maximises, whose features are the embedding of other models.
+        names: of registered judges, or ``module:Class`` of a subclass of :class:`Judge`.
+        held_out: rewards, registered or ``module:function``, that training does not see.
+        options: keywords for the judge or the held-out reward of that name.
+        dtype: of their networks, where they can work in less than float32.
+
+    Raises:
+        UserError: a name that is unknown, or a judge or reward that cannot be had.
+    """
+    given = options or {}
+    own, embedding = _of_model(model, reward)
+    more = [_judge_class(name).load(dtype=dtype, **given.get(name, {})) for name in names]
+    rewards = [held_out_judge(spec, dtype=dtype, **given.get(spec, {})) for spec in held_out]
+    return Judges([*own, KernelDistance(), *more, *rewards], embedding)
+
+
+def _of_model(model: str, reward: Reward) -> tuple[list[Judge], Embedding]:
+    if model != "shapes":
+        return [EmbeddingDiversity(), Vendi(), VendiOfAll()], embedding_of(reward)
+    from sqdf_fast.evaluate.shapes import ShapesEmbedding, shapes_judges
+    from sqdf_fast.shapes import load_judge
+
+    networks = load_judge()
+    return shapes_judges(networks), ShapesEmbedding(networks)
+
+
+def _judge_class(name: str) -> type[Judge]:
+    address = _REGISTERED.get(name, name)
+    module_name, colon, attribute = address.partition(":")
+    if not colon:
+        close = difflib.get_close_matches(name, _REGISTERED, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(
+            f"judge {name!r} is unknown; {hint}allowed: {', '.join(_REGISTERED)}, or module:Class of your own"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"judge {name!r} cannot be imported ({error}); put {module_name.replace('.', '/')}.py in the current "
+            "folder and check the name after the colon"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Judge)):
+        raise UserError(f"judge {name!r} is no subclass of sqdf_fast.evaluate.Judge; write one, see docs/evaluation.md")
+    return found

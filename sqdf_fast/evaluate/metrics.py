@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sqdf_fast.evaluate.bootstrap import bootstrap_interval
+from sqdf_fast.evaluate.judge import Measurement, PictureJudge, Pictures
 from sqdf_fast.evaluate.judges import Judges
-from sqdf_fast.rewards import Reward, checked_reward
+from sqdf_fast.evaluate.reward_judges import RewardJudge
+from sqdf_fast.rewards import Reward
 
-SHUFFLES = 8
+# In every record, whatever the judges; null where none of them can tell.
+ALWAYS = ("true_reward", "alignment", "attribute_accuracy", "diversity", "vendi", "vendi_all", "distance_to_base")
 
 
 @torch.no_grad()
@@ -22,6 +24,7 @@ def evaluate_images(
     reward: Reward,
     judges: Judges,
     batch_size: int = 16,
+    base: Tensor | None = None,
 ) -> dict[str, float | None]:
     """Judge sampled pictures. The same pictures give the same numbers.
 
@@ -30,57 +33,46 @@ def evaluate_images(
         prompts: N prompts; diversity needs prompts that occur more than once.
         reward: the one that training maximises.
         batch_size: pictures judged at once.
+        base: ``judges.embed`` of the base model's pictures of the same prompts and seeds, in the same order, for the
+            distance to it.
 
     Returns:
-        eval_proxy_reward and its standard deviation over pictures, eval_proxy_reward_std; eval_true_reward;
-        eval_alignment, and eval_alignment_shuffled for the same pictures under other prompts of the set;
-        eval_attribute_accuracy; eval_diversity. The two rewards also as ..._low and ..._high, the 95 %
-        bootstrap interval of the mean over prompts. None for what the judges cannot tell.
+        eval_proxy_reward, and eval_<name> of every judge, each with ..._low and ..._high, its 95 % bootstrap interval
+        over prompts; None for what cannot be told. Also eval_proxy_reward_std over pictures, and
+        eval_alignment_shuffled, the alignment of the same pictures under other prompts of the set.
 
     Raises:
-        UserError: a reward that fails; see :func:`sqdf_fast.rewards.checked_reward`.
+        UserError: a reward or a judge that fails; see :func:`sqdf_fast.rewards.checked_reward`.
     """
-    batches = list(_batches(images, prompts, batch_size))
-    proxy = torch.cat([checked_reward(reward, *batch).double().cpu() for batch in batches])
-    true = _scores(judges.true_reward, batches)
-    found: dict[str, float | None] = {"eval_proxy_reward_std": float(proxy.std()) if len(proxy) > 1 else 0.0}
-    for name, scores in (("eval_proxy_reward", proxy), ("eval_true_reward", true)):
-        low, high = (None, None) if scores is None else bootstrap_interval(scores.tolist(), prompts)
-        found |= {name: _mean(scores), f"{name}_low": low, f"{name}_high": high}
-    found["eval_alignment"] = _mean(_scores(judges.alignment, batches))
-    found["eval_alignment_shuffled"] = _shuffled_alignment(images, prompts, judges, batch_size)
-    found["eval_attribute_accuracy"] = judges.attribute_accuracy(images, prompts)
-    found["eval_diversity"] = judges.diversity(images, prompts)
+    pictures = Pictures(images, prompts, judges.embedding, batch_size, base)
+    proxy = RewardJudge("proxy_reward", reward, visits=False)
+    scores = pictures.scores(proxy.score)
+    found: dict[str, float | None] = {"eval_proxy_reward_std": float(scores.std()) if len(scores) > 1 else 0.0}
+    found |= _keys(proxy.name, proxy(pictures))
+    for name in ALWAYS:
+        found |= _keys(name, None)
+    for name, judge in judges.by_name.items():
+        found |= _keys(name, judge(pictures))
+    found["eval_alignment_shuffled"] = _shuffled_alignment(pictures, judges)
     return found
 
 
-def _batches(images: Tensor, prompts: Sequence[str], size: int) -> Iterator[tuple[Tensor, Sequence[str]]]:
-    for start in range(0, len(images), size):
-        yield images[start : start + size], prompts[start : start + size]
+def _keys(name: str, measured: Measurement | None) -> dict[str, float | None]:
+    found = (None, None, None) if measured is None else (measured.value, measured.low, measured.high)
+    return dict(zip((f"eval_{name}", f"eval_{name}_low", f"eval_{name}_high"), found, strict=True))
 
 
-def _scores(
-    judge: Callable[[Tensor, Sequence[str]], Tensor | None], batches: Sequence[tuple[Tensor, Sequence[str]]]
-) -> Tensor | None:
-    scores = [judge(*batch) for batch in batches]
-    known = [part.double().cpu() for part in scores if part is not None]
-    return torch.cat(known) if len(known) == len(batches) else None
-
-
-def _mean(scores: Tensor | None) -> float | None:
-    return None if scores is None else float(scores.mean())
-
-
-def _shuffled_alignment(images: Tensor, prompts: Sequence[str], judges: Judges, size: int) -> float | None:
-    """Alignment with every picture judged by another prompt of the set, mean of up to 8 such exchanges."""
-    distinct = list(dict.fromkeys(prompts))
+def _shuffled_alignment(pictures: Pictures, judges: Judges) -> float | None:
+    """Alignment with every picture judged by another prompt of the set, mean of a few such exchanges."""
+    judge = judges.by_name.get("alignment")
+    distinct = list(pictures.rows)
+    if not isinstance(judge, PictureJudge) or len(distinct) < 2:
+        return None
     random.Random(0).shuffle(distinct)
     position = {prompt: index for index, prompt in enumerate(distinct)}
     means = []
-    for shift in range(1, min(SHUFFLES, len(distinct) - 1) + 1):
-        others = [distinct[(position[prompt] + shift) % len(distinct)] for prompt in prompts]
-        mean = _mean(_scores(judges.alignment, list(_batches(images, others, size))))
-        if mean is None:
-            return None
-        means.append(mean)
-    return sum(means) / len(means) if means else None
+    with judge.at(pictures.images.device):
+        for shift in range(1, min(judge.exchanges, len(distinct) - 1) + 1):
+            others = [distinct[(position[prompt] + shift) % len(distinct)] for prompt in pictures.prompts]
+            means.append(float(pictures.scores(judge.score, others).mean()))
+    return sum(means) / len(means)

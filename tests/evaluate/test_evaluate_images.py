@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.evaluate import EmbeddingJudges, Judges, bootstrap_interval, evaluate_images
+from sqdf_fast.evaluate import Judge, Judges, PictureJudge, PromptJudge, Values, bootstrap_interval, evaluate_images
+from sqdf_fast.evaluate.distance import KernelDistance
+from sqdf_fast.evaluate.embedding import Thumbnails
 from sqdf_fast.rewards.base import FunctionReward, Reward
 
 PROMPTS = ["red", "red", "green", "green", "blue", "blue"]
+LEVELS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
+PROXY = {f"eval_proxy_reward{end}" for end in ("", "_std", "_low", "_high")}
 
 
 class Brightness(Reward):
@@ -17,106 +21,157 @@ class Brightness(Reward):
         return images.mean(dim=(1, 2, 3))
 
 
-class ColourJudges(Judges):
-    """Alignment is the amount of the named colour; remembers the batches that it saw."""
+class Colour(PictureJudge):
+    """The amount of the named colour; remembers the batches that it saw."""
+
+    name = "alignment"
 
     def __init__(self) -> None:
         self.batches = []
 
-    def true_reward(self, images, prompts):
-        return -images.amax(dim=(1, 2, 3))
-
-    def alignment(self, images, prompts):
+    def score(self, images, prompts):
         assert not torch.is_grad_enabled()
         self.batches.append(len(images))
         return images.mean(dim=(2, 3))[range(len(prompts)), [["red", "green", "blue"].index(p) for p in prompts]]
 
-    def attribute_accuracy(self, images, prompts):
-        return 0.75
 
-    def diversity(self, images, prompts):
-        return 1.5
+class Contrast(PromptJudge):
+    """The difference of a prompt's last picture to its first."""
+
+    name = "diversity"
+
+    def of_prompt(self, pictures, rows):
+        assert len({pictures.prompts[row] for row in rows}) == 1
+        return float((pictures.images[rows[-1]] - pictures.images[rows[0]]).max())
+
+
+def judges(*several):
+    return Judges(several, Thumbnails())
 
 
 @pytest.fixture
 def images():
     """Each shows its prompt's colour at a level of its own."""
     pictures = torch.zeros(6, 3, 4, 4)
-    for index, level in enumerate((0.2, 0.4, 0.6, 0.8, 0.9, 1.0)):
+    for index, level in enumerate(LEVELS):
         pictures[index, index // 2] = level
     return pictures
 
 
-def test_values(images):
-    found = evaluate_images(images, PROMPTS, Brightness(), ColourJudges())
-    proxy = [level / 3 for level in (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)]
+def test_values_and_intervals(images):
+    found = evaluate_images(images, PROMPTS, Brightness(), judges(Colour(), Contrast()))
+    proxy = [level / 3 for level in LEVELS]
     assert found["eval_proxy_reward"] == pytest.approx(0.65 / 3)
     assert found["eval_proxy_reward_std"] == pytest.approx(torch.tensor(proxy).std().item())
-    assert found["eval_true_reward"] == pytest.approx(-0.65)
     assert found["eval_alignment"] == pytest.approx(0.65)
     assert found["eval_alignment_shuffled"] == 0.0
-    assert found["eval_attribute_accuracy"] == 0.75
-    assert found["eval_diversity"] == 1.5
-    low, high = bootstrap_interval(proxy, PROMPTS)
-    assert found["eval_proxy_reward_low"] == pytest.approx(low)
-    assert found["eval_proxy_reward_high"] == pytest.approx(high)
-    assert found["eval_true_reward_low"] < -0.65 < found["eval_true_reward_high"]
-    assert {type(value) for value in found.values()} == {float}
+    assert found["eval_diversity"] == pytest.approx((0.2 + 0.2 + 0.1) / 3)
+    for name, values, groups in (
+        ("proxy_reward", proxy, PROMPTS),
+        ("alignment", list(LEVELS), PROMPTS),
+        ("diversity", [0.2, 0.2, 0.1], ["red", "green", "blue"]),
+    ):
+        low, high = bootstrap_interval(values, groups)
+        assert (found[f"eval_{name}_low"], found[f"eval_{name}_high"]) == pytest.approx((low, high))
+        assert low < high
 
 
 def test_batches_do_not_change_the_values(images):
-    judges = ColourJudges()
-    found = evaluate_images(images, PROMPTS, Brightness(), judges, batch_size=4)
-    assert found == evaluate_images(images, PROMPTS, Brightness(), ColourJudges())
+    colour = Colour()
+    found = evaluate_images(images, PROMPTS, Brightness(), judges(colour), batch_size=4)
+    assert found == evaluate_images(images, PROMPTS, Brightness(), judges(Colour()))
     # Once under its own prompts, then under each of the two others.
-    assert judges.batches == [4, 2] * 3
+    assert colour.batches == [4, 2] * 3
 
 
 def test_unknown_is_none(images):
-    found = evaluate_images(images, PROMPTS, Brightness(), Judges())
-    assert {name for name, value in found.items() if value is not None} == {
-        "eval_proxy_reward",
-        "eval_proxy_reward_std",
-        "eval_proxy_reward_low",
-        "eval_proxy_reward_high",
-    }
-    assert {"eval_true_reward", "eval_alignment_shuffled", "eval_diversity"} <= found.keys()
+    found = evaluate_images(images, PROMPTS, Brightness(), judges(KernelDistance()))
+    assert {name for name, value in found.items() if value is not None} == PROXY
+    assert {
+        *("eval_true_reward", "eval_alignment", "eval_alignment_low", "eval_alignment_shuffled", "eval_diversity"),
+        *("eval_attribute_accuracy", "eval_attribute_accuracy_high", "eval_vendi", "eval_distance_to_base"),
+    } <= found.keys()
 
 
 def test_one_prompt_has_no_shuffled_baseline(images):
-    found = evaluate_images(images, ["red"] * 6, Brightness(), ColourJudges())
+    found = evaluate_images(images, ["red"] * 6, Brightness(), judges(Colour()))
     assert found["eval_alignment_shuffled"] is None
-    assert evaluate_images(images[:1], ["red"], Brightness(), ColourJudges())["eval_proxy_reward_std"] == 0.0
+    one = evaluate_images(images[:1], ["red"], Brightness(), judges(Contrast()))
+    assert one["eval_proxy_reward_std"] == 0.0
+    assert one["eval_diversity"] is None
+
+
+def test_the_base_models_pictures_are_at_no_distance(images):
+    several = judges(KernelDistance())
+    base = several.embed(images, batch_size=4)
+    same = evaluate_images(images, PROMPTS, Brightness(), several, base=base)
+    assert (same["eval_distance_to_base"], same["eval_distance_to_base_low"]) == (0.0, 0.0)
+    other = evaluate_images(1 - images, PROMPTS, Brightness(), several, base=base)
+    assert other["eval_distance_to_base"] > 0.1
 
 
 def test_reward_that_fails_is_refused(images):
     broken = FunctionReward(lambda x, p: x.mean(dim=(1, 2, 3)) / 0, "broken", {})
     with pytest.raises(UserError, match="'broken' returned"):
-        evaluate_images(images, PROMPTS, broken, Judges())
+        evaluate_images(images, PROMPTS, broken, judges())
 
 
-class WithFeatures(Brightness):
-    def features(self, images):
-        return 7 * images.mean(dim=(2, 3))
+class Says(Judge):
+    name = "oracle"
+
+    def __init__(self, said):
+        self.said = said
+
+    def values(self, pictures):
+        return self.said()
 
 
-def test_diversity_in_the_rewards_features(images):
-    judges = EmbeddingJudges(WithFeatures())
-    assert judges.diversity_measure == "features of the reward 'brightness' (1 - cosine)"
-    # Red and red are parallel, green and blue orthogonal.
-    mixed = images[[0, 1, 2, 4]]
-    assert judges.diversity(mixed, ["a", "a", "b", "b"]) == pytest.approx(0.5, abs=1e-6)
-    assert judges.diversity(mixed, ["a", "a", "a", "a"]) == pytest.approx(5 / 6, abs=1e-6)
-    assert judges.diversity(mixed, ["a", "b", "c", "d"]) is None
+def test_judge_that_fails_is_refused(images):
+    for said, message in (
+        (lambda: 1 // 0, "judge 'oracle' raised ZeroDivisionError.*6 pictures .3, 4, 4."),
+        (lambda: Values([float("nan")], ["red"]), "judge 'oracle' said nan"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_images(images, PROMPTS, Brightness(), judges(Says(said)))
 
 
-def test_diversity_in_thumbnails(images):
-    judges = EmbeddingJudges(Brightness())
-    assert judges.diversity_measure.startswith("thumbnails of 16 x 16 pixels")
-    flat = torch.tensor([0.2, 0.5, 0.5])[:, None, None, None].expand(3, 3, 48, 32)
-    assert judges.diversity(flat[:2], ["a", "a"]) == pytest.approx(0.3, abs=1e-6)
-    assert judges.diversity(flat[1:], ["a", "a"]) == 0.0
-    assert judges.diversity(flat, ["a", "a", "a"]) == pytest.approx(0.2, abs=1e-6)
-    # Detail finer than a thumbnail's pixel is not diversity.
-    checkers = (torch.arange(64)[:, None] + torch.arange(64)).remainder(2).float().expand(1, 3, 64, 64)
-    assert judges.diversity(torch.cat([checkers, 1 - checkers]), ["a", "a"]) == pytest.approx(0.0, abs=1e-6)
+def test_memory_is_not_the_judges_fault(images):
+    def full():
+        raise torch.OutOfMemoryError("out")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate_images(images, PROMPTS, Brightness(), judges(Says(full)))
+
+
+class Travelling(torch.nn.Linear):
+    """Remembers where it was sent."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.places = []
+
+    def to(self, device):
+        self.places.append(str(device))
+        return self
+
+
+class Bias(PictureJudge):
+    name = "alignment"
+
+    def __init__(self):
+        self.network = Travelling()
+
+    def score(self, images, prompts):
+        return images.mean(dim=(1, 2, 3)) + self.network.bias
+
+
+def test_a_judges_network_is_with_the_pictures_only_while_it_judges(images):
+    bias = Bias()
+    with bias.at(torch.device("cuda:1")):
+        assert bias.network.places == ["cuda:1"]
+    assert bias.network.places == ["cuda:1", "cpu"]
+    found = evaluate_images(images, PROMPTS, Brightness(), judges(bias))
+    assert found["eval_alignment"] == pytest.approx(0.65 / 3 + bias.network.bias.item())
+    assert found["eval_alignment_shuffled"] == pytest.approx(found["eval_alignment"])
+    # There and back for the pictures, and for the exchanged prompts.
+    assert bias.network.places == ["cuda:1", *["cpu"] * 5]

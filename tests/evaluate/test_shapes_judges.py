@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from sqdf_fast.evaluate import EmbeddingJudges, ShapesJudges, evaluate_images, load_judges
+from sqdf_fast.evaluate import Pictures, evaluate_images, load_judges
 from sqdf_fast.rewards import load_reward
-from sqdf_fast.shapes import HELD_OUT_PROMPTS, hidden_rule
+from sqdf_fast.shapes import HELD_OUT_PROMPTS, hidden_rule, load_judge
 from sqdf_fast.shapes.prompts import attributes_for
 from sqdf_fast.shapes.render import render
 
 PROMPTS = [prompt for prompt in HELD_OUT_PROMPTS[::4] for _ in range(4)]
+
+
+def judges():
+    return load_judges("shapes", load_reward("taste"))
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +30,15 @@ def images(attributes):
 
 
 @pytest.fixture(scope="module")
-def found(images):
-    return evaluate_images(images, PROMPTS, load_reward("taste"), ShapesJudges())
+def base():
+    """Embeddings of other renders of the same prompts."""
+    others = attributes_for(PROMPTS, np.random.default_rng(1))
+    return judges().embed(torch.from_numpy(render(others)))
+
+
+@pytest.fixture(scope="module")
+def found(images, base):
+    return evaluate_images(images, PROMPTS, load_reward("taste"), judges(), base=base)
 
 
 def test_renders_satisfy_their_prompts(found, images):
@@ -35,32 +46,61 @@ def test_renders_satisfy_their_prompts(found, images):
     assert found["eval_alignment"] > found["eval_alignment_shuffled"] + 0.3
     assert found["eval_true_reward"] == pytest.approx(hidden_rule(images, PROMPTS).mean().item(), abs=1e-5)
     assert 1.1 < found["eval_diversity"] < 1.7
+    assert 1.8 < found["eval_vendi"] < 3
+    assert found["eval_vendi_all"] > 8
+    assert abs(found["eval_distance_to_base"]) < 0.02
 
 
-def test_wrong_pictures_are_found_out(images, found):
-    wrong = evaluate_images(images.roll(9, 0), PROMPTS, load_reward("taste"), ShapesJudges())
+@pytest.fixture(scope="module")
+def wrong(images):
+    """Judged under others' prompts."""
+    return evaluate_images(images.roll(9, 0), PROMPTS, load_reward("taste"), judges())
+
+
+def test_numbers_are_those_of_the_judge_networks(wrong, images):
+    networks, pictures = load_judge(), images.roll(9, 0)
+    accuracy = networks.attribute_accuracy(pictures, PROMPTS)
+    assert accuracy.shape != accuracy.colour
+    assert wrong["eval_attribute_accuracy"] == pytest.approx(accuracy.mean, abs=1e-6)
+    assert wrong["eval_diversity"] == pytest.approx(networks.diversity(pictures, PROMPTS), abs=1e-5)
+    assert wrong["eval_alignment"] == pytest.approx(networks.alignment(pictures, PROMPTS).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["true_reward", "alignment", "attribute_accuracy", "diversity", "vendi"])
+def test_intervals_hold_the_means(found, name):
+    assert found[f"eval_{name}_low"] < found[f"eval_{name}"] < found[f"eval_{name}_high"]
+
+
+def test_wrong_pictures_are_found_out(wrong, found):
     assert wrong["eval_attribute_accuracy"] < 0.5
-    assert wrong["eval_alignment"] < found["eval_alignment"] - 0.3
+    assert wrong["eval_attribute_accuracy_high"] < found["eval_attribute_accuracy_low"]
+    assert wrong["eval_alignment_high"] < found["eval_alignment_low"]
     assert wrong["eval_true_reward"] == pytest.approx(found["eval_true_reward"], abs=1e-5)
+    assert wrong["eval_distance_to_base"] is None
+
+
+def test_pictures_of_one_style_are_far_from_the_base(attributes, base, found):
+    names = ("centre", "size", "lightness", "warmth", "texture")
+    style = {name: np.full_like(getattr(attributes, name), getattr(attributes, name).mean()) for name in names}
+    pictures = torch.from_numpy(render(dataclasses.replace(attributes, **style)))
+    there = evaluate_images(pictures, PROMPTS, load_reward("taste"), judges(), base=base)
+    assert there["eval_distance_to_base_low"] > found["eval_distance_to_base_high"]
+    assert there["eval_vendi_high"] < found["eval_vendi_low"]
 
 
 def test_repeated_pictures_have_no_diversity(attributes):
-    first = dataclasses.replace(attributes[np.arange(len(PROMPTS)) // 4 * 4])
-    judges = ShapesJudges()
-    assert judges.diversity(torch.from_numpy(render(first)), PROMPTS) == pytest.approx(0.0, abs=1e-5)
-    assert judges.diversity(torch.from_numpy(render(first))[::4], PROMPTS[::4]) is None
+    first = torch.from_numpy(render(dataclasses.replace(attributes[np.arange(len(PROMPTS)) // 4 * 4])))
+    found = evaluate_images(first, PROMPTS, load_reward("taste"), judges())
+    assert found["eval_diversity"] == pytest.approx(0.0, abs=1e-5)
+    assert found["eval_vendi"] == pytest.approx(1.0, abs=1e-5)
+    once = evaluate_images(first[::4], PROMPTS[::4], load_reward("taste"), judges())
+    assert (once["eval_diversity"], once["eval_vendi"]) == (None, None)
 
 
 def test_prompts_that_name_no_colour_are_judged_by_shape():
     prompts = ["a circle", "a star"]
     pictures = torch.from_numpy(render(attributes_for(prompts, np.random.default_rng(1))))
-    assert ShapesJudges().attribute_accuracy(pictures, prompts) == 1.0
-    assert ShapesJudges().attribute_accuracy(pictures.flip(0), prompts) == 0.0
-
-
-def test_judges_by_model():
-    reward = load_reward("warmth")
-    assert isinstance(load_judges("shapes", reward), ShapesJudges)
-    other = load_judges("runwayml/some-model", reward)
-    assert isinstance(other, EmbeddingJudges)
-    assert other.reward is reward
+    several = judges()
+    judge = several.by_name["attribute_accuracy"]
+    assert judge(Pictures(pictures, prompts, several.embedding)).value == 1.0
+    assert judge(Pictures(pictures.flip(0), prompts, several.embedding)).value == 0.0

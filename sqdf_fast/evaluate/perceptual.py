@@ -1,0 +1,123 @@
+"""Diversity by published perceptual distances, of packages that load their weights at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sqdf_fast.errors import UserError
+from sqdf_fast.evaluate.diversity import mean_of_pairs
+from sqdf_fast.evaluate.judge import Pictures, PromptJudge
+
+DREAMSIM_SIDE = 224
+
+
+class LpipsDiversity(PromptJudge):
+    """Mean LPIPS distance of two pictures of the same prompt.
+
+    Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", arXiv 1801.03924.
+
+    Args:
+        network: (a, b, normalize=True) to distances [B, 1, 1, 1] of pictures [B, 3, H, W] in [0, 1].
+    """
+
+    name = "lpips_diversity"
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, *, dtype: torch.dtype = torch.float32, net: str = "alex", **options: Any) -> LpipsDiversity:
+        """The published weights, in float32.
+
+        Args:
+            net: the trunk: alex (the authors' advice for comparing pictures), vgg or squeeze.
+
+        Raises:
+            UserError: the package or its weights cannot be had.
+        """
+        package = _package("lpips", cls.name)
+        return cls(_loaded(cls.name, lambda: package.LPIPS(net=net, verbose=False, **options)))
+
+    def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
+        assert self.network is not None
+        first, second = torch.triu_indices(len(rows), len(rows), offset=1)
+        images = pictures.images[rows].float()
+        distances = [
+            self.network(images[a], images[b], normalize=True).flatten().double().cpu()
+            for a, b in zip(first.split(pictures.batch_size), second.split(pictures.batch_size), strict=True)
+        ]
+        return float(torch.cat(distances).mean())
+
+
+class DreamSimDiversity(PromptJudge):
+    """Mean DreamSim distance of two pictures of the same prompt, 1 - cosine of its embeddings.
+
+    Fu et al., "DreamSim: Learning New Dimensions of Human Visual Similarity using Synthetic Data", arXiv 2306.09344.
+
+    Args:
+        network: has ``embed``: pictures [B, 3, 224, 224] in [0, 1] to [B, F].
+    """
+
+    name = "dreamsim_diversity"
+
+    def __init__(self, network: Any) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.embed: Callable[[Tensor], Tensor] = network.embed
+
+    @classmethod
+    def load(
+        cls, *, dtype: torch.dtype = torch.float32, cache_dir: str | None = None, **options: Any
+    ) -> DreamSimDiversity:
+        """The published weights, in float32.
+
+        Args:
+            cache_dir: where the package keeps them; default: ``dreamsim`` in torch.hub's folder.
+            options: of the package's ``dreamsim``, such as ``dreamsim_type``.
+
+        Raises:
+            UserError: the package or its weights cannot be had.
+        """
+        package = _package("dreamsim", cls.name)
+        folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "dreamsim"
+
+        def network() -> nn.Module:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            model, _ = package.dreamsim(pretrained=True, device="cpu", cache_dir=str(folder), **options)
+            return model
+
+        return cls(_loaded(cls.name, network))
+
+    def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
+        side = (DREAMSIM_SIDE, DREAMSIM_SIDE)
+        embeddings = [
+            self.embed(F.interpolate(batch.float(), side, mode="bicubic", antialias=True).clamp(0, 1))
+            for batch in pictures.images[rows].split(pictures.batch_size)
+        ]
+        unit = F.normalize(torch.cat([part.double().cpu() for part in embeddings]), dim=1)
+        return mean_of_pairs(1 - unit @ unit.T)
+
+
+def _package(name: str, judge: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"judge {judge} needs the package {name} ({error}); install it with: pip install 'sqdf-fast[judges]'"
+        ) from None
+
+
+def _loaded(judge: str, load: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return load()
+    except Exception as error:
+        raise UserError(
+            f"judge {judge}: its weights cannot be loaded ({type(error).__name__}: {error}); they are downloaded at "
+            "the first use, so go online once, or leave the judge out"
+        ) from error
