@@ -120,11 +120,21 @@ class Baseline(Section):
     truncation: Positive = Field(1, description="draft, draft-kl: K, the last denoising steps that carry a gradient")
     noises: Positive = Field(2, description="draft-lv: times the picture is noised anew")
     window: float = Field(0.25, gt=0, le=1, description="refl: share of the last steps of which one gets the gradient")
+    margin: float | None = Field(
+        None, description="refl: the loss is relu(margin - r), published with 2 for ImageReward; default: -r"
+    )
     group: Positive = Field(
         1, description="ddpo, dpok, awm: samples a prompt whose rewards are compared; 1: all of a collection"
     )
+    timesteps: Positive | None = Field(
+        None, description="ddpo, dpok, awm: steps of each trajectory in an update; default: all that can be trained"
+    )
     clip_range: float = Field(1e-4, gt=0, description="ddpo, dpok: the probability ratio stays within 1 +- this")
     clip_advantage: float = Field(5.0, gt=0, description="ddpo, dpok, awm: advantages stay within +- this")
+    matching: Literal["uniform", "ghuber"] = Field(
+        "uniform", description="awm: the mean square itself, or its fourth root times the time (published program)"
+    )
+    clip_matching: float = Field(1.0, gt=0, description="awm: exp(fall of the matching loss) stays within 1 +- this")
 
 
 class Replay(Section):
@@ -151,6 +161,7 @@ class Evaluation(Section):
     images_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="diversity needs at least two")
     held_out: tuple[str, ...] = Field((), description="rewards that are never trained on, scored at each evaluation")
     grid: Positive = Field(16, description="images kept on disk at each evaluation")
+    checkpoint: bool = Field(False, description="a checkpoint after each evaluation, beside checkpoint_every")
 
 
 class Limits(Section):

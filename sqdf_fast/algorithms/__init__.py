@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from sqdf_fast.algorithms.base import Algorithm
+from sqdf_fast.algorithms.draft import Draft, DraftKl
+from sqdf_fast.algorithms.draft_lv import DraftLv
+from sqdf_fast.algorithms.refl import Refl
 from sqdf_fast.algorithms.sqdf import Sqdf
 from sqdf_fast.config import Config
 from sqdf_fast.engine.rollouts import Rollouts
 
 __all__ = ["Algorithm", "Sqdf", "make_algorithm"]
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"sqdf": Sqdf}
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "sqdf": Sqdf,
+    "draft": Draft,
+    "draft-kl": DraftKl,
+    "draft-lv": DraftLv,
+    "refl": Refl,
+}
 
 
 def make_algorithm(config: Config, rollouts: Rollouts) -> Algorithm:

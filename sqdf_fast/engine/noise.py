@@ -28,6 +28,9 @@ class Stream(IntEnum):
     DISTILL = 8
     PREFLIGHT = 9
     ROUNDING = 10
+    RENOISING = 11
+    LATE_STEP = 12
+    CANDIDATE = 13
 
 
 def sample_seeds(run_seed: int, stream: Stream, step: int, samples: Tensor | int) -> Tensor:

@@ -1,0 +1,50 @@
+"""ReFL: the reward of the picture that a late state predicts, and its gradient through that one prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sqdf_fast.algorithms.draft import DirectReward, Pass, Start
+from sqdf_fast.engine.noise import Stream, generator
+from sqdf_fast.kernels import posterior_mean
+
+
+class Refl(DirectReward):
+    """Xu et al., "ImageReward", arXiv 2304.05977: x_t sampled without a gradient, x0_hat = a x_t + b m(x_t) with one.
+
+    t is drawn evenly among the last ``baseline.window`` of the steps, for each sample on its own. The loss is mean -r,
+    or mean relu(margin - r) with ``baseline.margin``. The paper's second term, the denoising loss on the pretraining
+    data, is left out, as it is in the published program.
+    """
+
+    def start(self, prompts: list[str], seeds: Tensor, step: int) -> Start:
+        """Each sample's state at an index of its own."""
+        steps = len(self.schedule)
+        window = max(1, round(self.config.baseline.window * steps))
+        draw = generator(self.config.seed, Stream.LATE_STEP, step)
+        index = torch.randint(steps - window, steps, (len(prompts),), generator=draw)
+        # Sampled together where they stop together: nothing is denoised further than it is needed.
+        groups = [(index == i).nonzero().flatten() for i in index.unique()]
+        found = [self.sampled([prompts[row] for row in rows], seeds[rows], int(index[rows[0]])) for rows in groups]
+        back = torch.cat(groups).argsort().to(found[0].x.device)
+        x = torch.cat([start.x for start in found])[back]
+        return Start(prompts, seeds.to(x.device), x, index.to(x.device))
+
+    def passes(self, start: Start, size: int) -> Iterator[Pass]:
+        """One: predict, decode, reward."""
+        self.forward()
+        m = self.output("policy", start.x, start.index, self.backbone.family.encode(start.prompts))
+        x0_hat = posterior_mean(
+            start.x,
+            m,
+            self.tables.posterior,
+            start.index,
+            guidance_scale=self.guidance_scale,
+            impl=self.config.impl,
+        )
+        reward, margin = self.score(x0_hat, start.prompts), self.config.baseline.margin
+        loss = -reward if margin is None else torch.relu(margin - reward)
+        yield Pass(loss.sum() / size, reward)
