@@ -9,12 +9,13 @@ lost, it moves the parameter now and then. Nothing depends on the number of thre
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels.adamw_8bit.maps import BLOCK, Coefficients, dynamic_map
+from sqdf_fast.kernels.adamw_8bit.maps import BLOCK, Coefficients, Step, dynamic_map
 from sqdf_fast.kernels.adamw_8bit.reference import round_stochastically
 from sqdf_fast.kernels.dispatch import module, resolve
 
@@ -126,61 +127,20 @@ torch.library.define(
 )
 
 
-@torch.library.impl("sqdf_fast::adamw_8bit", ("CPU", "CUDA"))
-def _adamw_8bit(
-    parameter: Tensor,
-    gradient: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor,
-    absmax2: Tensor,
-    coefficients: Sequence[float],
-    seed: int,
-    impl: str,
-) -> None:
-    states = state1, state2, absmax1, absmax2
-    module("adamw_8bit", impl).step_8bit(parameter, gradient, *states, Coefficients(*coefficients), seed)
+def _adamw_8bit(*given: Any) -> None:
+    parameter, gradient, state1, state2, absmax1, absmax2, coefficients, seed, impl = given
+    step = Step(parameter, gradient, state1, state2, Coefficients(*coefficients), seed, absmax1, absmax2)
+    module("adamw_8bit", impl).update(step)
 
 
-@torch.library.impl("sqdf_fast::adamw_32bit", ("CPU", "CUDA"))
-def _adamw_32bit(
-    parameter: Tensor,
-    gradient: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    coefficients: Sequence[float],
-    seed: int,
-    impl: str,
-) -> None:
-    module("adamw_8bit", impl).step_32bit(parameter, gradient, state1, state2, Coefficients(*coefficients), seed)
+def _adamw_32bit(*given: Any) -> None:
+    *tensors, coefficients, seed, impl = given
+    module("adamw_8bit", impl).update(Step(*tensors, Coefficients(*coefficients), seed))
 
 
-@torch.library.register_fake("sqdf_fast::adamw_8bit")
-def _(
-    parameter: Tensor,
-    gradient: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor,
-    absmax2: Tensor,
-    coefficients: Sequence[float],
-    seed: int,
-    impl: str,
-) -> None:
-    return None
-
-
-@torch.library.register_fake("sqdf_fast::adamw_32bit")
-def _(
-    parameter: Tensor,
-    gradient: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    coefficients: Sequence[float],
-    seed: int,
-    impl: str,
-) -> None:
-    return None
+for _name, _run in (("adamw_8bit", _adamw_8bit), ("adamw_32bit", _adamw_32bit)):
+    torch.library.impl(f"sqdf_fast::{_name}", ("CPU", "CUDA"))(_run)
+    torch.library.register_fake(f"sqdf_fast::{_name}")(lambda *given: None)
 
 
 def _check(op: str, parameter: Tensor, gradient: Tensor, state_dtype: torch.dtype, **states: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The dynamic maps that codes index, how a code is found, and the factors of a step."""
+"""The dynamic maps that codes index, how a code is found, and what a step is given."""
 
 from __future__ import annotations
 
@@ -57,6 +57,24 @@ class Coefficients(NamedTuple):
             step_size=lr / (1 - beta1**step),
             decay=1 - lr * weight_decay,
         )
+
+
+class Step(NamedTuple):
+    """What one step of a parameter is given; parameter, states and absmax are updated in place, all [n], contiguous.
+
+    Attributes:
+        state1, state2: moments float32, or their codes uint8 where there is an absmax1, absmax2 [ceil(n / 256)].
+        seed: of the rounding of a bfloat16 parameter.
+    """
+
+    parameter: Tensor
+    gradient: Tensor
+    state1: Tensor
+    state2: Tensor
+    coefficients: Coefficients
+    seed: int
+    absmax1: Tensor | None = None
+    absmax2: Tensor | None = None
 
 
 @cache

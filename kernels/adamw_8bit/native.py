@@ -8,60 +8,37 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.kernels import native
-from sqdf_fast.kernels.adamw_8bit.maps import FIRST_CELL, Coefficients, dynamic_map, lookup
+from sqdf_fast.kernels.adamw_8bit.maps import FIRST_CELL, Coefficients, Step, dynamic_map, lookup
 from sqdf_fast.kernels.native import dtype_number, unavailable
 
-__all__ = ["step_8bit", "step_32bit", "sum_of_squares", "unavailable"]
+__all__ = ["sum_of_squares", "unavailable", "update"]
 
 
-def step_8bit(
-    parameter: Tensor,
-    gradient: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor,
-    absmax2: Tensor,
-    coefficients: Coefficients,
-    seed: int,
-) -> None:
-    """All contiguous [n] but absmax [ceil(n / 256)]; parameter, states and absmax are updated in place."""
+def update(step: Step) -> None:
+    """One step, with 8-bit states where it has their scales."""
+    tensors = (
+        step.parameter.data_ptr(),
+        dtype_number(step.parameter.dtype),
+        step.gradient.data_ptr(),
+        dtype_number(step.gradient.dtype),
+        step.state1.data_ptr(),
+        step.state2.data_ptr(),
+    )
+    ending = (_array(step.coefficients), step.seed, step.parameter.numel(), native.threads())
+    if step.absmax1 is None or step.absmax2 is None:
+        native.function("sqdf_fast_adamw_32bit", "pipippplli")(*tensors, *ending)
+        return
     native.function("sqdf_fast_adamw_8bit", "pipippppppppiiplli")(
-        parameter.data_ptr(),
-        dtype_number(parameter.dtype),
-        gradient.data_ptr(),
-        dtype_number(gradient.dtype),
-        state1.data_ptr(),
-        state2.data_ptr(),
-        absmax1.data_ptr(),
-        absmax2.data_ptr(),
+        *tensors,
+        step.absmax1.data_ptr(),
+        step.absmax2.data_ptr(),
         dynamic_map(True).data_ptr(),
         lookup(True).data_ptr(),
         dynamic_map(False).data_ptr(),
         lookup(False).data_ptr(),
         FIRST_CELL,
         len(lookup(True)),
-        _array(coefficients),
-        seed,
-        parameter.numel(),
-        native.threads(),
-    )
-
-
-def step_32bit(
-    parameter: Tensor, gradient: Tensor, state1: Tensor, state2: Tensor, coefficients: Coefficients, seed: int
-) -> None:
-    """All contiguous [n], states float32; parameter and states are updated in place."""
-    native.function("sqdf_fast_adamw_32bit", "pipippplli")(
-        parameter.data_ptr(),
-        dtype_number(parameter.dtype),
-        gradient.data_ptr(),
-        dtype_number(gradient.dtype),
-        state1.data_ptr(),
-        state2.data_ptr(),
-        _array(coefficients),
-        seed,
-        parameter.numel(),
-        native.threads(),
+        *ending,
     )
 
 

@@ -9,44 +9,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sqdf_fast.kernels.adamw_8bit.maps import BLOCK, ZERO_CODE, Coefficients, boundaries, dynamic_map
+from sqdf_fast.kernels.adamw_8bit.maps import BLOCK, ZERO_CODE, Step, boundaries, dynamic_map
 from sqdf_fast.kernels.philox import philox_uint32
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def step_8bit(
-    parameter: Tensor,
-    gradient: Tensor,
-    state1: Tensor,
-    state2: Tensor,
-    absmax1: Tensor,
-    absmax2: Tensor,
-    coefficients: Coefficients,
-    seed: int,
-) -> None:
-    """All [n] but absmax [ceil(n / 256)]; parameter, states and absmax are updated in place."""
-    first, second = dequantise(state1, absmax1, signed=True), dequantise(state2, absmax2, signed=False)
-    step_32bit(parameter, gradient, first, second, coefficients, seed)
-    for moments, codes, absmax, signed in ((first, state1, absmax1, True), (second, state2, absmax2, False)):
+def update(step: Step) -> None:
+    """One step, with 8-bit states where it has their scales."""
+    if step.absmax1 is None or step.absmax2 is None:
+        _update(step)
+        return
+    first = dequantise(step.state1, step.absmax1, signed=True)
+    second = dequantise(step.state2, step.absmax2, signed=False)
+    _update(step._replace(state1=first, state2=second))
+    for moments, codes, absmax, signed in (
+        (first, step.state1, step.absmax1, True),
+        (second, step.state2, step.absmax2, False),
+    ):
         new_codes, new_absmax = quantise(moments, signed=signed)
         codes.copy_(new_codes)
         absmax.copy_(new_absmax)
 
 
-def step_32bit(
-    parameter: Tensor, gradient: Tensor, state1: Tensor, state2: Tensor, coefficients: Coefficients, seed: int
-) -> None:
-    """All [n], states float32; parameter and states are updated in place."""
-    c = coefficients
-    scaled = gradient.to(torch.float32) * c.gradient_scale
+def _update(step: Step) -> None:
+    """With moments in float32."""
+    c, parameter, state1, state2 = step.coefficients, step.parameter, step.state1, step.state2
+    scaled = step.gradient.to(torch.float32) * c.gradient_scale
     state1.copy_(state1 * c.beta1 + scaled * c.complement1)
     state2.copy_(state2 * c.beta2 + (scaled * scaled) * c.complement2)
     # PyTorch's own float32 square root is off by a bit now and then on a CPU; float64's, rounded, is the right one.
     root = state2.to(torch.float64).sqrt().to(torch.float32)
     ratio = state1 / (root * c.root + c.eps)
     updated = parameter.to(torch.float32) * c.decay - ratio * c.step_size
-    parameter.copy_(updated if parameter.dtype == torch.float32 else round_stochastically(updated, seed))
+    parameter.copy_(updated if parameter.dtype == torch.float32 else round_stochastically(updated, step.seed))
 
 
 def sum_of_squares(tensors: list[Tensor]) -> float:
