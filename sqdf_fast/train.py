@@ -171,7 +171,10 @@ class Trainer:
         seeds = sample_seeds(self.config.seed, Stream.PREFLIGHT, 0, number)
         sampled = self.rollouts.sample(prompts, seeds, "checking", role="reference")
         images = self.rollouts.decode(sampled.x0).to(family.device)
-        preflight(self.reward, images, prompts)
+        if self.algorithm.needs_gradient:
+            preflight(self.reward, images, prompts)
+        else:
+            checked_reward(self.reward, images, prompts)
         # Prompts that a judge cannot read are refused now, not at the first evaluation.
         for prompt in dict.fromkeys(self.held_out.prompts):
             self.judges.alignment(images[:1], [prompt])

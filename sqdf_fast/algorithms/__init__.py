@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from sqdf_fast.algorithms.awm import Awm
 from sqdf_fast.algorithms.base import Algorithm
+from sqdf_fast.algorithms.ddpo import Ddpo
+from sqdf_fast.algorithms.dpok import Dpok
 from sqdf_fast.algorithms.draft import Draft, DraftKl
 from sqdf_fast.algorithms.draft_lv import DraftLv
 from sqdf_fast.algorithms.refl import Refl
@@ -18,6 +21,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "draft-kl": DraftKl,
     "draft-lv": DraftLv,
     "refl": Refl,
+    "ddpo": Ddpo,
+    "dpok": Dpok,
+    "awm": Awm,
 }
 
 
