@@ -168,48 +168,41 @@ def _gpus() -> tuple[list[Gpu], str | None]:
     if torch.version.cuda is None:
         return [], "this build of torch has no CUDA support"
     if not torch.cuda.is_available():
-        return (
-            [],
-            _nvml_state() or "the driver is there, but torch cannot use it: its CUDA version may be too new",
-        )
+        return [], _without_driver() or "the driver is there, but torch cannot use it: its CUDA version may be too new"
     return [_gpu(index) for index in range(torch.cuda.device_count())], None
+
+
+def _without_driver() -> str | None:
+    """Why the NVIDIA driver cannot be asked, or None."""
+    from sqdf_fast.engine.budget import open_driver
+
+    nvml = open_driver()
+    if isinstance(nvml, str):
+        return nvml
+    nvml.nvmlShutdown()
+    return None
 
 
 def _gpu(index: int) -> Gpu:
     import torch
 
+    from sqdf_fast.engine.budget import open_gpu
+
     properties = torch.cuda.get_device_properties(index)
     driver = utilisation = None
     free = torch.cuda.mem_get_info(index)[0]
-    if _nvml_state() is None:
-        import pynvml
-
-        # NVML numbers the devices differently from CUDA; the identifier is common to both.
-        pynvml.nvmlInit()
+    opened = open_gpu(torch.device("cuda", index))
+    if not isinstance(opened, str):
+        nvml, handle = opened
         try:
-            driver = pynvml.nvmlSystemGetDriverVersion()
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-            utilisation = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
-        except pynvml.NVMLError:
+            driver = nvml.nvmlSystemGetDriverVersion()
+            utilisation = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
+        except nvml.NVMLError:
             pass  # a partition of a GPU or a container may refuse a query
         finally:
-            pynvml.nvmlShutdown()
+            nvml.nvmlShutdown()
     capability = (properties.major, properties.minor)
     return Gpu(index, properties.name, capability, properties.total_memory, free, driver, utilisation)
-
-
-def _nvml_state() -> str | None:
-    """Why the NVIDIA driver cannot be asked, or None."""
-    try:
-        import pynvml
-    except ImportError:
-        return "the package nvidia-ml-py is missing"
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return f"no NVIDIA driver: {error}"
-    pynvml.nvmlShutdown()
-    return None
 
 
 def _gpu_line(gpu: Gpu) -> str:

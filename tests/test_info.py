@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -48,6 +49,51 @@ def test_without_cuda_the_report_says_why() -> None:
 def test_a_gpu_is_described_in_one_line() -> None:
     gpu = info.Gpu(0, "Card", (8, 9), 24 * 2**30, 20 * 2**30, "600.1", 7)
     assert info._gpu_line(gpu) == "GPU 0: Card, sm_89, 20.0 of 24.0 GiB free, driver 600.1, 7 % busy"
+
+
+class Nvml(types.ModuleType):
+    """The part of pynvml that is used; ``busy`` None: the GPU refuses."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, busy: int | None) -> None:
+        super().__init__("pynvml")
+        self.busy, self.opened = busy, 0
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        self.opened += 1
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.opened -= 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        return uuid
+
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "600.1"
+
+    def nvmlDeviceGetUtilizationRates(self, handle: str) -> types.SimpleNamespace:  # noqa: N802
+        assert handle == "GPU-1234"
+        if self.busy is None:
+            raise self.NVMLError("Not Supported")
+        return types.SimpleNamespace(gpu=self.busy)
+
+
+@pytest.mark.parametrize("busy", [7, None])
+def test_the_driver_is_asked_about_the_gpu_that_torch_means(monkeypatch: pytest.MonkeyPatch, busy: int | None) -> None:
+    nvml = Nvml(busy)
+    properties = types.SimpleNamespace(name="Card", major=8, minor=9, total_memory=24 * 2**30, uuid="1234")
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 24 * 2**30))
+    assert info._gpu(0) == info.Gpu(0, "Card", (8, 9), 24 * 2**30, 20 * 2**30, "600.1", busy)
+    assert nvml.opened == 0
+
+
+def test_without_nvml_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert info._without_driver() == "the package nvidia-ml-py is missing"
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:

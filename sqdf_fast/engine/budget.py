@@ -53,7 +53,7 @@ class DeviceMemory:
             return DeviceMemory(device, reason=f"{device} is no GPU: its memory is the machine's own")
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
-        opened = _open(device)
+        opened = open_gpu(device)
         if isinstance(opened, str):
             return DeviceMemory(device, total, free, reserved, reason=opened)
         nvml, handle = opened
@@ -268,7 +268,7 @@ class EnergyMeter:
         self._nvml: Any = None
         self._began: int | None = None
         self._power: _Power | None = None
-        opened = _open(device) if device.type == "cuda" else f"{device} is no GPU: it has no energy counter"
+        opened = open_gpu(device) if device.type == "cuda" else f"{device} is no GPU: it has no energy counter"
         if isinstance(opened, str):
             self.reason = opened
             return
@@ -363,8 +363,8 @@ class _Power:
             self.sample()
 
 
-def _open(device: torch.device) -> tuple[Any, Any] | str:
-    """NVML and its handle of a CUDA device, or why there is none. Whoever gets them calls ``nvmlShutdown``."""
+def open_driver() -> Any:
+    """NVML, or as a string why there is none. Whoever gets it calls ``nvmlShutdown``."""
     try:
         import pynvml
     except ImportError:
@@ -373,6 +373,14 @@ def _open(device: torch.device) -> tuple[Any, Any] | str:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         return f"no NVIDIA driver: {error}"
+    return pynvml
+
+
+def open_gpu(device: torch.device) -> tuple[Any, Any] | str:
+    """NVML and its handle of a CUDA device, or why there is none. Whoever gets them calls ``nvmlShutdown``."""
+    pynvml = open_driver()
+    if isinstance(pynvml, str):
+        return pynvml
     # NVML numbers the devices differently from CUDA; the identifier is common to both.
     uuid = torch.cuda.get_device_properties(device).uuid
     for kind in ("GPU", "MIG"):
