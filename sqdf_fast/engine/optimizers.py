@@ -165,17 +165,6 @@ class BlockwiseAdamW(torch.optim.Optimizer):
             self._update([p for p in self._numbered() if p.grad is not None], scale)
         return loss
 
-    @torch.no_grad()
-    def step_and_release(self, parameter: nn.Parameter) -> None:
-        """Step one parameter and drop its gradient: as a post-accumulate-grad hook, one gradient lives at a time.
-
-        Only where the gradient is whole after one backward pass and nothing clips: neither accumulation over
-        micro-batches nor a norm over all parameters is possible any more.
-        """
-        if parameter.grad is not None:
-            self._update([parameter], 1.0)
-            parameter.grad = None
-
     def load_state(self, parameter: nn.Parameter, tensors: Mapping[str, Any]) -> None:
         """Copy a state of these names, from any device and in any memory layout; bitsandbytes' maps are ignored.
 

@@ -317,19 +317,6 @@ def test_small_steps_move_bfloat16_weights_on_average(kind: str) -> None:
     assert abs(parameter.double().mean().item() - (1 - 20e-4)) < 2e-4
 
 
-def test_step_and_release_is_a_step_and_drops_the_gradient() -> None:
-    parameters, twin = parameters_of(torch.bfloat16), parameters_of(torch.bfloat16)
-    optimizer, other = every_kind(parameters, "adamw8bit"), every_kind(twin, "adamw8bit")
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(optimizer.step_and_release)
-    for step in range(2):
-        give_gradients(twin, step)
-        other.step()
-        sum((p * q.grad).sum() for p, q in zip(parameters, twin, strict=True)).backward()
-    assert all(p.grad is None for p in parameters)
-    assert same(parameters, twin)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_through_staging_is_the_same_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters taken for another device's: every one passes through the two places, the largest one last too."""
