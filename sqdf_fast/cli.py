@@ -161,6 +161,15 @@ def evaluate(run: Path, prompts: str | None, images: int | None, seed: int, as_j
 
 
 @app.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def rewards(as_json: bool) -> None:
+    """List the rewards that come with it: size, download, input, gradient and licence; docs/rewards.md."""
+    from sqdf_fast.rewards import catalogue
+
+    click.echo(json.dumps(catalogue.as_dict(), indent=1) if as_json else catalogue.as_text())
+
+
+@app.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write RUN/report.html again from what the run folder holds."""

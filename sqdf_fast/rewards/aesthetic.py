@@ -23,8 +23,8 @@ CLIP = "openai/clip-vit-large-patch14"
 HEAD = "camenduru/improved-aesthetic-predictor"
 HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 _SOURCE = "github.com/christophschuhmann/improved-aesthetic-predictor"
-# Positions of the Linear layers in the published Sequential; the others are dropout, idle at inference.
-_LINEAR = (0, 2, 4, 6, 7)
+# The Linear layers of the published Sequential; the others are dropout, idle at inference.
+_LINEAR = tuple(f"layers.{position}" for position in (0, 2, 4, 6, 7))
 
 
 class AestheticReward(Reward):
@@ -70,7 +70,7 @@ class AestheticReward(Reward):
         vision = load_vision_tower(clip, dtype, reward=cls.name, published=CLIP)
         published = PublishedFile(cls.name, "head", "head", head_file, _SOURCE)
         path = published.find(head)
-        folded = fold_head(published.read(path), str(path)).to(torch.promote_types(dtype, torch.float32))
+        folded = fold_head(published.read(path), path).to(torch.promote_types(dtype, torch.float32))
         width = vision.config.projection_dim
         if width != folded.in_features:
             raise UserError(
@@ -96,11 +96,19 @@ class AestheticReward(Reward):
         return self.head(self.features(images)).squeeze(-1)
 
 
-def fold_head(tensors: Mapping[str, Tensor], path: str | Path) -> nn.Linear:
-    """The published head as one layer, multiplied out in float64.
+def fold_head(
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    layers: Sequence[str] = _LINEAR,
+    *,
+    reward: str = AestheticReward.name,
+    filename: str = HEAD_FILE,
+) -> nn.Linear:
+    """A published head, Linear layers without activation, as one layer, multiplied out in float64.
 
     Args:
-        tensors: ``layers.0.weight`` to ``layers.7.bias``; path: where they are from, for messages.
+        tensors: ``<layer>.weight`` and ``<layer>.bias`` of ``layers``, in their order; path: where they are from.
+        reward, filename: which reward asks, and the name of the published file; for messages.
 
     Returns:
         float64, from the embedding to one number.
@@ -109,22 +117,19 @@ def fold_head(tensors: Mapping[str, Tensor], path: str | Path) -> nn.Linear:
         UserError: another architecture.
     """
     try:
-        layers = [
-            (tensors[f"layers.{position}.weight"].double(), tensors[f"layers.{position}.bias"].double())
-            for position in _LINEAR
-        ]
-        shapes = [(*weight.shape, *bias.shape) for weight, bias in layers]
+        pairs = [(tensors[f"{name}.weight"].double(), tensors[f"{name}.bias"].double()) for name in layers]
+        shapes = [(*weight.shape, *bias.shape) for weight, bias in pairs]
         if any(len(shape) != 3 or shape[0] != shape[2] for shape in shapes):
             raise ValueError(f"weights and biases of shapes {shapes}")
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"aesthetic reward: {path} is not the published head ({first_line(error)}); "
-            f"expected five Linear layers named layers.0 to layers.7, as in {HEAD_FILE}"
+            f"{reward} reward: {path} is not the published head ({first_line(error)}); "
+            f"expected {len(layers)} Linear layers named {layers[0]} to {layers[-1]}, as in {filename}"
         ) from None
     if any(before[0] != after[1] for before, after in pairwise(shapes)) or shapes[-1][0] != 1:
-        raise UserError(f"aesthetic reward: the layers of {path} do not chain to one score; get {HEAD_FILE} again")
-    matrix, offset = layers[0]
-    for weight, bias in layers[1:]:
+        raise UserError(f"{reward} reward: the layers of {path} do not chain to one score; get {filename} again")
+    matrix, offset = pairs[0]
+    for weight, bias in pairs[1:]:
         matrix, offset = weight @ matrix, weight @ offset + bias
     folded = nn.Linear(matrix.shape[1], 1, dtype=torch.float64)
     folded.load_state_dict({"weight": matrix, "bias": offset})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ class Reward(nn.Module):
 
     name: str = "reward"
     differentiable: bool = True
-    recompute_kinds: ClassVar[frozenset[str]] = frozenset()
+    recompute_kinds: frozenset[str] = frozenset()
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score every image on its own.
@@ -47,6 +46,10 @@ class Reward(nn.Module):
     def features(self, images: Tensor) -> Tensor | None:
         """Embeddings [B, F] in which images can be compared, or None where the reward has none."""
         return None
+
+    def parts(self) -> Sequence[Reward]:
+        """The rewards that this one is made of; none but in a sum."""
+        return ()
 
 
 class FunctionReward(Reward):

@@ -10,6 +10,8 @@ from torch import Tensor
 from sqdf_fast.errors import UserError
 from sqdf_fast.rewards.base import Reward, scoring_dtype
 
+_GRADIENT_FREE = "use an objective that needs no gradient, --set algorithm=ddpo (or dpok, awm)"
+
 
 def checked_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """``reward(images, prompts)``, refused unless it is one finite number an image.
@@ -25,6 +27,22 @@ def checked_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Te
         UserError: the reward raises, or returns no tensor, the wrong shape, dtype or device, NaN or infinity.
             Running out of memory is not the reward's fault and passes through.
     """
+    scores = called(reward, images, prompts)
+    finite = torch.isfinite(scores)
+    if not finite.all():
+        for part in reward.parts():
+            # In a sum, the part at fault is named.
+            checked_reward(part, images, prompts)
+        index = int(finite.logical_not().nonzero()[0])
+        raise UserError(
+            f"reward {reward.name!r} returned {scores[index].item()} for the prompt {prompts[index]!r}; "
+            "a score must be finite: guard logarithms, roots and divisions"
+        )
+    return scores
+
+
+def called(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """As :func:`checked_reward`, without a look at the values: neither a wait for the device nor a need for any."""
     scores = _call(reward, images, prompts)
     if not isinstance(scores, Tensor):
         raise UserError(f"reward {reward.name!r} returned {type(scores).__name__}, not a torch tensor of shape [B]")
@@ -40,39 +58,44 @@ def checked_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Te
             f"reward {reward.name!r} returned scores on {scores.device} for images on {images.device}; "
             "keep the computation on the images' device"
         )
-    finite = torch.isfinite(scores)
-    if not finite.all():
-        index = int(finite.logical_not().nonzero()[0])
-        raise UserError(
-            f"reward {reward.name!r} returned {scores[index].item()} for the prompt {prompts[index]!r}; "
-            "a score must be finite: guard logarithms, roots and divisions"
-        )
     return scores.to(torch.promote_types(scores.dtype, scoring_dtype(images)))
 
 
-def preflight(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
-    """Run the reward and its gradient once, before the first training step.
+def preflight(reward: Reward, images: Tensor, prompts: Sequence[str], *, needs_gradient: bool = True) -> None:
+    """Run the reward and its gradient once, before the first training step; of a sum, each part by itself.
 
     Args:
         images: float [B, 3, H, W] in [0, 1], B >= 1, as training will show them to the reward.
         prompts: B prompts.
+        needs_gradient: False for a gradient-free objective: the value alone is checked.
 
     Raises:
         UserError: whatever :func:`checked_reward` refuses; no gradient, or one that is not finite or zero
             at every pixel.
     """
+    if not needs_gradient:
+        with torch.no_grad():
+            checked_reward(reward, images, prompts)
+        return
     if not reward.differentiable:
+        named = [part.name for part in reward.parts() if not part.differentiable]
+        which = f" (for {', '.join(named)})" if named else ""
         raise UserError(
-            f"reward {reward.name!r} has no gradient and SQDF follows d reward / d image; train on a "
-            "differentiable reward or a differentiable surrogate of it, and keep this one for evaluation"
+            f"reward {reward.name!r} has no gradient{which} and SQDF follows d reward / d image; {_GRADIENT_FREE}, "
+            "or train on a differentiable surrogate of it and keep this one for evaluation"
         )
+    if reward.parts():
+        for part in reward.parts():
+            preflight(part, images, prompts)
+        return
     with torch.enable_grad():
         pixels = images.detach().clone().requires_grad_(True)
         scores = checked_reward(reward, pixels, prompts)
         if not scores.requires_grad:
             raise UserError(
                 f"reward {reward.name!r} returned scores that are detached from the images; "
-                "compute them with torch operations on `images`, without .detach(), .item(), numpy or no_grad"
+                "compute them with torch operations on `images`, without .detach(), .item(), numpy or no_grad; "
+                f"if that cannot be, {_GRADIENT_FREE}"
             )
         gradient = _gradient(reward, scores, pixels)
     if gradient is None:
@@ -88,7 +111,7 @@ def preflight(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
     if not gradient.any():
         raise UserError(
             f"reward {reward.name!r} has a gradient of zero at every pixel: SQDF would learn nothing; "
-            "replace rounding, comparisons, argmax and hard clamps by smooth operations"
+            f"replace rounding, comparisons, argmax and hard clamps by smooth operations, or {_GRADIENT_FREE}"
         )
 
 

@@ -2,66 +2,74 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sqdf_fast.errors import UserError
-from sqdf_fast.rewards.published import first_line
+from sqdf_fast.rewards.architectures import architecture, empty, filled, pretrained
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-# Architectures of the published backbones; numbers only.
-CONFIGS = Path(__file__).parent / "configs"
 BLOCKS = frozenset({"CLIPEncoderLayer"})
-
-_ATTENTION = "sdpa"
 
 
 def vision_tower(name: str, *, device: torch.device | str, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
     """The image tower of ``configs/<name>.json`` with random weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = CLIPVisionConfig(**_config(name)["vision_config"])
-    with torch.device(device):
-        return CLIPVisionModelWithProjection._from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
+    config = CLIPVisionConfig(**architecture(name, "vision_config"))
+    return empty(CLIPVisionModelWithProjection, config, device=device, dtype=dtype)
 
 
-def load_vision_tower(clip: str, dtype: torch.dtype, *, reward: str, published: str) -> CLIPVisionModelWithProjection:
+def load_vision_tower(
+    clip: str, dtype: torch.dtype, *, reward: str, published: str, option: str = "clip"
+) -> CLIPVisionModelWithProjection:
     """The image tower of a CLIP model in transformers' format.
 
     Args:
-        clip: folder or hub id; reward: which reward asks; published: the hub id that a user should get.
+        clip: folder or hub id; reward: which reward asks; published: the hub id that a user should get; option: the
+            reward's option that gave ``clip``.
 
     Raises:
         UserError: there is no such model, or it holds no image tower.
     """
-    from safetensors import SafetensorError
     from transformers import CLIPVisionModelWithProjection
 
-    try:
-        with _quiet():
-            vision, loading = CLIPVisionModelWithProjection.from_pretrained(
-                clip, dtype=dtype, attn_implementation=_ATTENTION, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{reward} reward: no CLIP model at {clip!r} ({first_line(error)}); "
-            f"give a folder or hub id as the option clip, e.g. after `hf download {published}`"
-        ) from None
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise UserError(
-            f"{reward} reward: {clip} holds no weights for {missing[0]} (of {len(missing)} missing); "
-            f"a CLIP model with its vision tower is needed, e.g. {published}"
-        )
-    return vision
+    return pretrained(
+        CLIPVisionModelWithProjection, clip, dtype, reward=reward, option=option, kind="CLIP", published=published
+    )
+
+
+def load_text_tower(
+    clip: str, dtype: torch.dtype, *, reward: str, published: str, option: str = "clip"
+) -> CLIPTextModelWithProjection:
+    """The text tower; see :func:`load_vision_tower`."""
+    from transformers import CLIPTextModelWithProjection
+
+    return pretrained(
+        CLIPTextModelWithProjection, clip, dtype, reward=reward, option=option, kind="CLIP", published=published
+    )
+
+
+def load_logit_scale(clip: str, dtype: torch.dtype, *, reward: str, published: str, option: str = "clip") -> Tensor:
+    """What CLIP multiplies its cosines by, exp of the learnt logarithm: a number on the CPU."""
+    from transformers import CLIPConfig, CLIPPreTrainedModel
+
+    class LogitScale(CLIPPreTrainedModel):
+        """The one tensor of a CLIP model that belongs to neither tower."""
+
+        config_class = CLIPConfig
+
+        def __init__(self, config: CLIPConfig) -> None:
+            super().__init__(config)
+            self.logit_scale = torch.nn.Parameter(torch.zeros(()))
+            self.post_init()
+
+    found = pretrained(LogitScale, clip, dtype, reward=reward, option=option, kind="CLIP", published=published)
+    return found.logit_scale.detach().exp()
 
 
 def open_clip_vision_tower(
@@ -74,43 +82,16 @@ def open_clip_vision_tower(
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = CLIPVisionConfig(**_config(name)["vision_config"])
-    return _filled(CLIPVisionModelWithProjection, config, _vision_weights(tensors), dtype)
+    config = CLIPVisionConfig(**architecture(name, "vision_config"))
+    return filled(CLIPVisionModelWithProjection, config, _vision_weights(tensors), dtype)
 
 
 def open_clip_text_tower(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> CLIPTextModelWithProjection:
     """The text tower; see :func:`open_clip_vision_tower`."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(**_config(name)["text_config"])
-    return _filled(CLIPTextModelWithProjection, config, _text_weights(tensors), dtype)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # A whole CLIP is read for its image tower: no list of the text tower's weights as unexpected.
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _config(name: str) -> dict[str, dict[str, Any]]:
-    return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def _filled(model: Any, config: Any, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Any:
-    from accelerate import init_empty_weights
-
-    # No random weights are drawn only to be overwritten; the buffers are real.
-    with init_empty_weights():
-        tower = model._from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
-    tower.load_state_dict({name: tensor.to(dtype) for name, tensor in weights}, strict=True, assign=True)
-    return tower.eval()
+    config = CLIPTextConfig(**architecture(name, "text_config"))
+    return filled(CLIPTextModelWithProjection, config, _text_weights(tensors), dtype)
 
 
 def _vision_weights(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -49,19 +49,30 @@ def preprocess(
     Returns:
         [B, 3, size, size], float32 (float64 for float64 images), also for pictures in half precision.
     """
-    if images.dtype != torch.float64:
-        images = images.float()
     height, width = images.shape[-2:]
     shorter = min(height, width)
     # Integer arithmetic, as PIL's callers do: a float ratio can be one pixel off.
     resized = (size * height // shorter, size * width // shorter)
-    images = saturate(images)
-    # Bicubic weights overshoot at edges. PIL resizes along x, then along y, and saturates after each.
-    for step in ((height, resized[1]), resized):
-        if step != tuple(images.shape[-2:]):
-            images = saturate(F.interpolate(images, step, mode="bicubic", antialias=True))
+    images = _resize(images, resized)
     top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
     images = images[..., top : top + size, left : left + size]
+    return (images - _per_channel(images, mean)) / _per_channel(images, std)
+
+
+def stretch(
+    images: Tensor,
+    size: int,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
+) -> Tensor:
+    """Bicubic antialiased resize of both edges to ``size``, whatever the picture's shape, and normalisation.
+
+    The numbers of the PIL path of SigLIP's image processor, up to its rounding to 8 bits, with a gradient. (Pillow 13
+    takes tall pictures along y first; at hard edges of those its numbers differ.)
+
+    Args and returns: as :func:`preprocess`.
+    """
+    images = _resize(images, (size, size))
     return (images - _per_channel(images, mean)) / _per_channel(images, std)
 
 
@@ -90,6 +101,18 @@ def letterbox(
     rows, columns = size - resized[0], size - resized[1]
     images = F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
     return (images - _per_channel(images, mean)) / _per_channel(images, std)
+
+
+def _resize(images: Tensor, resized: tuple[int, int]) -> Tensor:
+    """As PIL resizes 8-bit pictures: values stay in [0, 1]. float32, or float64 for float64 pictures."""
+    if images.dtype != torch.float64:
+        images = images.float()
+    images = saturate(images)
+    # Bicubic weights overshoot at edges. PIL resizes along x, then along y, and saturates after each.
+    for step in ((images.shape[-2], resized[1]), resized):
+        if step != tuple(images.shape[-2:]):
+            images = saturate(F.interpolate(images, step, mode="bicubic", antialias=True))
+    return images
 
 
 def _per_channel(images: Tensor, values: Sequence[float]) -> Tensor:

@@ -29,11 +29,15 @@ class PublishedFile:
     source: str
 
     def find(self, place: str) -> Path:
-        """The file at ``place``: itself, a folder that holds it, or a repository of the hub.
+        """The file at ``place``: itself, a folder that holds it, a repository of the hub, or an address (https).
+
+        From an address it is downloaded once, into torch's own cache (``TORCH_HOME``).
 
         Raises:
             UserError: it is at none of them.
         """
+        if place.startswith("https://"):
+            return self._download(place)
         path = Path(place).expanduser()
         for candidate in (path, path / self.filename):
             if candidate.is_file():
@@ -43,10 +47,23 @@ class PublishedFile:
         try:
             return Path(hf_hub_download(place, self.filename))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.reward} reward: no {self.part} at {place!r} ({first_line(error)}); download {self.filename} "
-                f"from {self.source} and give its path as the option {self.option}"
-            ) from None
+            raise self._missing(place, error) from None
+
+    def _download(self, address: str) -> Path:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / self.filename
+        if not path.is_file():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(address, str(path), progress=False)
+            except (OSError, ValueError) as error:
+                raise self._missing(address, error) from None
+        return path
+
+    def _missing(self, place: str, error: Exception) -> UserError:
+        return UserError(
+            f"{self.reward} reward: no {self.part} at {place!r} ({first_line(error)}); download {self.filename} "
+            f"from {self.source} and give its path as the option {self.option}"
+        )
 
     def read(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a ``.safetensors`` file or of a pickle (under ``state_dict`` where there is one), on the CPU.

@@ -14,22 +14,13 @@ import torch
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.rewards.base import FunctionReward, Reward
-
-# The hidden rule of the embedded world is not here: it is what training must never see.
-_REGISTERED = {
-    "aesthetic": "sqdf_fast.rewards.aesthetic:AestheticReward",
-    "hpsv2": "sqdf_fast.rewards.hpsv2:HPSv2Reward",
-    "jpeg": "sqdf_fast.rewards.jpeg:JpegCompressibility",
-    "taste": "sqdf_fast.rewards.taste:TasteReward",
-    "warmth": "sqdf_fast.shapes.rewards:warmth",
-}
-# What reward_from_config builds of them.
-_SIMULATED = ("aesthetic", "hpsv2", "taste", "warmth")
+from sqdf_fast.rewards.catalogue import CATALOGUE
+from sqdf_fast.rewards.weighted import WeightedSum, is_sum, options_of, parse_sum
 
 
 def available_rewards() -> tuple[str, ...]:
     """Names that :func:`load_reward` knows beside ``module:function``."""
-    return tuple(_REGISTERED)
+    return tuple(CATALOGUE)
 
 
 def load_reward(
@@ -43,15 +34,23 @@ def load_reward(
 
     Args:
         spec: a registered name, or ``module:attribute``: a function ``(images, prompts) -> [B]`` or a
-            subclass of :class:`Reward`. The module is looked for in the current folder too.
+            subclass of :class:`Reward`; or a weighted sum of such, ``aesthetic*1.0 + clip*0.5``. The module is looked
+            for in the current folder too.
         dtype: given to rewards that take a ``dtype``, for their networks.
         options: keywords of the reward's class method ``load``, of its constructor where it has none (of the
-            function, at each call).
+            function, at each call); in a sum, with the reward's name and a dot before them, ``clip.model``.
 
     Raises:
-        UserError: an unknown name, a module or attribute that is not there, options that do not fit, or a
-            constructor that raises.
+        UserError: an unknown name, a module or attribute that is not there, options that do not fit, an expression
+            that is no sum, or a constructor that raises.
     """
+    if is_sum(spec):
+        terms = parse_sum(spec)
+        parts = [
+            load_reward(term.name, device=device, dtype=dtype, **own)
+            for term, own in zip(terms, options_of(terms, options), strict=True)
+        ]
+        return WeightedSum(spec, parts, [term.weight for term in terms]).eval().requires_grad_(False)
     target = _find(spec)
     if inspect.isclass(target) and issubclass(target, Reward):
         constructor = _class_method(target, "load") or target
@@ -76,35 +75,44 @@ def reward_from_config(name: str, *, device: torch.device | str = "cpu", dtype: 
     Its forward has no branch on values, so that it runs on fake tensors; its scores mean nothing.
 
     Args:
-        name: a registered name, or ``module:Class`` of a subclass of :class:`Reward` with ``from_config``.
+        name: a registered name, ``module:Class`` of a subclass of :class:`Reward` with ``from_config``, or a weighted
+            sum of such.
         device: of the weights; ``meta`` needs no memory.
         dtype: of its networks, as for :func:`load_reward`.
 
     Raises:
         UserError: an unknown name, or a reward whose memory cannot be known without running it.
     """
+    if is_sum(name):
+        terms = parse_sum(name)
+        parts = [reward_from_config(term.name, device=device, dtype=dtype) for term in terms]
+        return WeightedSum(name, parts, [term.weight for term in terms]).eval().requires_grad_(False)
     target = _find(name)
     if from_config := _class_method(target, "from_config"):
         reward = _make(name, from_config, {"device": device, "dtype": dtype})
-    elif name in _SIMULATED:
+    elif name in CATALOGUE and CATALOGUE[name].differentiable:
         # An analytic function of the pixels: it has no weights.
         reward = FunctionReward(target, name, {})
     else:
+        known = [registered for registered, card in CATALOGUE.items() if card.differentiable]
         raise UserError(
             f"reward {name!r} cannot be simulated: what it keeps in memory is not known without running it; plan with "
-            f"one of similar size ({', '.join(_SIMULATED)}), or give your subclass of Reward a class method from_config"
+            f"one of similar size ({', '.join(known)}), or give your subclass of Reward a class method from_config"
         )
     return reward.eval().requires_grad_(False)
 
 
 def _find(spec: str) -> Any:
-    if spec not in _REGISTERED and ":" not in spec:
-        close = difflib.get_close_matches(spec, _REGISTERED, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(
-            f"reward {spec!r} is unknown; {hint}allowed: {', '.join(_REGISTERED)}, or module:function of your own"
-        )
-    return _resolve(_REGISTERED.get(spec, spec))
+    if spec in CATALOGUE:
+        return _resolve(CATALOGUE[spec].address)
+    if ":" in spec:
+        return _resolve(spec)
+    close = difflib.get_close_matches(spec, CATALOGUE, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise UserError(
+        f"reward {spec!r} is unknown; {hint}allowed: {', '.join(CATALOGUE)}, module:function of your own, or a sum "
+        "such as aesthetic*1.0 + clip*0.5"
+    )
 
 
 def _class_method(target: Any, name: str) -> Callable[..., Reward] | None:

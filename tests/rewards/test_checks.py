@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.rewards import checked_reward, preflight
+from sqdf_fast.rewards import WeightedSum, checked_reward, load_reward, preflight
 from sqdf_fast.rewards.base import FunctionReward
 
 PROMPTS = ["a cat", "a dog", "a cow"]
@@ -121,6 +121,95 @@ def test_backward_that_raises():
 
     with pytest.raises(UserError, match="raised RuntimeError: no backward here in its backward pass"):
         preflight(reward(lambda x, p: Broken.apply(x)), images(), PROMPTS)
+
+
+class DetachedMean(torch.nn.Module):
+    """What users write: a network called under no_grad."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            return x.mean(dim=(1, 2, 3))
+
+
+# The six ways to be wrong, as a user meets them, and the whole line that each gets.
+SIX_WAYS = {
+    "shape": (
+        lambda x, p: brightness(x)[:, None],
+        "reward 'mine' returned shape [3, 1] for 3 images; return one score an image, shape [3]",
+    ),
+    "dtype": (
+        lambda x, p: (brightness(x) * 255).int(),
+        "reward 'mine' returned torch.int32; return floating-point scores (float32)",
+    ),
+    "device": (
+        lambda x, p: brightness(x).to("meta"),
+        "reward 'mine' returned scores on meta for images on cpu; keep the computation on the images' device",
+    ),
+    "NaN": (
+        lambda x, p: (brightness(x) - 2).sqrt(),
+        "reward 'mine' returned nan for the prompt 'a cat'; "
+        "a score must be finite: guard logarithms, roots and divisions",
+    ),
+    "detached": (
+        lambda x, p: DetachedMean()(x),
+        "reward 'mine' returned scores that are detached from the images; compute them with torch operations on "
+        "`images`, without .detach(), .item(), numpy or no_grad; if that cannot be, use an objective that needs no "
+        "gradient, --set algorithm=ddpo (or dpok, awm)",
+    ),
+    "raises": (
+        lambda x, p: brightness(x) + torch.ones(7),
+        "reward 'mine' raised RuntimeError: The size of tensor a (3) must match the size of tensor b (7) at "
+        "non-singleton dimension 0; it was given images float32 [3, 3, 5, 7] in [0, 1] on cpu and 3 prompts",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", SIX_WAYS)
+def test_each_way_to_be_wrong_has_its_line(way):
+    function, line = SIX_WAYS[way]
+    with pytest.raises(UserError) as caught:
+        preflight(reward(function), images(), PROMPTS)
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("way", SIX_WAYS)
+def test_in_a_sum_the_part_at_fault_is_named(way):
+    function, line = SIX_WAYS[way]
+    good = FunctionReward(lambda x, p: brightness(x), "good", {})
+    with pytest.raises(UserError) as caught:
+        preflight(WeightedSum("good+mine", [good, reward(function)], [1.0, 1.0]), images(), PROMPTS)
+    assert str(caught.value) == line
+    if way != "detached":
+        with pytest.raises(UserError) as caught:
+            checked_reward(WeightedSum("good+mine", [good, reward(function)], [1.0, 1.0]), images(), PROMPTS)
+        assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_without_a_gradient_the_value_is_still_checked(fault):
+    function, message = FAULTS[fault]
+    with pytest.raises(UserError, match=message):
+        preflight(reward(function), images(), PROMPTS, needs_gradient=False)
+
+
+def test_without_a_gradient_every_value_will_do():
+    asked = []
+    for function, _ in GRADIENT_FAULTS.values():
+        preflight(reward(function), images(), PROMPTS, needs_gradient=False)
+    preflight(load_reward("jpeg"), images(), PROMPTS, needs_gradient=False)
+    watched = reward(lambda x, p: asked.append(torch.is_grad_enabled()) or brightness(x))
+    preflight(watched, images(), PROMPTS, needs_gradient=False)
+    assert asked == [False]
+
+
+def test_sum_with_a_part_that_has_no_gradient():
+    mixed = load_reward("warmth + jpeg*0.1")
+    assert not mixed.differentiable
+    with pytest.raises(
+        UserError, match=r"'warmth\+jpeg\*0\.1' has no gradient \(for jpeg\) .*--set algorithm=ddpo \(or dpok, awm\)"
+    ):
+        preflight(mixed, images(), PROMPTS)
+    preflight(mixed, images(), PROMPTS, needs_gradient=False)
 
 
 def test_out_of_memory_is_not_the_rewards_fault():

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.rewards import clip, load_reward, preflight
+from sqdf_fast.rewards import architectures, load_reward, preflight
 from sqdf_fast.rewards.hpsv2 import FILES
 from sqdf_fast.rewards.preprocess import letterbox
 
@@ -149,7 +149,7 @@ def small_architecture(tmp_path, monkeypatch):
         "vocab_size": len(WORDS),
     }
     (tmp_path / "hpsv2.json").write_text(json.dumps({"vision_config": vision, "text_config": text}))
-    monkeypatch.setattr(clip, "CONFIGS", tmp_path)
+    monkeypatch.setattr(architectures, "CONFIGS", tmp_path)
 
 
 @pytest.fixture(scope="module")

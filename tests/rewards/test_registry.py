@@ -100,7 +100,8 @@ def test_function_may_say_that_it_has_no_gradient(user_module):
 
 def test_unknown_name_suggests_and_lists():
     with pytest.raises(
-        UserError, match=r"'asthetic' is unknown; did you mean 'aesthetic'.*jpeg, taste, warmth, or module"
+        UserError,
+        match=r"'asthetic' is unknown; did you mean 'aesthetic'.*jpeg, .*module:function.*or a sum such as aesthetic",
     ):
         load_reward("asthetic")
     with pytest.raises(UserError, match="'xyz' is unknown; allowed: aesthetic"):

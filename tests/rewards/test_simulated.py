@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -9,10 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.recompute import recompute
-from sqdf_fast.rewards import available_rewards, clip, load_reward, reward_from_config
+from sqdf_fast.rewards import architectures, available_rewards, load_reward, reward_from_config
+from sqdf_fast.rewards.catalogue import CATALOGUE
 
-SIMULATED = ("aesthetic", "hpsv2", "taste", "warmth")
-SIDES = {"aesthetic": 512, "hpsv2": 512, "taste": 64, "warmth": 64}
+# Image blocks, and text blocks where the text is read with the picture.
+BLOCKS = {"aesthetic": 24, "aesthetic-v2.5": 27, "clip": 24, "hpsv2": 32, "imagereward": 24 + 12, "pickscore": 32}
+SIMULATED = tuple(name for name, card in CATALOGUE.items() if card.differentiable)
 
 
 def faked(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -27,27 +31,50 @@ def faked(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return module
 
 
-# Published: 303 966 208 of CLIP ViT-L/14's image tower with projection and the head's 768 + 1; ViT-H/14's image tower.
-@pytest.mark.parametrize(
-    ("name", "parameters", "blocks"),
-    [("aesthetic", 303_966_208 + 769, 24), ("hpsv2", 632_076_800, 32), ("taste", 14_569, 0), ("warmth", 0, 0)],
-)
-def test_parameters_and_blocks_of_the_true_architecture(name, parameters, blocks):
+# CLIP ViT-L/14's image tower with projection and ViT-H/14's; SigLIP so400m's image tower; BLIP as in ImageReward.pt,
+# whose 446 666 465 numbers are these, two projections, 512 positions and the head's layers in place of their fold.
+PARAMETERS = {
+    "aesthetic": 303_966_208 + 769,
+    "aesthetic-v2.5": 428_225_600 + 1153,
+    "clip": 303_966_208,
+    "hpsv2": 632_076_800,
+    "imagereward": 446_666_465 - 459_264 - 512 - 927_969 + 769,
+    "pickscore": 632_076_800,
+    "taste": 14_569,
+    "warmth": 0,
+}
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_parameters_and_blocks_of_the_true_architecture(name):
     reward = reward_from_config(name, device="meta", dtype=torch.bfloat16)
     assert reward.name == name
     assert not reward.training
     assert all(parameter.is_meta and not parameter.requires_grad for parameter in reward.parameters())
-    assert sum(parameter.numel() for parameter in reward.parameters()) == parameters
+    assert sum(parameter.numel() for parameter in reward.parameters()) == CATALOGUE[name].parameters
+    assert CATALOGUE[name].parameters == PARAMETERS.get(name, CATALOGUE[name].parameters)
     kinds = [type(module).__name__ for module in reward.modules()]
-    assert sum(kind in reward.recompute_kinds for kind in kinds) == blocks
+    assert sum(kind in reward.recompute_kinds for kind in kinds) == BLOCKS.get(name, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SIMULATED)
-def test_forward_and_backward_run_on_fake_tensors(name, dtype):
+@pytest.fixture
+def small_configs(tmp_path, monkeypatch):
+    small = {"hidden_act": "gelu", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    vision = small | {"image_size": 28, "num_hidden_layers": 3, "patch_size": 7}
+    text = small | {"encoder_hidden_size": 32, "is_decoder": True, "num_hidden_layers": 2, "vocab_size": 50}
+    for name in ("clip-vit-large-patch14", "hpsv2", "imagereward", "siglip-so400m-patch14-384"):
+        projection = {"projection_dim": 16} if "siglip" not in name else {}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"vision_config": vision | projection, "text_config": text}))
+    monkeypatch.setattr(architectures, "CONFIGS", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in SIMULATED), ("aesthetic", torch.float32)]
+)
+def test_forward_and_backward_run_on_fake_tensors(name, dtype, small_configs):
     mode = FakeTensorMode()
     reward = faked(reward_from_config(name, device="meta", dtype=dtype), mode)
-    side = SIDES[name]
+    side = 512 if name in BLOCKS else 64
     with mode:
         images = torch.rand(2, 3, side, side, dtype=dtype, requires_grad=True)
         scores = reward(images, ["a cat", "a prompt that no text tower has read"])
@@ -57,29 +84,17 @@ def test_forward_and_backward_run_on_fake_tensors(name, dtype):
     assert (gradient.shape, gradient.dtype) == (images.shape, dtype)
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "hpsv2"])
-def test_recomputation_runs_on_fake_tensors(name):
+def test_recomputation_runs_on_fake_tensors():
     mode = FakeTensorMode()
-    reward = faked(reward_from_config(name, device="meta", dtype=torch.bfloat16), mode)
+    reward = faked(reward_from_config("aesthetic", device="meta", dtype=torch.bfloat16), mode)
     recomputation = recompute(reward, reward.recompute_kinds)
     with mode:
         images = torch.rand(1, 3, 224, 224, requires_grad=True)
         torch.autograd.grad(reward(images, ["a"]).sum(), images)
-    assert recomputation.count == recomputation.blocks == {"aesthetic": 24, "hpsv2": 32}[name]
+    assert recomputation.count == recomputation.blocks == 24
 
 
-@pytest.fixture
-def small_configs(tmp_path, monkeypatch):
-    config = (
-        '{"vision_config": {"hidden_act": "gelu", "hidden_size": 32, "image_size": 28, "intermediate_size": 64, '
-        '"num_attention_heads": 4, "num_hidden_layers": 3, "patch_size": 7, "projection_dim": 16}}'
-    )
-    for name in ("hpsv2", "clip-vit-large-patch14"):
-        (tmp_path / f"{name}.json").write_text(config)
-    monkeypatch.setattr(clip, "CONFIGS", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["aesthetic", "hpsv2"])
+@pytest.mark.parametrize("name", BLOCKS)
 def test_recomputing_the_backbone_changes_neither_score_nor_gradient(name, small_configs):
     torch.manual_seed(0)
     reward = reward_from_config(name, dtype=torch.float64)
@@ -94,7 +109,8 @@ def test_recomputing_the_backbone_changes_neither_score_nor_gradient(name, small
     kept = scored()
     recomputation = recompute(reward, reward.recompute_kinds)
     again = scored()
-    assert (recomputation.blocks, recomputation.count) == (3, 3)
+    blocks = 5 if name == "imagereward" else 3
+    assert (recomputation.blocks, recomputation.count) == (blocks, blocks)
     for before, after in zip(kept, again, strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert kept[1].abs().max() > 0
@@ -102,11 +118,11 @@ def test_recomputing_the_backbone_changes_neither_score_nor_gradient(name, small
         reward(images, prompts)
     recomputation.enabled = False
     scored()
-    assert recomputation.count == 3
+    assert recomputation.count == blocks
 
 
 def test_random_weights_are_usable_numbers(small_configs):
-    for name in ("aesthetic", "hpsv2"):
+    for name in BLOCKS:
         scores = reward_from_config(name)(torch.rand(2, 3, 28, 28), ["a", "b"])
         assert scores.dtype == torch.float32
         assert torch.isfinite(scores).all()
@@ -127,11 +143,27 @@ def test_what_cannot_be_simulated_says_what_can(tmp_path, monkeypatch):
         "def score(images, prompts):\n    return images.mean((1, 2, 3))\n"
     )
     for name in ("jpeg", "rewards_not_simulated:score"):
-        with pytest.raises(UserError, match=rf"{name!r} cannot be simulated: .*\(aesthetic, hpsv2, taste, warmth\)"):
+        with pytest.raises(UserError, match=rf"{name!r} cannot be simulated: .*\({', '.join(SIMULATED)}\)"):
             reward_from_config(name)
     with pytest.raises(UserError, match="'aestetic' is unknown; did you mean 'aesthetic'"):
         reward_from_config("aestetic")
     assert set(SIMULATED) == set(available_rewards()) - {"jpeg"}
+
+
+def test_sum_is_simulated_as_its_parts():
+    mode = FakeTensorMode()
+    reward = faked(reward_from_config("taste * 2 + warmth*-0.5", device="meta", dtype=torch.float32), mode)
+    assert sum(parameter.numel() for parameter in reward.parameters()) == 14_569
+    with mode:
+        images = torch.rand(2, 3, 64, 64, requires_grad=True)
+        scores = reward(images, ["a", "b"])
+        (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert isinstance(scores, FakeTensor)
+    assert (scores.shape, gradient.shape) == ((2,), (2, 3, 64, 64))
+    both = reward_from_config("aesthetic*1.0+imagereward*0.5", device="meta", dtype=torch.bfloat16)
+    assert both.recompute_kinds == {"CLIPEncoderLayer", "BlipEncoderLayer", "BlipTextLayer"}
+    with pytest.raises(UserError, match="'jpeg' cannot be simulated"):
+        reward_from_config("taste+jpeg")
 
 
 def test_own_reward_with_a_configuration_is_simulated(tmp_path, monkeypatch):

@@ -1,0 +1,127 @@
+"""Weighted sums of rewards: ``aesthetic*1.0 + clip*0.5``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sqdf_fast.errors import UserError
+from sqdf_fast.rewards.base import Reward
+from sqdf_fast.rewards.checks import called
+
+_EXAMPLE = "aesthetic*1.0 + clip*0.5 + my_rewards:pastel*-0.2"
+_TERM = re.compile(
+    r"\s*(?P<name>[^\W\d][\w.\-]*(?::\w+)?)\s*"
+    r"(?:\*\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*)?(?P<end>\+|$)"
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward of a sum: its name, or module:function, and its weight."""
+
+    name: str
+    weight: float = 1.0
+
+
+def parse_sum(spec: str) -> list[Term]:
+    """The terms of ``name [* weight] + ...``; whitespace is allowed, a weight is 1 where there is none.
+
+    Raises:
+        UserError: anything else, a weight of 0, and a reward that occurs twice.
+    """
+    terms: list[Term] = []
+    position, more = 0, True
+    while more:
+        found = _TERM.match(spec, position)
+        if found is None:
+            raise UserError(
+                f"reward {spec!r}: cannot read {spec[position:].strip() or 'what follows the last +'!r}; "
+                f"write NAME*WEIGHT + NAME*WEIGHT, e.g. {_EXAMPLE} (a weight may be negative, or left out for 1)"
+            )
+        terms.append(Term(found["name"], float(found["weight"] or 1)))
+        position, more = found.end(), bool(found["end"])
+    for index, term in enumerate(terms):
+        if not term.weight or not math.isfinite(term.weight):
+            raise UserError(
+                f"reward {spec!r}: a weight of {term.weight:g} for {term.name}; give it one, or leave it out"
+            )
+        if term.name in [other.name for other in terms[:index]]:
+            raise UserError(f"reward {spec!r}: {term.name} occurs twice; add its weights up")
+    return terms
+
+
+def is_sum(spec: str) -> bool:
+    """Whether ``spec`` is more than one reward's own name."""
+    return "*" in spec or "+" in spec
+
+
+def options_of(terms: Sequence[Term], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Which options are whose: ``clip.model`` is the option ``model`` of ``clip``.
+
+    Where there is one reward, its name may be left out.
+
+    Raises:
+        UserError: an option of none of them.
+    """
+    found: list[dict[str, Any]] = [{} for _ in terms]
+    for key, value in options.items():
+        owners = [index for index, term in enumerate(terms) if key.startswith(f"{term.name}.")]
+        if owners:
+            # The longest name: my.module:score before a reward "my".
+            owner = max(owners, key=lambda index: len(terms[index].name))
+            found[owner][key.removeprefix(f"{terms[owner].name}.")] = value
+        elif len(terms) == 1:
+            found[0][key] = value
+        else:
+            named = " or ".join(f"{term.name}.{key}" for term in terms)
+            raise UserError(f"reward option {key!r}: say whose it is in the sum, {named}")
+    return found
+
+
+class WeightedSum(Reward):
+    """r(x, c) = sum of w_i r_i(x, c).
+
+    Its features, for diversity, are those of the first part that has some.
+
+    Args:
+        name: what the reports call it; whitespace is left out.
+        parts: the rewards; weights: one each.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Reward], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.name = "".join(name.split())
+        self.summands = nn.ModuleList(parts)
+        self.weights = tuple(weights)
+        self.differentiable = all(part.differentiable for part in parts)
+        self.recompute_kinds = frozenset().union(*(part.recompute_kinds for part in parts))
+
+    def parts(self) -> Sequence[Reward]:
+        return [part for part in self.summands if isinstance(part, Reward)]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        for part in self.parts():
+            part.encode_prompts(prompts)
+
+    def drop_text_tower(self) -> None:
+        for part in self.parts():
+            part.drop_text_tower()
+
+    def features(self, images: Tensor) -> Tensor | None:
+        for part in self.parts():
+            if (found := part.features(images)) is not None:
+                return found
+        return None
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        # A part of the wrong shape would be broadcast and lose its name.
+        scores = [
+            weight * called(part, images, prompts) for part, weight in zip(self.parts(), self.weights, strict=True)
+        ]
+        return sum(scores[1:], start=scores[0])
