@@ -40,7 +40,7 @@ def app() -> None:
     sqdf-fast train                       fine-tune (without a GPU: the embedded shapes world, in minutes)
     sqdf-fast plan --model sdxl --vram 8G whether and how it fits, without a GPU
     sqdf-fast sample RUN "a red star"     pictures from the fine-tuned model
-    sqdf-fast evaluate RUN                reward, alignment and diversity against the base model
+    sqdf-fast evaluate RUN...             reward, alignment and diversity against the base model
     """
 
 
@@ -147,17 +147,62 @@ def sample(run: Path, prompts: tuple[str, ...], number: int, seed: int, base: bo
 
 
 @app.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--prompts", help="Held-out prompts: a named set or a file. Default: the run's own.")
-@click.option("--images", type=click.IntRange(min=2), help="Pictures a prompt. Default: the run's own.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Other than the run's evaluations, which use 0.")
+@click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
+@click.option("--prompts", help="Held-out prompts: a named set or a file. Default: the first run's.")
+@click.option("--images", type=click.IntRange(min=2), help="Pictures a prompt. Default: the first run's.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Other than the runs' evaluations, which use 0.")
+@click.option("--reward", help="Reward called proxy. Default: the first run's.")
+@click.option("--held-out", multiple=True, metavar="REWARD", help="A reward that training did not see; repeatable.")
+@click.option("--judge", "judges", multiple=True, help="clip, lpips, dreamsim, frechet or module:Class; repeatable.")
+@click.option("--model", help="Base model of LoRA files that lie in no run folder.")
+@click.option("--preset", help="Settings of targets that are no run, as for train.")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, for all targets.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def evaluate(run: Path, prompts: str | None, images: int | None, seed: int, as_json: bool) -> None:
-    """Judge the fine-tuned model of RUN against its base model, on held-out prompts and fresh seeds."""
-    from sqdf_fast.inference import compare_with_base
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Sheet of pictures. Default: evaluation.png, in the first run."
+)
+@click.option("--html", type=click.Path(path_type=Path), help="Also write table and pictures as one HTML page.")
+def evaluate(
+    targets: tuple[str, ...],
+    prompts: str | None,
+    images: int | None,
+    seed: int,
+    held_out: tuple[str, ...],
+    judges: tuple[str, ...],
+    assignments: tuple[str, ...],
+    as_json: bool,
+    output: Path | None,
+    html: Path | None,
+    **flags: str | None,
+) -> None:
+    """Judge models side by side on held-out prompts and fresh, common noise; docs/evaluation.md.
 
-    table = compare_with_base(run, prompts=prompts, images_per_prompt=images, seed=seed)
-    click.echo(json.dumps(table.as_dict(), indent=1) if as_json else table.as_text())
+    A TARGET is a run folder, a LoRA folder or file, or a base model (shapes, a diffusers folder, a hub id). The base
+    model of the first one is always among them.
+    """
+    from sqdf_fast.config import parse_assignments
+    from sqdf_fast.report import StageProgress
+    from sqdf_fast.targets import judge_targets
+
+    evaluation = {"prompts": prompts, "images_per_prompt": images, "held_out": held_out or None}
+    settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    settings["evaluation"] = {name: value for name, value in evaluation.items() if value is not None}
+    verdict = judge_targets(
+        targets,
+        settings=settings,
+        assignments=parse_assignments(assignments),
+        judges=judges,
+        seed=seed,
+        progress=StageProgress(),
+    )
+    sheet = output or _beside(Path(targets[0]), "evaluation.png")
+    verdict.save_sheet(sheet)
+    if html is not None:
+        verdict.save_page(html)
+    click.echo(json.dumps(verdict.as_dict(), indent=1) if as_json else verdict.as_text())
+    if not as_json:
+        click.echo("\n".join(str(path) for path in (sheet, html) if path is not None))
 
 
 @app.command()
@@ -258,6 +303,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(message: str) -> int:
     click.echo(f"sqdf-fast: {' '.join(message.split())}", err=True)
     return 2
+
+
+def _beside(run: Path, name: str) -> Path:
+    """``name`` in a run folder, in the current folder where there is none."""
+    return run / name if (run / "config.yaml").is_file() else Path(name)
 
 
 def _settings_table() -> str:

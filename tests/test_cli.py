@@ -159,11 +159,12 @@ def test_sample_draws_a_labelled_grid_from_the_tuned_and_the_base_model(run, fol
 def test_evaluate_prints_both_models(run, capsys):
     assert main(["evaluate", str(run), "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
-    assert table["base"]["eval_proxy_reward"] != table["tuned"]["eval_proxy_reward"]
-    assert table["base"]["eval_diversity"] > 0
+    scores = table["scores"]
+    assert scores["base"]["eval_proxy_reward"] != scores["run"]["eval_proxy_reward"]
+    assert scores["base"]["eval_diversity"] > 0
     assert main(["evaluate", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["base", "fine-tuned"]
+    assert lines[0].split() == ["base", "run"]
     assert any(line.startswith("proxy reward") for line in lines)
 
 
@@ -181,7 +182,7 @@ def test_commands_on_no_run(capsys, command):
 def test_evaluate_with_prompts_of_ones_own(run, folder, capsys):
     (folder / "mine.txt").write_text("a ring\n")
     assert main(["evaluate", str(run), "--prompts", "mine.txt", "--images", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tuned"]["eval_diversity"] > 0
+    assert json.loads(capsys.readouterr().out)["scores"]["run"]["eval_diversity"] > 0
 
 
 def test_doctor_names_versions_and_implementations(capsys):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class DreamSimDiversity(PromptJudge):
     name = "dreamsim_diversity"
 
     def __init__(self, network: Any) -> None:
-        self.network = network.eval().requires_grad_(False)
+        self.network: Any = network.eval().requires_grad_(False)
         self.embed: Callable[[Tensor], Tensor] = network.embed
 
     @classmethod
@@ -93,6 +94,20 @@ class DreamSimDiversity(PromptJudge):
             return model
 
         return cls(_loaded(cls.name, network))
+
+    @contextmanager
+    def at(self, device: torch.device) -> Iterator[None]:
+        # The package's extractors move their projections to the device that they were made for.
+        extractors = [module for module in self.network.modules() if "device" in vars(module)]
+        places = [module.device for module in extractors]
+        try:
+            with super().at(device):
+                for module in extractors:
+                    module.device = device
+                yield
+        finally:
+            for module, place in zip(extractors, places, strict=True):
+                module.device = place
 
     def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
         side = (DREAMSIM_SIDE, DREAMSIM_SIDE)

@@ -29,7 +29,12 @@ class PixelLpips(nn.Module):
 
 
 class ColourDreamSim(nn.Module):
-    """The interface of dreamsim's model: embeddings are mean colours."""
+    """The interface of dreamsim's model: embeddings are mean colours, parts know the device they were made for."""
+
+    def __init__(self):
+        super().__init__()
+        self.extractor = nn.Identity()
+        self.extractor.device = "cpu"
 
     def embed(self, images):
         assert images.shape[1:] == (3, 224, 224)
@@ -78,6 +83,14 @@ def test_dreamsim(monkeypatch, pictures, tmp_path):
     some = Pictures(pictures.images[1:], ["a", "a", "b", "b"], Thumbnails(), batch_size=1)
     # Greys are parallel, red and green orthogonal.
     assert judge.values(some).numbers == pytest.approx([0, 1], abs=1e-6)
+
+
+def test_dreamsims_extractors_know_where_they_are():
+    judge = DreamSimDiversity(ColourDreamSim())
+    extractor = judge.network.extractor
+    with judge.at(torch.device("meta")):
+        assert extractor.device == torch.device("meta")
+    assert extractor.device == "cpu"
 
 
 @pytest.mark.parametrize(("judge", "package"), [(LpipsDiversity, "lpips"), (DreamSimDiversity, "dreamsim")])
