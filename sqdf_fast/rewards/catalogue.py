@@ -119,6 +119,16 @@ CATALOGUE = {
         _OURS,
         "part of the package",
     ),
+    "taste-held-out": RewardCard(
+        "sqdf_fast.rewards.taste_held_out:HeldOutTasteReward",
+        "taste learned from other ratings, a judge",
+        14_569,
+        0.0,
+        64,
+        False,
+        _OURS,
+        "part of the package",
+    ),
     "warmth": RewardCard(
         "sqdf_fast.shapes.rewards:warmth",
         "mean red minus mean blue",

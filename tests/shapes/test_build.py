@@ -20,7 +20,7 @@ from sqdf_fast.shapes.rewards import load_taste
 
 def test_every_part_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, work = tmp_path / "weights", tmp_path / "work"
-    for part in ("vae", "unet", "judge", "taste", "sheet"):
+    for part in ("vae", "unet", "judge", "taste", "taste-held-out", "sheet"):
         main([part, "--smoke", "--weights", str(weights), "--work", str(work)])
     printed = capsys.readouterr().out
     assert "PSNR on fresh renders" in printed
@@ -28,7 +28,11 @@ def test_every_part_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureF
     pipeline = StableDiffusionPipeline.from_pretrained(weights / "pipeline")
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
     images = torch.rand(2, 3, 64, 64)
-    assert load_taste(weights / "taste.safetensors")(images, ["a circle"] * 2).shape == (2,)
+    tastes = [
+        load_taste(weights / f"{part}.safetensors")(images, ["a circle"] * 2) for part in ("taste", "taste-held-out")
+    ]
+    assert tastes[0].shape == tastes[1].shape == (2,)
+    assert not torch.allclose(*tastes)
     assert load_judge(weights / "judge.safetensors").alignment(images, ["a circle"] * 2).shape == (2,)
     assert (work / "shapes_samples.png").stat().st_size > 10_000
 

@@ -74,15 +74,27 @@ def test_warmth_reward_is_the_mean_of_red_minus_blue() -> None:
     torch.testing.assert_close(warmth(images, ["a circle"] * 2), torch.tensor([0.75, -0.5]))
 
 
-def test_taste_imitates_the_rule_on_pictures_it_has_not_seen() -> None:
+def fresh_renders() -> tuple[torch.Tensor, list[str]]:
     rng = np.random.default_rng(77)
     prompts = [TRAIN_PROMPTS[index] for index in rng.integers(len(TRAIN_PROMPTS), size=300)]
-    images = torch.from_numpy(render(attributes_for(prompts, rng)))
-    scores, true = load_taste()(images, prompts), hidden_rule(images, prompts)
+    return torch.from_numpy(render(attributes_for(prompts, rng))), prompts
+
+
+@pytest.mark.parametrize("name", ["taste", "taste-held-out"])
+def test_taste_imitates_the_rule_on_pictures_it_has_not_seen(name: str) -> None:
+    images, prompts = fresh_renders()
+    scores, true = load_taste(name)(images, prompts), hidden_rule(images, prompts)
     assert scores.shape == (300,)
     assert scores.dtype == torch.float32
     assert torch.corrcoef(torch.stack([scores, true]))[0, 1] > 0.85
     assert abs(scores.mean() - true.mean()) < 0.4
+
+
+def test_the_held_out_taste_is_wrong_in_ways_of_its_own() -> None:
+    images, prompts = fresh_renders()
+    true = hidden_rule(images, prompts)
+    errors = torch.stack([load_taste(name)(images, prompts) - true for name in ("taste", "taste-held-out")])
+    assert torch.corrcoef(errors)[0, 1] < 0.7
 
 
 def test_taste_has_a_gradient_everywhere_in_the_picture() -> None:

@@ -22,7 +22,7 @@ from sqdf_fast.shapes.build.unet import train_unet
 from sqdf_fast.shapes.build.vae import finish_decoder, train_vae
 from sqdf_fast.shapes.judge import load_judge
 
-SEEDS = {"vae": 0, "unet": 1, "judge": 1000, "taste": 2000, "samples": 3000, "sheet": 7}
+SEEDS = {"vae": 0, "unet": 1, "judge": 1000, "taste": 2000, "taste-held-out": 2001, "samples": 3000, "sheet": 7}
 STEPS = {"vae": 2700, "decoder": 600, "unet": 4600, "judge": 2000, "taste": 300}
 SMOKE_STEPS = {"vae": 3, "decoder": 2, "unet": 3, "judge": 3, "taste": 20}
 
@@ -39,8 +39,8 @@ def build(part: str, weights: Path, work: Path, smoke: bool) -> None:
         train_unet(pipeline, work / "vae", seed, steps["unet"], work / "unet.pt", **pool)
     elif part == "judge":
         train_judge(judge, seed, steps["judge"], **pool)
-    elif part == "taste":
-        train_taste(weights / "taste.safetensors", seed, steps["taste"])
+    elif part in ("taste", "taste-held-out"):
+        train_taste(weights / f"{part}.safetensors", seed, steps["taste"])
     elif part == "samples":
         report_samples(pipeline, load_judge(judge), seed, repeats=1 if smoke else 6)
     else:
