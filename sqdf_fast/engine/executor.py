@@ -85,7 +85,8 @@ class Executor(ABC):
             batch: states drawn from the replay buffer; seeds: [B] int64, the noise of x_{t-1}.
 
         Raises:
-            UserError: the reward returned something that is no reward (then gradients are incomplete: discard them).
+            UserError: the reward returned something that is no reward; torch.OutOfMemoryError: whoever ran out of
+                memory, libraries of the GPU included. Gradients are incomplete then: discard them.
         """
 
     def begin(self, stage: str, *needed: Part) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.engine.executor import Executor, StepResult
+from sqdf_fast.engine.ladder import one_memory_error
 from sqdf_fast.engine.parts import Part
 from sqdf_fast.families import Conditioning
 from sqdf_fast.objective import SqdfLoss, look_ahead, sqdf_loss
@@ -20,6 +21,7 @@ EVERYTHING: tuple[Part, ...] = ("network", "decoder", "reward")
 class JointExecutor(Executor):
     """One graph a micro-batch: the fewest network evaluations, and memory for all stages at once."""
 
+    @one_memory_error()
     def accumulate(self, batch: ReplayBatch, seeds: Tensor) -> StepResult:
         losses, rewards, kls = [], [], []
         size = self.execution.micro_batch

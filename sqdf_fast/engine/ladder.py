@@ -3,8 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 from sqdf_fast.config import Execution
+
+_NO_ROOM = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",  # no algorithm's workspace fits
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error``, or the one that it was raised from, says that memory ran out.
+
+    PyTorch's allocator says so by its type; the driver, cuBLAS, cuDNN and the CPU's allocator say so in the text of a
+    RuntimeError.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        named = isinstance(found, RuntimeError) and any(text in str(found) for text in _NO_ROOM)
+        if named or isinstance(found, torch.OutOfMemoryError):
+            return True
+        found = found.__cause__
+    return False
+
+
+@contextmanager
+def one_memory_error() -> Iterator[None]:
+    """Whatever ran out of memory inside raises torch.OutOfMemoryError; also a decorator.
+
+    An error that only wraps such a one, as that of a reward does, is that one.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def step_down(execution: Execution, stage: str) -> tuple[Execution, str] | None:

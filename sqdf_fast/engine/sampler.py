@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.engine.compilation import Compilation, CompiledBlocks, compile_options, repeated_kinds
+from sqdf_fast.engine.ladder import one_memory_error
 from sqdf_fast.engine.noise import Stream
 from sqdf_fast.kernels import posterior_mean
 from sqdf_fast.kernels.philox import derive_seeds, philox_normal
@@ -81,6 +82,7 @@ class Sampler:
                 kinds = repeated_kinds(network, family.recompute_kinds["network"])
                 self._compiled[key] = CompiledBlocks(network, kinds, **options)
 
+    @one_memory_error()
     @torch.no_grad()
     def sample(
         self,

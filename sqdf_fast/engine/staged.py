@@ -9,14 +9,14 @@ twice.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sqdf_fast.backbone import Role, Rows
+from sqdf_fast.backbone import Rows
 from sqdf_fast.engine.executor import Executor, StepResult
+from sqdf_fast.engine.ladder import one_memory_error
 from sqdf_fast.kernels import denoise_step_staged, denoise_step_vjp, posterior_mean, posterior_mean_vjp
 from sqdf_fast.objective import credited_loss, temperature
 from sqdf_fast.replay import ReplayBatch
@@ -26,24 +26,40 @@ STAGES = ("transition", "look-ahead", "reward", "look-ahead vjp", "policy vjp")
 
 @dataclass(frozen=True)
 class _Call:
-    """The network rows of one call on some samples of the batch, made chunk by chunk.
+    """One network call on S samples of the batch, its rows made chunk by chunk.
 
     Attributes:
-        samples: [R] positions of the rows in the call's own x; prompts: of the rows, '' in the unconditional half.
-        timesteps: [R].
+        prompts: of the S samples; timesteps: [S].
+        halves: 2 with guidance, [unconditional; conditional], else 1.
     """
 
-    samples: list[int]
     prompts: list[str]
     timesteps: Tensor
+    halves: int
+
+    def parts(self, rows: int) -> Iterator[_Part]:
+        """All of it, at most ``rows`` rows at a time; both halves of a sample together where two fit, as in joint."""
+        together = min(rows, self.halves)
+        size = rows // together
+        for start in range(0, len(self.prompts), size):
+            for half in range(0, self.halves, together):
+                yield _Part(slice(half, half + together), slice(start, start + size))
+
+    def by_half(self, rows: Tensor) -> Tensor:
+        """[halves S, ...] as [halves, S, ...]."""
+        return rows.unflatten(0, (self.halves, len(self.prompts)))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Where a chunk's rows are in the call, and whose samples they are."""
+    """Which halves of which of a call's samples; its rows are [halves samples, ...]."""
 
-    rows: slice
-    samples: Tensor
+    halves: slice
+    samples: slice
+
+    def of(self, rows: Tensor) -> Tensor:
+        """[halves, S, ...] to the part's rows."""
+        return rows[self.halves, self.samples].flatten(0, 1)
 
 
 @dataclass
@@ -61,6 +77,7 @@ class _Step:
 class StagedExecutor(Executor):
     """Each stage's graph is freed before the next one's is built."""
 
+    @one_memory_error()
     def accumulate(self, batch: ReplayBatch, seeds: Tensor) -> StepResult:
         device = self.backbone.family.device
         step = _Step(
@@ -83,10 +100,10 @@ class StagedExecutor(Executor):
     @torch.no_grad()
     def _transition(self, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
         self.begin("transition", "network")
-        call = self._call(step, list(range(len(step.x))), self.tables.timesteps[step.index], self.guidance_scale)
+        call = self._call(step.batch.prompts, self.tables.timesteps[step.index], self.guidance_scale)
         with self.backbone.role("reference"):
             reference = self._outputs(call, step.x)
-        with self._without_graph("policy"):
+        with self.backbone.role("policy"):
             policy = self._outputs(call, step.x)
         return denoise_step_staged(
             step.x,
@@ -108,7 +125,7 @@ class StagedExecutor(Executor):
         rows = torch.tensor(step.ahead, device=x_prev.device)
         index = step.index[rows]
         step.states.append(x_prev[rows])
-        with self._without_graph(self.lookahead_role):
+        with self.backbone.role(self.lookahead_role):
             for number in range(self.lookahead.calls):
                 output = self._outputs(self._look_ahead_call(step, index, number), step.states[-1])
                 estimate = posterior_mean(
@@ -122,12 +139,6 @@ class StagedExecutor(Executor):
                 step.states.append(estimate)
         estimate = step.states.pop()
         return estimate if len(step.ahead) == len(x_prev) else x_prev.index_copy(0, rows, estimate)
-
-    def _without_graph(self, role: Role) -> AbstractContextManager[None]:
-        # In full precision a merged LoRA is the LoRA to the last bits and saves its operators. In half precision it is
-        # rounded, and a small KL would be the rounding's.
-        family = self.backbone.family
-        return self.backbone.merged(role) if family.dtype == family.precision else self.backbone.role(role)
 
     def _reward(self, step: _Step, x0_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Rewards [B], and d reward / d x0_hat [B, ...]."""
@@ -182,11 +193,11 @@ class StagedExecutor(Executor):
                     guidance_scale=self.lookahead_scale,
                     impl=self.impl,
                 )
-                x = step.states.pop()
-                for part, chunk in self._chunks(
-                    self._look_ahead_call(step, index, number), x, self.execution.network_rows
-                ):
-                    grad.index_add_(0, part.samples, self._pulled_back(chunk, grad_output[part.rows]))
+                x, call = step.states.pop(), self._look_ahead_call(step, index, number)
+                grad_output = call.by_half(grad_output)
+                for part in call.parts(self.execution.network_rows):
+                    pulled = self._pulled_back(self._rows(call, part, x), part.of(grad_output))
+                    grad[part.samples] += pulled.unflatten(0, (-1, len(grad[part.samples]))).sum(0)
         return grad if len(step.ahead) == len(grad_x0) else grad_x0.index_copy_(0, rows, grad)
 
     def _pulled_back(self, rows: Rows, grad: Tensor) -> Tensor:
@@ -209,32 +220,39 @@ class StagedExecutor(Executor):
             kl_scale=self.objective.kl_scale,
             impl=self.impl,
         )
-        call = self._call(step, list(range(len(step.x))), self.tables.timesteps[step.index], self.guidance_scale)
+        call = self._call(step.batch.prompts, self.tables.timesteps[step.index], self.guidance_scale)
+        grad = call.by_half(grad)
         with self.backbone.role("policy"):
-            for part, chunk in self._chunks(call, step.x, self.execution.network_rows):
-                output = self.backbone.run(chunk)
-                output.backward(grad[part.rows].to(output.dtype))
+            for part in call.parts(self.execution.network_rows):
+                output = self.backbone.run(self._rows(call, part, step.x))
+                output.backward(part.of(grad).to(output.dtype))
                 del output  # or its graph lives until the next one is whole
 
-    def _call(self, step: _Step, samples: list[int], timesteps: Tensor, scale: float) -> _Call:
-        """The rows of ``samples`` (of the batch); timesteps: [S]."""
-        prompts, places = [step.batch.prompts[i] for i in samples], list(range(len(samples)))
-        if scale == 1:
-            return _Call(places, prompts, timesteps)
-        return _Call(places * 2, [""] * len(samples) + prompts, torch.cat([timesteps, timesteps]))
+    def _call(self, prompts: list[str], timesteps: Tensor, scale: float) -> _Call:
+        """The rows of samples with these prompts; timesteps: [S]."""
+        return _Call(prompts, timesteps, 1 if scale == 1 else 2)
 
     def _look_ahead_call(self, step: _Step, index: Tensor, number: int) -> _Call:
-        return self._call(step, step.ahead, self.lookahead.timesteps[:, number][index], self.lookahead_scale)
+        prompts = [step.batch.prompts[i] for i in step.ahead]
+        return self._call(prompts, self.lookahead.timesteps[:, number][index], self.lookahead_scale)
 
     @torch.no_grad()
     def _outputs(self, call: _Call, x: Tensor) -> Tensor:
-        """The network's outputs on all rows, [R, ...]."""
-        chunks = self._chunks(call, x, self.execution.forward_rows)
-        return torch.cat([self.backbone.run(rows) for _, rows in chunks])
+        """The network's outputs on all rows, [halves S, ...]."""
+        outputs = None
+        for part in call.parts(self.execution.forward_rows):
+            found = self.backbone.run(self._rows(call, part, x))
+            if outputs is None:
+                outputs = call.by_half(found.new_empty(call.halves * len(x), *found.shape[1:]))
+            place = outputs[part.halves, part.samples]
+            place.copy_(found.unflatten(0, place.shape[:2]))
+        assert outputs is not None
+        return outputs.flatten(0, 1)
 
-    def _chunks(self, call: _Call, x: Tensor, size: int) -> Iterator[tuple[_Part, Rows]]:
-        for start in range(0, len(call.samples), size):
-            part = slice(start, start + size)
-            samples = torch.tensor(call.samples[part], device=x.device)
-            conditioning = self.backbone.family.encode(call.prompts[part])
-            yield _Part(part, samples), Rows(x[samples], call.timesteps[part], conditioning)
+    def _rows(self, call: _Call, part: _Part, x: Tensor) -> Rows:
+        samples, timesteps = x[part.samples], call.timesteps[part.samples]
+        halves = range(call.halves)[part.halves]
+        given = call.prompts[part.samples]
+        prompts = [prompt for half in halves for prompt in (given if half == call.halves - 1 else [""] * len(given))]
+        both = torch.cat([samples] * len(halves)), torch.cat([timesteps] * len(halves))
+        return Rows(*both, self.backbone.family.encode(prompts))

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
 
 from sqdf_fast.config import Execution
-from sqdf_fast.engine.ladder import step_down
+from sqdf_fast.engine.ladder import one_memory_error, out_of_memory, step_down
+from sqdf_fast.errors import UserError
 
 
 def descent(execution: Execution, stage: str) -> list[str]:
@@ -45,3 +49,45 @@ def test_the_bottom(stage):
         forward_rows=1, network_rows=1, decode_images=1, recompute=("network", "decoder", "reward"), residency="staged"
     )
     assert step_down(smallest, stage) is None
+
+
+def wrapped(error: Exception) -> Exception:
+    """As a reward's error arrives."""
+    outer = UserError("reward 'mine' raised RuntimeError")
+    outer.__cause__ = error
+    return outer
+
+
+NO_ROOM = [
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ..."),
+    torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", [*NO_ROOM, *map(wrapped, NO_ROOM)], ids=repr)
+def test_every_librarys_way_to_run_out_of_memory_is_one_error(error):
+    assert out_of_memory(error)
+    with pytest.raises(torch.OutOfMemoryError, match=re.escape(str(error))), one_memory_error():
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("CUDA error: out of memory"),
+        UserError("out of memory with the smallest settings"),
+        KeyboardInterrupt("CUDA error: out of memory"),
+    ],
+    ids=repr,
+)
+def test_other_errors_stay_what_they_are(error):
+    assert not out_of_memory(error)
+    with pytest.raises(type(error)) as found, one_memory_error():
+        raise error
+    assert found.value is error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sqdf_fast.engine.noise import Stream, sample_seeds
 from sqdf_fast.engine.staged import STAGES
 from sqdf_fast.families import load_family
 from sqdf_fast.replay import ReplayBatch
+from sqdf_fast.rewards import Reward, load_reward
 
 PROMPTS = ["a red star", "a blue ring", "a ring", "a star", "a red ring"]
 SEEDS = sample_seeds(0, Stream.TRANSITION, 0, 5)
@@ -98,17 +100,79 @@ def test_equals_the_joint_executor(model, consistency_lora, objective, chunks):
         assert torch.allclose(getattr(two, name), getattr(one, name), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("chunks", CHUNKS, ids=lambda chunks: f"chunks of {chunks['network_rows']}")
-def test_in_float32_it_is_as_near_the_truth_as_the_joint_executor(model, consistency_lora, chunks):
-    # Operators round differently at other batch sizes: two joint runs of different micro-batches differ as much.
-    found = []
-    for execution, dtype in ((JOINT, torch.float64), (JOINT, torch.float32), (Execution(**chunks), torch.float32)):
-        executor = make(model, consistency_lora, dtype=dtype, execution=execution, alpha=50.0)
-        executor.accumulate(batch(INDEX, dtype), SEEDS)
-        found.append(gradients(executor).double())
-    truth, joint, staged = found
-    assert relative(staged, truth) < 2 * relative(joint, truth) + 1e-6
-    assert relative(joint, truth) < 1e-5
+@pytest.fixture(scope="module")
+def world() -> tuple[Backbone, Reward]:
+    """The embedded world in float32, its policy away from the reference."""
+    family = load_family("shapes", device=torch.device("cpu"), dtype=torch.float32)
+    backbone = Backbone(family, rank=8, consistency_lora=family.default_consistency_lora())
+    stir(backbone, 0.02)
+    return backbone, load_reward("taste", device="cpu", dtype=torch.float32)
+
+
+def in_the_world(world, execution: Execution, guidance_scale: float = 4.0, **objective) -> torch.Tensor:
+    """The gradient of three samples."""
+    backbone, reward = world
+    executor = make_executor(
+        backbone,
+        backbone.family.schedule(20, 1.0),
+        reward,
+        Objective(**objective),
+        guidance_scale=guidance_scale,
+        execution=execution,
+    )
+    for parameter in backbone.policy_parameters.values():
+        parameter.grad = None
+    x = torch.randn(3, *backbone.family.latent_shape, generator=torch.Generator().manual_seed(1))
+    prompts = ["a red circle", "a blue square", "a green star"]
+    executor.accumulate(ReplayBatch(x, torch.tensor([2, 9, 15]), prompts, torch.arange(3)), SEEDS[:3])
+    return gradients(executor).double()
+
+
+@pytest.mark.parametrize(
+    ("lookahead", "guidance_scale", "size"),
+    # A consistency model runs without guidance: beside a guided policy its chunks have the joint executor's number of
+    # rows where all samples are one chunk.
+    [("tweedie", 4, 1), ("tweedie", 4, 2), ("consistency", 4, 3), ("consistency", 1, 1), ("consistency", 1, 2)],
+)
+def test_in_float32_it_is_the_joint_executor_at_the_same_chunks(world, lookahead, guidance_scale, size):
+    rows = size if guidance_scale == 1 else 2 * size
+    joint = Execution(executor="joint", micro_batch=size)
+    staged = Execution(forward_rows=rows, network_rows=rows, decode_images=size)
+    one, two = (in_the_world(world, found, guidance_scale, lookahead=lookahead) for found in (joint, staged))
+    assert relative(two, one) < 1e-6
+
+
+@pytest.fixture
+def row_by_row(world, monkeypatch) -> None:
+    """Network, decoder and reward compute one row at a time: no operator rounds differently at another batch size."""
+    backbone, reward = world
+    family = backbone.family
+    predict, decode, score = family.predict, family.decode, reward.forward
+
+    def each(run, *rows):
+        return torch.cat([run(*(row[i : i + 1] for row in rows)) for i in range(len(rows[0]))])
+
+    monkeypatch.setattr(family, "predict", lambda network, *rows: each(partial(predict, network), *rows))
+    monkeypatch.setattr(family, "decode", lambda latents: each(decode, latents))
+    monkeypatch.setattr(reward, "forward", lambda images, prompts: each(score, images, prompts))
+
+
+@pytest.mark.usefixtures("row_by_row")
+def test_in_float32_every_chunking_is_the_joint_executor_beside_the_operators_rounding(world):
+    joint = in_the_world(world, Execution(executor="joint", micro_batch=3))
+    for chunks in CHUNKS:
+        assert relative(in_the_world(world, Execution(**chunks)), joint) < 1e-6
+
+
+def test_chunks_hold_whole_samples_and_no_more_rows_than_allowed(model, consistency_lora):
+    rows = []
+    for network_rows in (1, 2, 5):
+        found = make(model, consistency_lora, execution=Execution(forward_rows=1, network_rows=network_rows))
+        run = found.backbone.run
+        found.backbone.run = lambda given, run=run: rows.append(len(given)) or run(given)
+        found.on_stage = lambda stage: stage == "policy vjp" and rows.clear()
+        found.accumulate(batch(INDEX), SEEDS)
+        assert rows == {1: [1] * 10, 2: [2] * 5, 5: [4, 4, 2]}[network_rows]
 
 
 @pytest.mark.parametrize(
@@ -227,3 +291,21 @@ def test_frozen_weights_are_there_in_their_stages_only(model, consistency_lora, 
     assert frozen_bytes(family.network) == frozen_bytes(plain.backbone.family.network)
     unchanged = zip(family.network.parameters(), plain.backbone.family.network.parameters(), strict=True)
     assert all(torch.equal(one, two) for one, two in unchanged)
+
+
+@pytest.mark.parametrize("executor", ["joint", "staged"])
+@pytest.mark.parametrize("place", ["network", "decoder", "reward"])
+def test_a_librarys_lack_of_memory_is_that_of_the_allocator(model, executor, place, monkeypatch):
+    found = make(model, None, execution=Execution(executor=executor), lookahead="tweedie")
+
+    def fails(*given):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    owner, name = {
+        "network": (found.backbone.family, "predict"),
+        "decoder": (found.backbone.family, "decode"),
+        "reward": (found, "reward"),
+    }[place]
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(torch.OutOfMemoryError, match="CUBLAS_STATUS_ALLOC_FAILED"):
+        found.accumulate(batch([0, 1]), SEEDS[:2])
