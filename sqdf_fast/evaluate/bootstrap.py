@@ -26,12 +26,30 @@ def bootstrap_interval(
     Returns:
         (low, high); the same arguments give the same interval. One group alone gives (mean, mean).
     """
+    return percentile_interval(resampled_means(values, groups, resamples=resamples, seed=seed), level)
+
+
+def resampled_means(
+    values: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    weights: Sequence[float] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """The mean of each resample, [resamples]; the same groups and seed are resampled alike whatever the values.
+
+    Args:
+        values, groups: as for :func:`bootstrap_interval`.
+        weights: N numbers >= 0; a resample of weight 0 gives NaN.
+    """
     numbers = np.asarray(values, dtype=np.float64)
+    weight = np.ones(len(numbers)) if weights is None else np.asarray(weights, dtype=np.float64)
     member = group_members(range(len(numbers)) if groups is None else groups)
-    sums = np.bincount(member, weights=numbers)
-    counts = np.bincount(member)
+    sums = np.bincount(member, weights=weight * numbers)
+    totals = np.bincount(member, weights=weight)
     drawn = resampled_groups(len(sums), resamples, seed)
-    return percentile_interval(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), level)
+    total = totals[drawn].sum(axis=1)
+    return sums[drawn].sum(axis=1) / np.where(total > 0, total, np.nan)
 
 
 def group_members(groups: Sequence[Hashable]) -> NDArray[np.int64]:

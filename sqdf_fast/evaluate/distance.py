@@ -89,5 +89,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     difference = a.mean(dim=0) - b.mean(dim=0)
     a, b = ((rows - rows.mean(dim=0)) / (len(rows) - 1) ** 0.5 for rows in (a, b))
+    # Rounding can leave a little less than nothing.
     spread = a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
-    return float(difference.square().sum() + spread)
+    return max(0.0, float(difference.square().sum() + spread))

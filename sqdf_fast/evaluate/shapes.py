@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sqdf_fast.evaluate.bootstrap import percentile_interval, resampled_means
 from sqdf_fast.evaluate.diversity import Vendi, VendiOfAll
 from sqdf_fast.evaluate.embedding import Coordinates
-from sqdf_fast.evaluate.judge import Judge, PictureJudge, Pictures, PromptJudge, Values
+from sqdf_fast.evaluate.judge import Judge, Measurement, PictureJudge, Pictures, PromptJudge
 
 if TYPE_CHECKING:
     from sqdf_fast.shapes.judge import Judge as Networks
@@ -65,21 +66,22 @@ class AttributeAccuracy(Judge):
     def __init__(self, networks: Networks) -> None:
         self.networks = networks
 
-    def values(self, pictures: Pictures) -> Values:
+    def measure(self, pictures: Pictures) -> Measurement:
         from sqdf_fast.shapes.prompts import parse
         from sqdf_fast.shapes.render import COLOURS, SHAPES
 
         seen = pictures.scores(self._seen)
         named = [parse(prompt) for prompt in pictures.prompts]
-        shapes = torch.tensor([SHAPES.index(name.shape) for name in named])
-        right_shape = (seen[:, 0] == shapes).double()
+        right_shape = (seen[:, 0] == torch.tensor([SHAPES.index(name.shape) for name in named])).double()
+        resampled = resampled_means(right_shape.tolist(), pictures.prompts)
         coloured = torch.tensor([name.colour is not None for name in named])
         if not coloured.any():
-            return Values(right_shape.tolist(), pictures.prompts)
+            return Measurement(float(right_shape.mean()), *percentile_interval(resampled))
         colours = torch.tensor([list(COLOURS).index(name.colour) if name.colour else -1 for name in named])
-        # Not every prompt names a colour: the weight makes the mean of these that of both fractions.
-        right_colour = (seen[:, 1] == colours).double() / coloured.double().mean()
-        return Values(((right_shape + right_colour) / 2).tolist(), pictures.prompts)
+        right_colour = (seen[:, 1] == colours).double()
+        colour_means = resampled_means(right_colour.tolist(), pictures.prompts, coloured.double().tolist())
+        value = (right_shape.mean() + right_colour[coloured].mean()) / 2
+        return Measurement(float(value), *percentile_interval((resampled + colour_means) / 2))
 
     def _seen(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         shape, colour, _ = self.networks.attributes(images.cpu().float())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sqdf_fast.evaluate import bootstrap_interval
+from sqdf_fast.evaluate.bootstrap import percentile_interval, resampled_means
 
 
 def test_interval_of_independent_values_is_that_of_the_normal_law():
@@ -47,3 +48,21 @@ def test_same_seed_same_interval():
     assert bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5)
     assert bootstrap_interval(values, seed=5, resamples=50) != bootstrap_interval(values, seed=6, resamples=50)
     assert bootstrap_interval([2.5]) == (2.5, 2.5)
+
+
+def test_weights_are_those_of_a_weighted_mean():
+    rng = np.random.default_rng(4)
+    values, prompts = rng.normal(0, 1, 60), [index // 5 for index in range(60)]
+    kept = rng.random(60) < 0.5
+    # A weight of nought is as good as not being there, where every group keeps some of its values.
+    assert all(kept[start : start + 5].any() for start in range(0, 60, 5))
+    weighted = resampled_means(values.tolist(), prompts, kept.astype(float).tolist(), seed=1)
+    among_kept = resampled_means(values[kept].tolist(), [p for p, k in zip(prompts, kept, strict=True) if k], seed=1)
+    assert weighted == pytest.approx(among_kept, abs=1e-12)
+
+
+def test_a_resample_without_weight_does_not_count():
+    means = resampled_means([1.0, 7.0], ["a", "b"], [0.0, 1.0], resamples=200)
+    assert np.isnan(means).any()
+    assert set(means[~np.isnan(means)]) == {7.0}
+    assert percentile_interval(means) == (7.0, 7.0)

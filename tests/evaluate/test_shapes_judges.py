@@ -66,7 +66,13 @@ def test_numbers_are_those_of_the_judge_networks(wrong, images):
     assert wrong["eval_alignment"] == pytest.approx(networks.alignment(pictures, PROMPTS).mean().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["true_reward", "alignment", "attribute_accuracy", "diversity", "vendi"])
+def test_accuracy_without_a_fault_leaves_nothing_open(found, wrong):
+    assert [found[f"eval_attribute_accuracy{end}"] for end in ("", "_low", "_high")] == [1, 1, 1]
+    assert 0 <= wrong["eval_attribute_accuracy_low"] < wrong["eval_attribute_accuracy"]
+    assert wrong["eval_attribute_accuracy"] < wrong["eval_attribute_accuracy_high"] <= 1
+
+
+@pytest.mark.parametrize("name", ["true_reward", "alignment", "diversity", "vendi"])
 def test_intervals_hold_the_means(found, name):
     assert found[f"eval_{name}_low"] < found[f"eval_{name}"] < found[f"eval_{name}_high"]
 
