@@ -6,15 +6,18 @@ path that writes out the whole matrix of scores, so it is led to a flash kernel'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import gc
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 DEVICE = torch.device("meta")
+_HUGE = 2**44
 _exact_attention = nn.functional.scaled_dot_product_attention
 
 
@@ -52,6 +55,53 @@ def flash_attention() -> Iterator[None]:
     """Inside, attention on meta tensors keeps what a flash kernel keeps: inputs, output, a float32 a row."""
     with mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention):
         yield
+
+
+@contextmanager
+def roles_by_name() -> Iterator[None]:
+    """Inside, activating an adapter touches its name alone.
+
+    peft also walks its parameters to switch their requires_grad, which the backbone never changes between roles: with
+    recomputed blocks that is most of a simulation's time.
+    """
+    with mock.patch.object(BaseTunerLayer, "set_adapter", _set_adapter):
+        yield
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Inside, no garbage is collected: a tensor leaves when its last reference does, in every run alike."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def hollow_call(x: Tensor, weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of ``shape`` that depends on both, by a call that holds 16 TiB until its backward pass."""
+    result: Tensor = _Hollow.apply(x, weight, shape, dtype)
+    return result
+
+
+class _Hollow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x.new_empty(_HUGE, dtype=torch.uint8))
+        ctx.given = x.shape, x.dtype
+        return x.new_empty(shape, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        shape, dtype = ctx.given
+        return grads[0].new_empty(shape, dtype=dtype), None, None, None
+
+
+def _set_adapter(layer: Any, adapter_names: list[str], inference_mode: bool = False) -> None:
+    layer._active_adapter = adapter_names
 
 
 def _attention(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,6 +46,15 @@ class StageCount:
     operators: int = 0
 
 
+WORK = ("flops", "matrix_bytes", "other_bytes", "operators")
+
+
+def scaled(stage: StageCount, factor: float) -> StageCount:
+    """The same stage with so many times its work."""
+    work = {name: round(getattr(stage, name) * factor) for name in WORK}
+    return replace(stage, **work)
+
+
 class MemoryCount(TorchDispatchMode):
     """Counts the storages that operators make inside the ``with`` block, and their work.
 
@@ -62,8 +72,9 @@ class MemoryCount(TorchDispatchMode):
         super().__init__()
         self.stages: dict[str, StageCount] = {}
         self._device, self._granularity, self._workspace = device, granularity, workspace
-        self._live: dict[int, tuple[int, str]] = {}
+        self._live: dict[int, _Living] = {}
         self._by_kind: Counter[str] = Counter()
+        self._total = 0
         self.stage_name, self._exchanging = "", False
         self._current = self._enter("")
         self._hooks: list[Any] = []
@@ -72,7 +83,7 @@ class MemoryCount(TorchDispatchMode):
     @property
     def live_bytes(self) -> int:
         """Alive now."""
-        return sum(self._by_kind.values())
+        return self._total
 
     @property
     def live(self) -> dict[str, int]:
@@ -92,9 +103,9 @@ class MemoryCount(TorchDispatchMode):
             if known is None:
                 self._add(tensor, kind)
             else:
-                self._live[storage._cdata] = known[0], kind
-                self._by_kind[known[1]] -= known[0]
-                self._by_kind[kind] += known[0]
+                self._by_kind[known.kind] -= known.size
+                self._by_kind[kind] += known.size
+                known.kind = kind
         self._note_peak()
 
     def register_module(self, module: nn.Module) -> None:
@@ -129,34 +140,43 @@ class MemoryCount(TorchDispatchMode):
         while self._hooks:
             self._hooks.pop().remove()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled in here; PyTorch's guard against it would cost more than the count.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func.is_view:
-            return func(*args, **kwargs)
-        if func is torch.ops.aten.add.Tensor and _accumulates(args):
+        if _is_view(func):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if func is _ADD and _accumulates(args):
             func = torch.ops.aten.add_.Tensor
             if not _only_here(args[0]):
                 args = args[1], args[0]
+        kwargs = kwargs or {}
         # Meta tensors have no values: a call seen before need not run again.
         key = _key(func, args, kwargs, self._workspace) if self._simulates else None
         call = _CALLS.get(key)
         if call is None:
+            before = _signature(args)
             result = func(*args, **kwargs)
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             call = _Call.of(func, args, kwargs, result, outputs, self._workspace)
-            if key is not None and _is_new(result, args, kwargs):
-                _CALLS[key] = call.returning(result)
+            again = None if key is None else _again(func, result, args, kwargs)
+            # One that gave an argument another shape has to do so every time.
+            if again is not None and _signature(args) == before:
+                _CALLS[key] = replace(call, again=again)
         else:
-            result = call.made_again()
-            outputs = [leaf for leaf in (result if isinstance(result, tuple) else (result,)) if leaf is not None]
+            result, outputs = call.made_again(args)
         self._count(call, outputs)
         return result
 
-    def _count(self, call: _Call, outputs: list[Tensor]) -> None:
-        made = [self._add(tensor, "activations") for tensor in outputs]
-        if call.inside or any(made):
+    def _count(self, call: _Call, outputs: Iterable[Tensor]) -> None:
+        made = False
+        for tensor in outputs:
+            made |= self._add(tensor, "activations")
+        if made or call.inside:
             self._note_peak(call.inside)
         stage = self._current
         stage.operators += call.counted
@@ -175,14 +195,15 @@ class MemoryCount(TorchDispatchMode):
         if key in self._live:
             return False
         size = -(-storage.nbytes() // self._granularity) * self._granularity
-        self._live[key] = size, kind
+        self._live[key] = _Living(storage, self._removed, key, size, kind)
         self._by_kind[kind] += size
-        weakref.finalize(storage, self._remove, key).atexit = False
+        self._total += size
         return True
 
-    def _remove(self, key: int) -> None:
-        size, kind = self._live.pop(key)
-        self._by_kind[kind] -= size
+    def _removed(self, living: _Living) -> None:
+        del self._live[living.key]
+        self._by_kind[living.kind] -= living.size
+        self._total -= living.size
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
@@ -197,7 +218,7 @@ class MemoryCount(TorchDispatchMode):
     def _note_peak(self, inside: int = 0) -> None:
         if self._exchanging:
             return
-        total = self.live_bytes + inside
+        total = self._total + inside
         if total > self._current.peak_bytes:
             live = self.live
             live["activations"] += inside
@@ -206,6 +227,34 @@ class MemoryCount(TorchDispatchMode):
     def _note_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self.register([parameter.grad], "gradients")
+
+
+class _Living(weakref.ref[Any]):
+    """A storage that is alive, until it calls back."""
+
+    __slots__ = ("key", "kind", "size")
+
+    def __new__(cls, storage: Any, removed: Callable[[_Living], None], *_: Any) -> _Living:
+        return super().__new__(cls, storage, removed)
+
+    def __init__(self, storage: Any, removed: Callable[[_Living], None], key: int, size: int, kind: str) -> None:
+        super().__init__(storage, removed)
+        self.key, self.size, self.kind = key, size, kind
+
+
+@dataclass(frozen=True)
+class _Again:
+    """How a call's result is made without the call.
+
+    Attributes:
+        made: shape, stride and type of each new tensor, None for one that it left out; argument: the position of the
+            one that it returns, having written to it, or None.
+        single: whether it returns no tuple.
+    """
+
+    made: tuple[tuple[Any, ...] | None, ...] = ()
+    argument: int | None = None
+    single: bool = True
 
 
 @dataclass(frozen=True)
@@ -217,8 +266,7 @@ class _Call:
     matrix_bytes: int
     other_bytes: int
     counted: bool
-    outputs: list[tuple[Any, ...] | None] = field(default_factory=list)
-    single: bool = True
+    again: _Again = _Again()
 
     @staticmethod
     def of(
@@ -236,25 +284,37 @@ class _Call:
             return _Call(inside, 0, 0, 0 if packet in _UNWRITTEN else moved, packet not in _UNWRITTEN)
         return _Call(inside, count(*args, **kwargs, out_val=result), moved, 0, True)
 
-    def returning(self, result: Any) -> _Call:
-        """The same call with the shapes of what it returned."""
-        flat = result if isinstance(result, tuple) else (result,)
-        outputs = [None if o is None else (o.shape, o.stride(), o.dtype) for o in flat]
-        return replace(self, outputs=outputs, single=not isinstance(result, tuple))
-
-    def made_again(self) -> Any:
-        made = [None if o is None else torch.empty_strided(o[0], o[1], dtype=o[2], device="meta") for o in self.outputs]
-        return made[0] if self.single else tuple(made)
+    def made_again(self, args: tuple[Any, ...]) -> tuple[Any, Sequence[Tensor]]:
+        """The result, and the tensors in it."""
+        again = self.again
+        if again.argument is not None:
+            return args[again.argument], (args[again.argument],)
+        if again.single and again.made:
+            tensor = _empty(*again.made[0])
+            return tensor, (tensor,)
+        result = tuple(None if o is None else _empty(*o) for o in again.made)
+        return result if result else None, [tensor for tensor in result if tensor is not None]
 
 
 _CALLS: dict[Any, _Call] = {}
 
 
+@cache
+def _is_view(func: Any) -> bool:
+    # A reshape of a product's result is declared as if it made a tensor; it launches nothing.
+    return bool(func.is_view) or func is _aten._unsafe_view.default
+
+
+@cache
+def _may_be_remembered(func: Any) -> bool:
+    return torch.Tag.inplace_view not in func.tags
+
+
 def _key(func: Any, args: Any, kwargs: Any, workspace: workspaces.Workspace) -> Any:
     """What decides a call's result when there are no values; None where it may not be remembered."""
-    if func._schema.is_mutable:
+    if not _may_be_remembered(func):
         return None
-    key = func, workspace, _signature(args), _signature(tuple(kwargs.items()))
+    key = func, workspace, _signature(args), _signature(tuple(kwargs.items())) if kwargs else None
     try:
         hash(key)
     except TypeError:
@@ -262,21 +322,37 @@ def _key(func: Any, args: Any, kwargs: Any, workspace: workspaces.Workspace) -> 
     return key
 
 
-def _signature(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.stride(), argument.dtype, argument.device.type
-    if isinstance(argument, tuple | list):
-        return tuple(map(_signature, argument))
-    return type(argument), argument
+def _signature(arguments: Iterable[Any]) -> tuple[Any, ...]:
+    described: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            described.append((argument.shape, argument.stride(), argument.dtype, argument.device))
+        elif isinstance(argument, tuple | list):
+            described.append(_signature(argument))
+        else:
+            described += type(argument), argument
+    return tuple(described)
 
 
-def _is_new(result: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call returned meta tensors of its own and nothing else."""
+def _again(func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Again | None:
+    """How to make such a result again; None where it is neither meta tensors of its own nor what it wrote to."""
+    if func._schema.is_mutable:
+        places = [place for place, argument in enumerate(args) if argument is result]
+        meta = isinstance(result, Tensor) and result.device.type == "meta"
+        return _Again(argument=places[0]) if meta and places else None
     inputs = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
-    made = [leaf for leaf in (result if isinstance(result, tuple) else (result,)) if leaf is not None]
-    return bool(made) and all(
+    flat = result if isinstance(result, tuple) else (result,)
+    made = [leaf for leaf in flat if leaf is not None]
+    if not made or not all(
         isinstance(o, Tensor) and o.device.type == "meta" and o.untyped_storage()._cdata not in inputs for o in made
-    )
+    ):
+        return None
+    shapes = tuple(None if o is None else (o.shape, o.stride(), o.dtype) for o in flat)
+    return _Again(shapes, single=not isinstance(result, tuple))
+
+
+def _empty(shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -312,6 +388,7 @@ def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: T
 
 
 _aten = torch.ops.aten
+_ADD = _aten.add.Tensor
 _UNWRITTEN = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,

@@ -15,8 +15,8 @@ from sqdf_fast.errors import UserError
 from sqdf_fast.families.loading import family_from_configs
 from sqdf_fast.plan import cache
 from sqdf_fast.plan.device import CPU, GIB, Device, find_device, reserve_bytes
-from sqdf_fast.plan.memory import StageCount
-from sqdf_fast.plan.search import Choice, Profile, choices, fastest, ladder, profile, scaled, whole
+from sqdf_fast.plan.memory import StageCount, scaled
+from sqdf_fast.plan.search import Choice, Profile, choices, fastest, ladder, profile, whole
 from sqdf_fast.plan.simulate import Simulation, Steps
 from sqdf_fast.plan.workspace import on_cpu
 from sqdf_fast.rewards.registry import reward_from_config

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqdf_fast.config import Config, Execution
 from sqdf_fast.plan.device import Device
-from sqdf_fast.plan.memory import StageCount
+from sqdf_fast.plan.memory import StageCount, scaled
 from sqdf_fast.plan.simulate import PARTS, Simulation, Steps
 
 SAMPLES_AT_ONCE = (1, 2, 4, 8)
@@ -281,43 +281,37 @@ class _Common:
 
 
 def whole(simulation: Simulation, choice: Choice, config: Config) -> Steps:
-    """Simulate a choice at the batch size of ``config``: two small batches, extended in a straight line."""
+    """Simulate a choice at the batch size of ``config``: a small batch, extended in a straight line.
+
+    From two chunks on: what the first leaves behind for the second is there once, not once a sample.
+    """
     execution, batch = choice.execution, config.optimizer.batch_size
     optimizer = config.optimizer.model_copy(update={"states": choice.settings["optimizer.states"]})
-    sampled = choice.settings["sampling.batch_size"]
     joint = execution.executor == "joint"
     unit = execution.micro_batch if joint else max(execution.network_rows // simulation.rows, 1)
-    # From two chunks on: what the first leaves behind for the second is there once, not once a sample.
     small, large = (min(unit * times, batch) for times in (2, 3))
-    merged = choice.settings["sampling.merge_lora"]
-    second = simulation.run(execution, large, sampled=sampled, merged=merged, optimizer=optimizer)
-    if small == large or large == batch:
-        return second
-    first = simulation.run(execution, small, optimizer=optimizer)
-    stages = {
-        name: stage if name not in first.stages else _extended(first.stages[name], stage, small, large, batch)
-        for name, stage in second.stages.items()
-    }
-    return replace(second, stages=stages, samples=batch)
+    first = simulation.run(
+        execution,
+        small,
+        sampled=choice.settings["sampling.batch_size"],
+        merged=choice.settings["sampling.merge_lora"],
+        optimizer=optimizer,
+    )
+    if small == batch:
+        return first
+    # What another chunk's samples leave in memory is the same whatever the networks hold while they run.
+    before, after = (simulation.run(execution, size, optimizer=optimizer, hollow=True) for size in (small, large))
+    stages = dict(first.stages)
+    for name, stage in before.stages.items():
+        more = after.stages[name].peak_bytes - stage.peak_bytes
+        more += max(more, 0) * (batch - large) // (large - small)
+        stages[name] = _extended(first.stages[name], more, 1 if name == "optimizer" else batch / small)
+    return replace(first, stages=stages, samples=batch)
 
 
-def scaled(stage: StageCount, factor: float) -> StageCount:
-    """The same stage with so many times its work."""
-    work = {name: round(getattr(stage, name) * factor) for name in _WORK}
-    return replace(stage, **work)
-
-
-_WORK = ("flops", "matrix_bytes", "other_bytes", "operators")
-
-
-def _extended(first: StageCount, second: StageCount, small: int, large: int, batch: int) -> StageCount:
-    def line(before: int, after: int) -> int:
-        return after + max(after - before, 0) * (batch - large) // (large - small)
-
-    values = {name: line(getattr(first, name), getattr(second, name)) for name in ("peak_bytes", *_WORK)}
-    more = values["peak_bytes"] - second.peak_bytes
-    at_peak = {**second.at_peak, "activations": second.at_peak.get("activations", 0) + more}
-    return replace(second, **values, at_peak=at_peak)
+def _extended(stage: StageCount, more: int, work: float) -> StageCount:
+    at_peak = {**stage.at_peak, "activations": stage.at_peak.get("activations", 0) + more}
+    return replace(scaled(stage, work), peak_bytes=stage.peak_bytes + more, at_peak=at_peak)
 
 
 def _execution(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sqdf_fast.backbone import Backbone
+from sqdf_fast.backbone import Backbone, Role, Rows
 from sqdf_fast.config import Config, Execution
 from sqdf_fast.config import Optimizer as OptimizerSettings
 from sqdf_fast.engine import Parts, make_executor
@@ -21,8 +22,8 @@ from sqdf_fast.engine.optimizers import make_optimizer
 from sqdf_fast.engine.parts import Part
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.families import Family
-from sqdf_fast.plan.fake import DEVICE, flash_attention, to_meta
-from sqdf_fast.plan.memory import CUDA_GRANULARITY, MemoryCount, StageCount
+from sqdf_fast.plan.fake import DEVICE, flash_attention, hollow_call, no_collection, roles_by_name, to_meta
+from sqdf_fast.plan.memory import CUDA_GRANULARITY, MemoryCount, StageCount, scaled
 from sqdf_fast.plan.quantized import quantise
 from sqdf_fast.plan.workspace import Workspace, on_cuda
 from sqdf_fast.replay import ReplayBatch
@@ -147,18 +148,21 @@ class Simulation:
         sampled: int = 0,
         merged: bool = True,
         optimizer: OptimizerSettings | None = None,
+        hollow: bool = False,
     ) -> Steps:
         """Count one optimizer step of ``samples`` samples, and sampling ``sampled`` trajectories, the LoRA ``merged``.
 
         Sampling runs a single denoising step; its work is counted as the whole trajectory's. With ``optimizer``, its
-        states exist throughout as in every step but the first.
+        states exist throughout as in every step but the first. ``hollow``: network, decoder and reward hold one huge
+        block in place of their activations; what such runs differ in is what the step keeps beside them.
         """
         for parameter in self.backbone.policy_parameters.values():
             parameter.grad = None
         batch, seeds = self._batch(samples, sampled)
         # The host's copies are made before anything is counted.
         self._parts.apply(execution)
-        with flash_attention(), MemoryCount("meta", self._granularity, self._workspace) as count:
+        count = MemoryCount("meta", self._granularity, self._workspace)
+        with flash_attention(), roles_by_name(), no_collection(), self._hollowed() if hollow else nullcontext(), count:
             for module in self.modules:
                 count.register_module(module)
             self._parts.counted_by(count)
@@ -167,7 +171,8 @@ class Simulation:
                 self._sample(sampled, merged, count)
             executor = make_executor(
                 self.backbone,
-                self.schedule,
+                # Its copies on the device are made anew, so that no run owes another its tables.
+                replace(self.schedule, _copies={}),
                 self.reward,
                 self.config.objective,
                 guidance_scale=self.guidance_scale,
@@ -188,6 +193,27 @@ class Simulation:
             self._scatter()
         stages = {name: stage for name, stage in count.stages.items() if name}
         return Steps(stages, samples, sampled, uploads)
+
+    @contextmanager
+    def _hollowed(self) -> Iterator[None]:
+        weight = next(iter(self.backbone.policy_parameters.values()))
+        family = self.family
+
+        def network(rows: Rows) -> Tensor:
+            return hollow_call(rows.x, weight, rows.x.shape, family.dtype)
+
+        def decode(latents: Tensor) -> Tensor:
+            return hollow_call(latents, weight, (len(latents), 3, 1, 1), latents.dtype)
+
+        def score(images: Tensor, prompts: list[str]) -> Tensor:
+            return hollow_call(images, weight, (len(images),), torch.promote_types(images.dtype, torch.float32))
+
+        with (
+            mock.patch.object(self.backbone, "run", network),
+            mock.patch.object(family, "decode", decode),
+            mock.patch.object(self.reward, "forward", score),
+        ):
+            yield
 
     def _scatter(self) -> None:
         """Parts come back as one block each: give every weight its own storage again, whatever ran before."""
@@ -217,20 +243,30 @@ class Simulation:
             merge_lora=merged,
             impl="reference",
         )
-        x0 = sampler.sample(_prompts(sampled), torch.arange(sampled)).x0
-        stage, once = count.stages["sampling"], self._merging(count) if merged else StageCount()
-        for name in ("flops", "matrix_bytes", "other_bytes", "operators"):
-            setattr(stage, name, (getattr(stage, name) - getattr(once, name)) * steps)
+        with mock.patch.object(self.backbone, "merged", self._merged_apart(count)):
+            x0 = sampler.sample(_prompts(sampled), torch.arange(sampled)).x0
+        stage = scaled(count.stages["sampling"], steps)
+        # The LoRA is merged once a refill, not once a step: its memory counts, its work is next to nothing.
+        merging = count.stages.pop("merging", stage)
+        worst = max(merging, stage, key=lambda stage: stage.peak_bytes)
+        count.stages["sampling"] = replace(stage, peak_bytes=worst.peak_bytes, at_peak=worst.at_peak)
         count.stage("sampled pictures")
         self._parts.use("decoder")
         with torch.no_grad():
             self.family.decode(x0.to(self.family.dtype))
 
-    def _merging(self, count: MemoryCount) -> StageCount:
-        # The LoRA is merged once a refill, not once a step: next to nothing a trajectory.
-        with count.counting("merging") as once, self.backbone.merged("policy"):
-            pass
-        return count.stages.pop("merging", once)
+    def _merged_apart(self, count: MemoryCount) -> Any:
+        """`Backbone.merged` with its entry as a stage of its own."""
+        merged = self.backbone.merged
+
+        @contextmanager
+        def apart(role: Role) -> Iterator[None]:
+            with ExitStack() as stack:
+                with count.counting("merging"):
+                    stack.enter_context(merged(role))
+                yield
+
+        return apart
 
     def _one_step(self, eta: float) -> DenoisingSchedule:
         # Every step of a trajectory costs the same.
