@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from sqdf_fast import cli
+from sqdf_fast.config import make_config, read_config_file
 from sqdf_fast.rewards import load_reward
 from sqdf_fast.rewards.catalogue import CATALOGUE
+from sqdf_fast.rewards.weighted import options_of, parse_sum
 
 
 def test_table(capsys):
@@ -52,3 +55,28 @@ def test_cards_agree_with_the_rewards(name):
     assert reward.name == name
     assert reward.differentiable == card.differentiable
     assert sum(parameter.numel() for parameter in reward.parameters()) == card.parameters
+
+
+def test_documented_table_agrees():
+    document = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    table = document.split("## What there is")[1].split("## Weights")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+    documented = {row[0].strip("`"): row for row in rows}
+    assert set(documented) <= set(CATALOGUE)
+    assert len(documented) >= 9
+    for name, row in documented.items():
+        card = CATALOGUE[name]
+        assert row[2] == ("yes" if card.reads_prompt else "no")
+        assert row[3].startswith(f"{card.side} px" if card.side else "as it is")
+        if card.parameters >= 1e6:
+            assert row[4] == f"{card.parameters / 1e6:.0f} M"
+            assert row[5] == f"{2 * card.parameters / 2**30:.2f} GiB"
+            assert row[6].startswith(f"{card.download:.2f} GB")
+
+
+def test_options_of_a_sum_in_a_configuration_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("reward: taste + clip*0.5\nreward_options: {clip.model: folder, clip.clamp: true}\n")
+    config = make_config("shapes", file=read_config_file(path))
+    parts = options_of(parse_sum(config.reward), config.reward_options)
+    assert parts == [{}, {"model": "folder", "clamp": True}]

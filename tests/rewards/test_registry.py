@@ -8,6 +8,7 @@ import torch
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.rewards import Reward, load_reward, preflight
+from sqdf_fast.rewards.base import FunctionReward
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adding_a_reward.md"
 
@@ -142,3 +143,32 @@ def test_documented_example_works(user_module):
     images = torch.stack([torch.full((3, 4, 4), 0.5), torch.full((3, 4, 4), 0.9)])
     assert reward(images, ["a", "b"]).tolist() == pytest.approx([0.0, -0.16], abs=1e-6)
     preflight(reward, torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ["a", "b"])
+
+
+def test_documented_example_works_in_a_sum(user_module):
+    source = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)[1]
+    name = user_module(source)
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    summed = load_reward(f"{name}:pastel*0.5 + warmth", **{f"{name}:pastel.target": 0.5})
+    parts = load_reward(f"{name}:pastel", target=0.5), load_reward("warmth")
+    prompts = ["a", "b"]
+    torch.testing.assert_close(summed(images, prompts), 0.5 * parts[0](images, prompts) + parts[1](images, prompts))
+    preflight(summed, images, prompts)
+
+
+def test_documented_faults_are_the_messages():
+    table = DOCUMENT.read_text(encoding="utf-8").split("| wrong |")[1].split("## ")[0]
+    begin = [line.split("|")[2].strip().strip("`") for line in table.splitlines() if line.startswith("| ")]
+    faults = {
+        "returned shape [4, 1] for 4 images": lambda x, p: x.mean((2, 3))[:, :1],
+        "returned torch.int64": lambda x, p: x.mean((1, 2, 3)).long(),
+        "returned scores that are detached from the images": lambda x, p: x.detach().mean((1, 2, 3)),
+        "raised RuntimeError: ...": lambda x, p: x @ torch.ones(3),
+        "returned nan for the prompt '...'": lambda x, p: x.mean((1, 2, 3)) * float("nan"),
+        "has a gradient of zero at every pixel": lambda x, p: x.clamp(min=2.0).mean((1, 2, 3)),
+    }
+    assert set(faults) == set(begin) - {"returned scores on cpu for images on cuda:0"}
+    for line, function in faults.items():
+        with pytest.raises(UserError) as caught:
+            preflight(FunctionReward(function, "mine", {}), torch.rand(4, 3, 5, 5), ["..."] * 4)
+        assert str(caught.value).startswith(f"reward 'mine' {line.removesuffix('...')}")
