@@ -134,8 +134,8 @@ def _adamw_8bit(*given: Any) -> None:
 
 
 def _adamw_32bit(*given: Any) -> None:
-    *tensors, coefficients, seed, impl = given
-    module("adamw_8bit", impl).update(Step(*tensors, Coefficients(*coefficients), seed))
+    parameter, gradient, state1, state2, coefficients, seed, impl = given
+    module("adamw_8bit", impl).update(Step(parameter, gradient, state1, state2, Coefficients(*coefficients), seed))
 
 
 for _name, _run in (("adamw_8bit", _adamw_8bit), ("adamw_32bit", _adamw_32bit)):
