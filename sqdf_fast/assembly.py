@@ -16,6 +16,7 @@ from sqdf_fast.errors import UserError
 from sqdf_fast.families import Family, load_family
 from sqdf_fast.kernels.philox import derive_seed
 from sqdf_fast.prompts import load_prompts
+from sqdf_fast.schedule import DenoisingSchedule
 
 
 def pick_device(name: str) -> torch.device:
@@ -73,6 +74,7 @@ def load_backbone(config: Config, policy: str | None = None) -> Backbone:
         seed=derive_seed(config.seed, Stream.LORA) & (2**63 - 1),
         policy=policy,
         consistency_lora=_consistency_lora(config, family),
+        base=config.policy.base,
     )
     family.device = device
     for parameter in backbone.policy_parameters.values():
@@ -88,7 +90,7 @@ def loading_device(config: Config, device: torch.device) -> torch.device:
 
 
 def _consistency_lora(config: Config, family: Family) -> str | None:
-    if config.objective.lookahead != "consistency":
+    if config.objective.lookahead != "consistency" and config.policy.base != "consistency":
         return None
     source = config.consistency_lora or family.default_consistency_lora()
     if source is None:
@@ -100,9 +102,13 @@ def _consistency_lora(config: Config, family: Family) -> str | None:
 
 
 def make_sampler(config: Config, backbone: Backbone) -> Sampler:
-    """The sampler of a configuration, along the family's own scheduler."""
+    """The sampler of a configuration: along the family's own scheduler, or in multistep consistency sampling."""
     sampling = config.sampling
-    schedule = backbone.family.schedule(sampling.num_inference_steps, sampling.eta)
+    family, steps = backbone.family, sampling.num_inference_steps
+    if config.policy.base == "consistency":
+        schedule = DenoisingSchedule.consistency_sampling(family.scheduler, steps)
+    else:
+        schedule = family.schedule(steps, sampling.eta)
     return Sampler(
         backbone,
         schedule,

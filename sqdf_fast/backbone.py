@@ -1,4 +1,7 @@
-"""One frozen network in three roles: policy (LoRA on), reference (LoRA off), consistency (consistency LoRA on)."""
+"""One frozen network in three roles: policy (LoRA on), reference (LoRA off), consistency (consistency LoRA on).
+
+On the base "consistency" the consistency LoRA is on in every role, and the policy's on top of it.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from sqdf_fast.kernels.adamw_8bit import round_stochastically
 from sqdf_fast.recompute import Context, Recomputation, recompute
 
 Role = Literal["policy", "reference", "consistency"]
+_State = Literal["policy", "reference", "consistency", "bare"]
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,14 @@ class Backbone:
         policy: folder of trained LoRA weights to start from, whose own rank and layers count then; in full-parameter
             mode of a network.
         consistency_lora: folder, file or hub id of the consistency LoRA; None leaves that role out.
+        base: what policy and reference start from: the network, or its consistency model.
 
     Attributes:
         recomputations: of the network's blocks in the backward pass, each in the role it ran in; off at first.
         evaluations: rows that went through the network so far.
 
     Raises:
-        UserError: no layer matches target_modules, or a LoRA does not fit the network.
+        UserError: no layer matches target_modules, a LoRA does not fit the network, or the base is not to be had.
     """
 
     def __init__(
@@ -97,8 +102,11 @@ class Backbone:
         seed: int = 0,
         policy: str | None = None,
         consistency_lora: str | None = None,
+        base: Literal["network", "consistency"] = "network",
     ) -> None:
-        self.family, self.kind = family, kind
+        self.family, self.kind, self.base = family, kind, base
+        if base == "consistency" and (kind == "full" or consistency_lora is None):
+            raise UserError("a policy on the consistency model is a LoRA over a consistency LoRA; give both")
         self.evaluations = 0
         self._trained: Any = copy.deepcopy(family.network) if kind == "full" else family.network
         if consistency_lora is not None:
@@ -129,23 +137,15 @@ class Backbone:
         """The trained parameters by name, in a fixed order."""
         return self._policy
 
-    def network(self, role: Role) -> nn.Module:
+    def network(self, role: _State) -> nn.Module:
         """The module that plays ``role``: one for all with a LoRA, the policy's own in full-parameter mode."""
         return self._trained if role == "policy" else self.family.network
 
     @contextmanager
     def role(self, role: Role) -> Iterator[None]:
         """Run the network as ``role`` inside the block; afterwards it is what it was before."""
-        previous = self._role
-        if role == previous:
-            # A recomputed block comes back to the role it is in: no walk through all adapters.
+        with self._switched(role):
             yield
-            return
-        self._set(role)
-        try:
-            yield
-        finally:
-            self._set(previous)
 
     @contextmanager
     def merged(self, role: Role) -> Iterator[None]:
@@ -157,7 +157,8 @@ class Backbone:
         The weights themselves are untouched and back afterwards, bit for bit: taking a LoRA off by subtraction is not
         exact. Quantised layers run their adapter as ever.
         """
-        layers = [layer for layer in self._layers if role in layer.scaling]
+        adapters = self._adapters(role)
+        layers = [layer for layer in self._layers if any(name in layer.scaling for name in adapters)]
         weights = [layer.get_base_layer().weight for layer in layers]
         if not all(weight.is_floating_point() for weight in weights):
             layers, weights = [], []
@@ -165,8 +166,9 @@ class Backbone:
         try:
             with torch.no_grad():
                 for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
-                    weight.data = _sum(weight.data, layer.get_delta_weight(role), number)
-            with self.role("reference" if layers else role):
+                    deltas = [layer.get_delta_weight(name) for name in adapters if name in layer.scaling]
+                    weight.data = _sum(weight.data, sum(deltas[1:], deltas[0]), number)
+            with self._switched("bare" if layers else role):
                 yield
         finally:
             for weight, original in zip(weights, originals, strict=True):
@@ -227,19 +229,39 @@ class Backbone:
                     "allowed: suffixes of its module names, e.g. to_q, to_k, to_v, to_out.0"
                 ) from None
 
-    def _set(self, role: Role) -> None:
+    @contextmanager
+    def _switched(self, role: _State) -> Iterator[None]:
+        previous = self._role
+        if role == previous:
+            # A recomputed block comes back to the role it is in: no walk through all adapters.
+            yield
+            return
+        self._set(role)
+        try:
+            yield
+        finally:
+            self._set(previous)
+
+    def _set(self, role: _State) -> None:
         if role == "consistency" and not self.has_consistency:
             raise UserError(
                 "this model has no consistency LoRA; set objective.lookahead=tweedie or give consistency_lora"
             )
-        active = [role] if role == "consistency" or (role == "policy" and self.kind == "lora") else []
+        active = self._adapters(role)
         for layer in self._layers:
             layer.set_adapter(active, inference_mode=True)
         # Autograd drops the gradient of a leaf whose requires_grad is off when the backward pass arrives, whatever it
         # was in the forward pass: the policy's stays on in every role, that of the others never is.
         for parameter in self._policy.values():
             parameter.requires_grad_(True)
-        self._role: Role = role
+        self._role: _State = role
+
+    def _adapters(self, role: _State) -> list[str]:
+        """The LoRAs that are on in ``role``."""
+        if role == "bare":
+            return []
+        below = ["consistency"] if role == "consistency" or self.base == "consistency" else []
+        return [*below, "policy"] if role == "policy" and self.kind == "lora" else below
 
     def _recompute(self) -> list[Recomputation]:
         networks = {id(network): network for network in (self._trained, self.family.network)}
@@ -250,7 +272,7 @@ class Backbone:
         return found
 
     def _reenter(self) -> Context:
-        return partial(self.role, self._role)
+        return partial(self._switched, self._role)
 
 
 def _sum(weight: Tensor, delta: Tensor, seed: int) -> Tensor:

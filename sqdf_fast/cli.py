@@ -57,6 +57,11 @@ def app() -> None:
 @click.option("--seed", type=int, help="Every random number derives from it.")
 @click.option("--alpha", type=float, help="KL coefficient (objective.alpha).")
 @click.option("--gamma", type=float, help="Discount per denoising step, in (0, 1] (objective.gamma).")
+@click.option(
+    "--policy",
+    type=click.Choice(["network", "consistency"]),
+    help="Train the model, or its consistency model in 4 steps without guidance (policy.base).",
+)
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
 @click.option("--vram", help="Memory budget: 24G, 8GiB, 24000M or 80%. Plans the run and holds it to that.")
 @click.option(
@@ -323,6 +328,8 @@ def _config(given: dict[str, Any], file: Path | None, assignments: tuple[str, ..
     objective = {name: given.pop(name) for name in ("alpha", "gamma") if name in given}
     if objective:
         given["objective"] = objective
+    if "policy" in given:
+        given["policy"] = {"base": given["policy"]}
     return make_config(_default_preset(given, layers), flags=given, **layers)
 
 

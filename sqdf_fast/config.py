@@ -66,6 +66,9 @@ class Objective(Section):
 class Policy(Section):
     """What is trained."""
 
+    base: Literal["network", "consistency"] = Field(
+        "network", description="what the LoRA is trained on: the model, or its consistency model in a few steps"
+    )
     kind: Literal["lora", "full"] = Field("lora", description="a LoRA, or every parameter of the network")
     rank: Positive = Field(4, description="LoRA rank")
     alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="LoRA alpha; default: the rank")
@@ -246,6 +249,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_consistency_policy_is_whole(self) -> Config:
+        if self.policy.base == "network":
+            return self
+        if self.vram is not None:
+            raise ValueError("--vram plans for policy.base = network; leave it out and set the execution yourself")
+        wanted = {
+            "policy.kind": (self.policy.kind, "lora"),
+            "sampling.guidance_scale": (self.sampling.guidance_scale, 1.0),
+            "objective.lookahead": (self.objective.lookahead, "consistency"),
+        }
+        for name, (found, needed) in wanted.items():
+            if found != needed:
+                raise ValueError(
+                    f"{name} = {found} does not go with policy.base = consistency, a LoRA on a model that has its "
+                    f"guidance distilled and looks ahead itself; set {name}={needed}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _the_plan_is_of_the_algorithm(self) -> Config:
         if self.vram is not None and self.algorithm != "sqdf":
             raise ValueError(
@@ -362,6 +384,9 @@ PRESETS["hpsv2-script"] = _merge(
 )
 
 
+_CONSISTENCY_SAMPLING = {"sampling": {"num_inference_steps": 4, "guidance_scale": 1.0}}
+
+
 def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Every dotted key that ``--set`` accepts."""
     names = []
@@ -431,8 +456,12 @@ def make_config(
     assignments: Mapping[str, Any] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Merge the layers and validate. Raises UserError: one line that names the key, the value and what is allowed."""
-    layers = [dict(layer) for layer in (file, assignments, flags) if layer]
+    """Merge the layers and validate. The flag policy.base = consistency brings its few steps without guidance along.
+
+    Raises UserError: one line that names the key, the value and what is allowed.
+    """
+    few_steps = _CONSISTENCY_SAMPLING if ((flags or {}).get("policy") or {}).get("base") == "consistency" else None
+    layers = [dict(layer) for layer in (few_steps, file, assignments, flags) if layer]
     for layer in layers:
         preset = layer.get("preset") or preset
     merged: dict[str, Any] = {}

@@ -152,6 +152,47 @@ class DenoisingSchedule:
         return cls._from_steps(steps, trainable_ratio, eta)
 
     @classmethod
+    def consistency_sampling(
+        cls, scheduler: Any, num_inference_steps: int, *, grid: int = 50, trainable_ratio: float = TRAINABLE_RATIO
+    ) -> DenoisingSchedule:
+        """Multistep sampling of a consistency model (arXiv 2303.01469, alg. 1), as diffusers' LCMScheduler steps:
+
+            x_prev = signal' x0_hat + noise' z,     x0_hat = c_skip x + c_out (a x + b m)
+
+        from a level to the next, and x_prev = x0_hat at the last: that step has no noise and cannot be trained. The
+        network is the consistency model's, called with guidance 1.
+
+        Args:
+            scheduler: as for `from_scheduler`; it says what the network predicts and at which levels.
+            num_inference_steps: T, 4 to 8 as a rule.
+            grid: points of LCM's own grid of timesteps, of which T are taken; not for flow matching, where the
+                scheduler's own timesteps are.
+            trainable_ratio: see TRAINABLE_RATIO.
+
+        Raises:
+            UserError: as `from_scheduler`; T < 2 or T > grid.
+        """
+        read = _reader(scheduler)
+        _check(scheduler, num_inference_steps, 1.0, {})
+        if not 2 <= num_inference_steps <= grid:
+            raise UserError(
+                f"{num_inference_steps} steps of a consistency model: 2 to {grid} are allowed (the last one adds no "
+                "noise to train on), 4 to 8 are usual"
+            )
+        if read is _read_flow:
+            scheduler = copy.deepcopy(scheduler)
+            scheduler.set_timesteps(num_inference_steps)
+            steps = _read_flow(scheduler, 0.0)
+        else:
+            steps = _read_lcm(scheduler, num_inference_steps, grid)
+        posterior, _ = _split(steps.prediction, steps.levels)
+        rows = consistency_rows(posterior, steps.timesteps)
+        signal, noise = steps.next_levels.split(1, dim=1)
+        return cls._from_steps(
+            replace(steps, transition=torch.cat([signal * rows, noise], dim=1)), trainable_ratio, eta=1.0
+        )
+
+    @classmethod
     def _from_steps(cls, steps: _Steps, trainable_ratio: float, eta: float) -> DenoisingSchedule:
         posterior, _ = _split(steps.prediction, steps.levels)
         lookahead, _ = _split(steps.prediction, steps.next_levels)
@@ -346,6 +387,22 @@ def _read_ddpm(scheduler: Any, eta: float) -> _Steps:
     p, q = (clean * (next_levels[:, 0] * beta / total)[:, None]).unbind(1)
     p = p + ratio.sqrt() * next_levels[:, 1].square() / total
     return _vp_steps(scheduler, timesteps, ends, levels, next_levels, torch.stack([p, q, sigma], 1))
+
+
+def _read_lcm(scheduler: Any, num_inference_steps: int, grid: int) -> _Steps:
+    """LCM, arXiv 2310.04378: T of the grid's timesteps, evenly spaced by number; the end is x_0. No transition."""
+    alphas = scheduler.alphas_cumprod.double().cpu()
+    number = grid - torch.arange(num_inference_steps) * grid // num_inference_steps
+    timesteps = scheduler.config.num_train_timesteps // grid * number - 1
+    levels = _vp_levels(alphas[timesteps])
+    return _vp_steps(
+        scheduler,
+        timesteps,
+        torch.cat([timesteps[1:], timesteps.new_zeros(1)]),
+        levels,
+        torch.cat([levels[1:], levels.new_tensor([[1.0, 0.0]])]),
+        levels.new_zeros(num_inference_steps, 3),
+    )
 
 
 def _read_flow(scheduler: Any, eta: float) -> _Steps:

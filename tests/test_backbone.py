@@ -75,6 +75,43 @@ def test_three_roles_on_one_network(model, consistency_lora):
     assert torch.allclose(output(alone, "policy"), consistency, atol=1e-6)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_policy_on_the_consistency_model(model, consistency_lora, merged):
+    """Policy and reference have the consistency LoRA underneath; what is saved is the policy's own."""
+    dtype = torch.float64
+    backbone = make(model, dtype, consistency_lora=consistency_lora, base="consistency")
+    plain = make(model, dtype, consistency_lora=consistency_lora)
+
+    def run(found: Backbone, role) -> torch.Tensor:
+        with found.merged(role) if merged else found.role(role):
+            return found.predict(*inputs(found)).detach()
+
+    consistency = run(plain, "consistency")
+    for role in ("policy", "reference", "consistency"):
+        assert torch.allclose(run(backbone, role), consistency, rtol=0, atol=1e-12)
+    stir(backbone)
+    stir(plain)
+    weights = dict(plain.family.network.state_dict())
+    with torch.no_grad():
+        for layer in backbone._layers:
+            weight = layer.get_base_layer().weight
+            weight.add_(sum(layer.get_delta_weight(name) for name in layer.scaling))
+    expected = output(backbone, "bare")
+    with torch.no_grad():
+        for layer, other in zip(backbone._layers, plain._layers, strict=True):
+            layer.get_base_layer().weight.copy_(other.get_base_layer().weight)
+    assert torch.allclose(run(backbone, "policy"), expected, rtol=0, atol=1e-12)
+    assert torch.equal(run(backbone, "reference"), run(backbone, "consistency"))
+    assert not torch.allclose(run(backbone, "policy"), run(backbone, "reference"), atol=1e-3)
+    assert weights.keys() == backbone.family.network.state_dict().keys()
+
+
+@pytest.mark.parametrize("settings", [{}, {"kind": "full"}])
+def test_a_policy_on_a_consistency_model_that_is_not_there(model, settings):
+    with pytest.raises(UserError, match="over a consistency LoRA"):
+        make(model, base="consistency", **settings)
+
+
 def test_roles_nest_and_come_back_after_an_error(model):
     backbone = make(model)
     stir(backbone)

@@ -227,6 +227,52 @@ SCHEDULERS = [
 ]
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [2, 4, 7, 50])
+def test_consistency_sampling_is_the_lcm_schedulers(prediction, steps):
+    config = {**STABLE_DIFFUSION, "clip_sample": False, "set_alpha_to_one": False, "prediction_type": prediction}
+    scheduler = in_float64(LCMScheduler(**config))
+    scheduler.set_timesteps(steps)
+    schedule = DenoisingSchedule.consistency_sampling(ddim(prediction_type=prediction), steps)
+    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
+    x, m = latents(2)
+    for i, t in enumerate(scheduler.timesteps.tolist()):
+        expected = scheduler.step(m, t, x, generator=torch.Generator().manual_seed(i)).prev_sample
+        z = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(i))
+        p, q, sigma = schedule.transition[i]
+        torch.testing.assert_close(p * x + q * m + sigma * z, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_consistency_policy_looks_ahead_as_it_samples_next():
+    """Without noise, the look-ahead from x_prev is what the next step would make of it."""
+    schedule = DenoisingSchedule.consistency_sampling(ddim(), 4)
+    lookahead = schedule.consistency()
+    assert schedule.trainable.tolist() == [True, True, True, False]
+    assert schedule.transition[-1, 2] == 0
+    assert lookahead.timesteps[:-1, 0].tolist() == schedule.timesteps[1:].tolist()
+    signal = schedule.levels[2:, :1]
+    torch.testing.assert_close(signal * lookahead.rows[:2, 0], schedule.transition[1:3, :2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(lookahead.rows[2, 0], schedule.transition[3, :2], rtol=1e-12, atol=0)
+    assert lookahead.rows[3, 0].tolist() == [1, 0]
+    assert torch.equal(schedule.transition[:3, 2], schedule.levels[1:, 1])
+
+
+def test_consistency_sampling_along_a_flow():
+    """x_prev = (1 - s') x0_hat + s' z, with x0_hat = x - s m away from the boundary: FlowMatchLCMScheduler's step."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    schedule = DenoisingSchedule.consistency_sampling(scheduler, 4)
+    scheduler.set_timesteps(4)
+    s = scheduler.sigmas.double()
+    expected = torch.stack([1 - s[1:], -(1 - s[1:]) * s[:-1], s[1:]], dim=1)
+    torch.testing.assert_close(schedule.transition, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 51])
+def test_a_consistency_policy_has_2_to_50_steps(steps):
+    with pytest.raises(UserError, match=f"{steps} steps of a consistency model: 2 to 50"):
+        DenoisingSchedule.consistency_sampling(ddim(), steps)
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_deterministic_lookahead_follows_the_line(scheduler, n):
