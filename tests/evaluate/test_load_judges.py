@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -143,6 +144,18 @@ def test_a_judge_of_ones_own(module, images):
     found = evaluate_images(images, ["a", "a", "b", "b"], load_reward("warmth"), judges, base=judges.embed(images))
     assert found["eval_redness"] == pytest.approx(0.5)
     assert found["eval_frechet_to_base"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_documented_judge_works(monkeypatch, tmp_path, images):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (tmp_path / "my_judges.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    judges = load_judges("model", load_reward("warmth"), names=["my_judges:Redness"])
+    found = evaluate_images(images, ["a"] * 4, load_reward("warmth"), judges)
+    assert found["eval_redness"] == pytest.approx(0.5)
+    assert judges.better["redness"] == "neither"
+    monkeypatch.delitem(sys.modules, "my_judges")
 
 
 @pytest.mark.parametrize(
