@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from sqdf_fast.config import PRESETS
 from sqdf_fast.engine.sampler import Sampler
+from sqdf_fast.errors import UserError
 from training_step import prediction, setups
 from training_step.cases import PUBLISHED, Problem
 from training_step.setups import Ours, Step
@@ -141,7 +142,8 @@ def _predicted(problem: Problem, name: str) -> tuple[dict[str, int] | None, str 
         return None, "nobody plans the published way"
     try:
         return prediction.stage_bytes(problem, name), None
-    except Exception as error:
+    except (UserError, NotImplementedError) as error:
+        # A model or reward that cannot be simulated, or an operator that PyTorch does not have on the meta device.
         return None, f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
 
 

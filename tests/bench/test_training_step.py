@@ -18,6 +18,7 @@ from training_step.setups import Ours, Step
 
 from sqdf_fast.config import Execution, Objective
 from sqdf_fast.engine import make_executor
+from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family
 from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.replay import ReplayBatch
@@ -259,7 +260,9 @@ def test_every_way_is_measured_on_the_embedded_world(smoke):
     assert "prediction" not in output  # there is one for each of ours
     for row in list(rows.values())[1:]:
         assert row["predicted_bytes"] == pytest.approx(row["peak_bytes"], rel=0.1)
-    assert "NOT MET" not in output
+    # At the preset's replay ratio 1.2 is missed by the LoRAs of the two passes without a graph.
+    assert 1.2 < rows["staged"]["training_step_of_joint"]["8"] < 1.21
+    assert "NOT MET" not in output  # toy sizes have no verdict
 
 
 def test_a_row_without_parity_has_no_figures(smoke):
@@ -280,17 +283,29 @@ def test_a_row_without_parity_has_no_figures(smoke):
     assert "GiB" not in "\n".join(summary.report(faulted))
 
 
-def test_a_prediction_that_fails_leaves_what_is_measured(monkeypatch, smoke):
-    def fails(given, name):
-        raise RuntimeError("not on the meta device\nmore")
-
-    monkeypatch.setattr(prediction, "stage_bytes", fails)
+@pytest.mark.parametrize("kind", [UserError, NotImplementedError])
+def test_a_problem_that_cannot_be_simulated_leaves_what_is_measured(monkeypatch, smoke, kind):
+    monkeypatch.setattr(prediction, "stage_bytes", raising(kind("not on the meta device\nmore")))
     found, reason = measure._predicted(problem("shapes", "cpu"), "staged")
-    assert (found, reason) == (None, "RuntimeError: ['not on the meta device']")
+    expected = f"{kind.__name__}: ['not on the meta device']"
+    assert (found, reason) == (None, expected)
     row = {**smoke[1]["staged"], "predicted_bytes": None, "predicted_stage_bytes": None, "unpredicted": reason}
     lines = summary.table([row])
     assert lines[1].split()[-1] == "-"
-    assert "prediction: not available (RuntimeError: ['not on the meta device'])" in lines
+    assert f"prediction: not available ({expected})" in lines
+
+
+def test_a_fault_of_the_prediction_is_no_missing_prediction(monkeypatch):
+    monkeypatch.setattr(prediction, "stage_bytes", raising(KeyError("transition")))
+    with pytest.raises(KeyError, match="transition"):
+        measure._predicted(problem("shapes", "cpu"), "staged")
+
+
+def raising(error: Exception):
+    def fails(given, name):
+        raise error
+
+    return fails
 
 
 def test_utilisation_needs_a_known_gpu(monkeypatch):
