@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.evaluate import Judges, PictureJudge, available_judges, evaluate_images, load_judges
@@ -15,6 +16,8 @@ from sqdf_fast.evaluate.embedding import RewardFeatures, Thumbnails
 from sqdf_fast.evaluate.reward_judges import ClipAlignment, RewardJudge
 from sqdf_fast.rewards import load_reward
 from sqdf_fast.rewards.base import FunctionReward, Reward
+from sqdf_fast.rewards.clip_score import CLIPScoreReward
+from sqdf_fast.rewards.text_features import ConstantFeatures
 
 OWN = ["diversity", "vendi", "vendi_all", "distance_to_base"]
 
@@ -107,9 +110,9 @@ def test_clip_is_the_alignment_of_other_models(monkeypatch, images):
         return TwoTowers()
 
     monkeypatch.setattr("sqdf_fast.evaluate.reward_judges.load_reward", load)
-    options = {"clip": {"clip": "folder"}}
+    options = {"clip": {"model": "folder"}}
     judges = load_judges("model", load_reward("warmth"), names=["clip"], options=options, dtype=torch.bfloat16)
-    assert asked == {"spec": "clip", "dtype": torch.bfloat16, "clip": "folder"}
+    assert asked == {"spec": "clip", "dtype": torch.bfloat16, "model": "folder"}
     judges.encode_prompts(["a", "b"])
     assert judges.alignment(images, ["a"] * 4).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
     found = evaluate_images(images, ["a", "a", "b", "b"], load_reward("warmth"), judges)
@@ -117,6 +120,20 @@ def test_clip_is_the_alignment_of_other_models(monkeypatch, images):
     assert found["eval_alignment_shuffled"] == pytest.approx(0.5)
     with pytest.raises(UserError, match="two judges are called 'alignment'"):
         load_judges("shapes", load_reward("warmth"), names=["clip"])
+
+
+def test_clip_alignment_is_the_mean_clip_score(images):
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+        projection_dim=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    reward = CLIPScoreReward(CLIPVisionModelWithProjection(config).eval(), ConstantFeatures(4, torch.float32))
+    judges = Judges([ClipAlignment("alignment", reward, visits=True)], Thumbnails())
+    found = evaluate_images(images, ["a", "a", "b", "b"], load_reward("warmth"), judges)
+    assert found["eval_alignment"] == pytest.approx(reward(images, ["a"] * 4).mean().item(), abs=1e-6)
+    # One vector stands for every prompt: exchanging them changes nothing.
+    assert found["eval_alignment_shuffled"] == pytest.approx(found["eval_alignment"], abs=1e-6)
 
 
 def test_shuffling_costs_an_expensive_judge_one_pass(images):
