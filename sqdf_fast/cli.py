@@ -141,14 +141,58 @@ def plan(
 @click.option("--number", "-n", type=click.IntRange(min=1), default=4, show_default=True, help="Pictures a prompt.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--base", is_flag=True, help="Draw from the base model instead of the fine-tuned one.")
-@click.option("--output", type=click.Path(path_type=Path), help="PNG to write. Default: RUN/sample.png.")
-def sample(run: Path, prompts: tuple[str, ...], number: int, seed: int, base: bool, output: Path | None) -> None:
-    """Draw pictures for PROMPTS from the fine-tuned model of RUN (a run folder) into one grid."""
+@click.option("--best-of", type=click.IntRange(min=1), metavar="N", help="Keep the best of N by the reward.")
+@click.option("--guide-scale", type=float, metavar="S", help="Follow S times the reward's gradient in every step.")
+@click.option(
+    "--guide-by",
+    type=click.Choice(["tweedie", "consistency"]),
+    default="tweedie",
+    show_default=True,
+    help="What predicts the picture whose reward guides.",
+)
+@click.option("--reward", help="Of --best-of and --guide-scale. Default: the run's.")
+@click.option("--output", type=click.Path(path_type=Path), help="PNG to write. Default: sample.png in RUN.")
+def sample(
+    run: Path,
+    prompts: tuple[str, ...],
+    number: int,
+    seed: int,
+    base: bool,
+    best_of: int | None,
+    guide_scale: float | None,
+    guide_by: str,
+    reward: str | None,
+    output: Path | None,
+) -> None:
+    """Draw pictures for PROMPTS into one grid, from the fine-tuned model of RUN (a run folder) or from a base model.
+
+    \b
+    sqdf-fast sample runs/shapes-taste-001 "a red star"
+    sqdf-fast sample shapes "a red star" --best-of 8 --reward taste      without any training; docs/baselines.md
+    """
     from sqdf_fast.inference import draw
 
-    path = output or run / ("sample-base.png" if base else "sample.png")
-    draw(run, list(prompts), number=number, seed=seed, base=base, output=path)
+    path = output or _beside(run, "sample-base.png" if base else "sample.png")
+    options = _training_free(best_of, guide_scale, guide_by, reward)
+    cost = draw(run, list(prompts), number=number, seed=seed, base=base, output=path, **options)
     click.echo(f"{path}")
+    if cost is not None:
+        click.echo(
+            f"network rows {cost.unet_evaluations}, of them with a gradient {cost.unet_pullbacks}; "
+            f"pictures scored {cost.reward_evaluations}"
+        )
+
+
+def _training_free(best_of: int | None, guide_scale: float | None, guide_by: str, reward: str | None) -> dict[str, Any]:
+    if best_of is not None and guide_scale is not None:
+        raise UserError("--best-of and --guide-scale are two ways to better a sample; give one of them")
+    if best_of is not None:
+        return {"method": "best-of-n", "candidates": best_of, "reward": reward}
+    if guide_scale is not None:
+        return {"method": "guided", "scale": guide_scale, "estimate": guide_by, "reward": reward}
+    if reward is not None:
+        raise UserError(f"--reward {reward} has no use here without --best-of N or --guide-scale S")
+    return {}
 
 
 @app.command()
