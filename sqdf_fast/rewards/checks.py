@@ -81,8 +81,8 @@ def preflight(reward: Reward, images: Tensor, prompts: Sequence[str], *, needs_g
         named = [part.name for part in reward.parts() if not part.differentiable]
         which = f" (for {', '.join(named)})" if named else ""
         raise UserError(
-            f"reward {reward.name!r} has no gradient{which} and SQDF follows d reward / d image; {_GRADIENT_FREE}, "
-            "or train on a differentiable surrogate of it and keep this one for evaluation"
+            f"reward {reward.name!r} has no gradient{which} and the objective follows d reward / d image; "
+            f"{_GRADIENT_FREE}, or train on a differentiable surrogate of it and keep this one for evaluation"
         )
     if reward.parts():
         for part in reward.parts():
@@ -110,7 +110,7 @@ def preflight(reward: Reward, images: Tensor, prompts: Sequence[str], *, needs_g
         )
     if not gradient.any():
         raise UserError(
-            f"reward {reward.name!r} has a gradient of zero at every pixel: SQDF would learn nothing; "
+            f"reward {reward.name!r} has a gradient of zero at every pixel: nothing would be learnt; "
             f"replace rounding, comparisons, argmax and hard clamps by smooth operations, or {_GRADIENT_FREE}"
         )
 

@@ -25,5 +25,5 @@ def test_minus_the_kilobytes_at_quality_95():
 
 
 def test_training_on_it_is_refused():
-    with pytest.raises(UserError, match=r"'jpeg' has no gradient and SQDF follows .*--set algorithm=ddpo"):
+    with pytest.raises(UserError, match=r"'jpeg' has no gradient and the objective follows .*--set algorithm=ddpo"):
         preflight(load_reward("jpeg"), torch.rand(1, 3, 16, 16), ["a"])

@@ -84,14 +84,14 @@ def test_forward_and_backward_run_on_fake_tensors(name, dtype, small_configs):
     assert (gradient.shape, gradient.dtype) == (images.shape, dtype)
 
 
-def test_recomputation_runs_on_fake_tensors():
+def test_recomputation_runs_on_fake_tensors(small_configs):
     mode = FakeTensorMode()
     reward = faked(reward_from_config("aesthetic", device="meta", dtype=torch.bfloat16), mode)
     recomputation = recompute(reward, reward.recompute_kinds)
     with mode:
         images = torch.rand(1, 3, 224, 224, requires_grad=True)
         torch.autograd.grad(reward(images, ["a"]).sum(), images)
-    assert recomputation.count == recomputation.blocks == 24
+    assert recomputation.count == recomputation.blocks == 3
 
 
 @pytest.mark.parametrize("name", BLOCKS)
