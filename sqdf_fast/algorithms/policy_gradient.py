@@ -23,6 +23,7 @@ from sqdf_fast.algorithms.advantages import advantages
 from sqdf_fast.algorithms.base import Algorithm
 from sqdf_fast.config import Config
 from sqdf_fast.engine import StepResult
+from sqdf_fast.engine.ladder import one_memory_error
 from sqdf_fast.engine.noise import Stream, generator
 from sqdf_fast.engine.parts import Part
 from sqdf_fast.engine.rollouts import Rollouts
@@ -101,6 +102,9 @@ class PolicyGradient(Algorithm):
 
     def __init__(self, config: Config, rollouts: Rollouts) -> None:
         super().__init__(config, rollouts)
+        # Policy and loss are always one graph, so memory runs out as it does for the joint executor.
+        rollouts.execution = rollouts.execution.model_copy(update={"executor": "joint"})
+        rollouts.parts.apply(rollouts.execution)
         self.indices = torch.nonzero(self.schedule.trainable.cpu(), as_tuple=True)[0]
         self.timesteps = _timesteps(config, len(self.indices))
         self.clip_range = config.baseline.clip_range
@@ -121,6 +125,7 @@ class PolicyGradient(Algorithm):
         self.collection = Collection(number, prompts, stored, rewards.detach().double().cpu())
         self._old = None
 
+    @one_memory_error()
     def accumulate(self, step: int) -> StepResult:
         """The gradient of the surrogate on this step's pairs of the collection."""
         collection = self._collected

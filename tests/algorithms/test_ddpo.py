@@ -116,10 +116,9 @@ def test_what_an_update_costs(model, steps_per_refill, forwards):
 
 
 @pytest.mark.parametrize("algorithm", ALL)
-@pytest.mark.parametrize("micro_batch", [1, 7])
-def test_micro_batches_add_up_to_the_whole(model, algorithm, micro_batch):
+def test_micro_batches_add_up_to_the_whole(model, algorithm):
     whole, parts = (policy_gradient(model, algorithm, baseline={"timesteps": 2}) for _ in range(2))
-    parts.rollouts.execution = whole.rollouts.execution.model_copy(update={"micro_batch": micro_batch})
+    parts.rollouts.execution = whole.rollouts.execution.model_copy(update={"micro_batch": 5})
     whole.rollouts.execution = whole.rollouts.execution.model_copy(update={"micro_batch": 100})
     one, two = step(whole, 0), step(parts, 0)
     assert apart(two, one) < 1e-12
