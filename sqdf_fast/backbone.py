@@ -148,8 +148,11 @@ class Backbone:
             yield
 
     @contextmanager
-    def merged(self, role: Role) -> Iterator[None]:
+    def merged(self, role: Role, *, by_layer: bool = False) -> Iterator[None]:
         """As :meth:`role`, with the role's LoRA added to a copy of its layers' weights: no adapter runs. No gradient.
+
+        With ``by_layer`` a layer's copy is made when it runs and dropped after it, which few calls are worth: one copy
+        is alive at a time.
 
         bfloat16 sums are rounded stochastically, always the same way: a young LoRA is smaller than half a unit in the
         last place of most weights, and rounding to nearest would leave it out.
@@ -162,17 +165,33 @@ class Backbone:
         weights = [layer.get_base_layer().weight for layer in layers]
         if not all(weight.is_floating_point() for weight in weights):
             layers, weights = [], []
-        originals = [weight.data for weight in weights]
+        originals = {layer: weight.data for layer, weight in zip(layers, weights, strict=True)}
+        numbers = {layer: number for number, layer in enumerate(layers)}
+
+        @torch.no_grad()
+        def merge(layer: Any, *_: Any) -> None:
+            deltas = [layer.get_delta_weight(name) for name in adapters if name in layer.scaling]
+            merged = _sum(originals[layer], sum(deltas[1:], deltas[0]), numbers[layer])
+            layer.get_base_layer().weight.data = merged
+
+        def restore(layer: Any, *_: Any) -> None:
+            layer.get_base_layer().weight.data = originals[layer]
+
+        hooks = []
         try:
-            with torch.no_grad():
-                for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
-                    deltas = [layer.get_delta_weight(name) for name in adapters if name in layer.scaling]
-                    weight.data = _sum(weight.data, sum(deltas[1:], deltas[0]), number)
+            for layer in layers:
+                if by_layer:
+                    hooks.append(layer.register_forward_pre_hook(merge))
+                    hooks.append(layer.register_forward_hook(restore, always_call=True))
+                else:
+                    merge(layer)
             with self._switched("bare" if layers else role):
                 yield
         finally:
-            for weight, original in zip(weights, originals, strict=True):
-                weight.data = original
+            for hook in hooks:
+                hook.remove()
+            for layer in layers:
+                restore(layer)
 
     def predict(
         self,

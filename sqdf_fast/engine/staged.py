@@ -125,7 +125,11 @@ class StagedExecutor(Executor):
         rows = torch.tensor(step.ahead, device=x_prev.device)
         index = step.index[rows]
         step.states.append(x_prev[rows])
-        with self.backbone.role(self.lookahead_role):
+        family = self.backbone.family
+        # In full precision a merged LoRA is the LoRA up to the last bits, and saves its operators; in half it is not.
+        exact = family.dtype == family.precision
+        role = self.lookahead_role
+        with self.backbone.merged(role, by_layer=True) if exact else self.backbone.role(role):
             for number in range(self.lookahead.calls):
                 output = self._outputs(self._look_ahead_call(step, index, number), step.states[-1])
                 estimate = posterior_mean(

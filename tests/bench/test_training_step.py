@@ -260,8 +260,7 @@ def test_every_way_is_measured_on_the_embedded_world(smoke):
     assert "prediction" not in output  # there is one for each of ours
     for row in list(rows.values())[1:]:
         assert row["predicted_bytes"] == pytest.approx(row["peak_bytes"], rel=0.1)
-    # At the preset's replay ratio 1.2 is missed by the LoRAs of the two passes without a graph.
-    assert 1.2 < rows["staged"]["training_step_of_joint"]["8"] < 1.21
+    assert rows["staged"]["training_step_of_joint"]["8"] < 1.2
     assert "NOT MET" not in output  # toy sizes have no verdict
 
 
