@@ -17,10 +17,11 @@ from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.report.chart import MINUS, Line, Point, line_chart, moving_average
 from sqdf_fast.report.elements import tile
 from sqdf_fast.report.metrics import Record
+from sqdf_fast.report.monitor_section import monitor_section
 from sqdf_fast.report.plan_section import plan_section
 from sqdf_fast.report.run import Run, Summary, cost, read_run, summarise
 
-_STYLE = Path(__file__).parent / "report.css"
+STYLE = Path(__file__).parent / "report.css"
 # Larger pictures are scaled down: a report of 16 pairs stays a few megabytes.
 EMBEDDED_SIDE = 384
 FILM_ROWS, FILM_STEPS = 6, 7
@@ -47,7 +48,9 @@ def render_report(run: Run) -> str:
     sections = [
         _header(run, title),
         _before_after(run),
-        _curves(run),
+        _evaluation_curves(run),
+        monitor_section(run.config, run.evaluations, run.alarms),
+        _training_curves(run),
         _film(run),
         _cost(run),
         plan_section(run.comparison, run.plan, run.on_gpu),
@@ -57,7 +60,7 @@ def render_report(run: Run) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head>"
+        f"<title>{escape(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head>"
         f"<body><main>{''.join(sections)}<footer>Written by sqdf-fast {escape(__version__)} "
         f"from {escape(run.folder.resolve().name)}.</footer></main></body></html>\n"
     )
@@ -142,13 +145,13 @@ def _before_after(run: Run) -> str:
 
 def _picture(run: Run, step: int, index: int) -> str:
     path = run.samples.steps[step][index]
-    source = None if path is None else _data_uri(path)
+    source = None if path is None else data_uri(path)
     if source is None:
         return '<span class="missing">missing</span>'
     return f'<img src="{source}" alt="{escape(run.samples.prompts[index])}, step {step}">'
 
 
-def _data_uri(path: Path) -> str | None:
+def data_uri(path: Path) -> str | None:
     """The picture itself, in base64; None where the file is not a whole picture."""
     try:
         content = path.read_bytes()
@@ -164,10 +167,6 @@ def _data_uri(path: Path) -> str | None:
     except (OSError, SyntaxError, UnidentifiedImageError):
         return None
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _curves(run: Run) -> str:
-    return _evaluation_curves(run) + _training_curves(run)
 
 
 def _training_curves(run: Run) -> str:
