@@ -196,7 +196,7 @@ def whole_run(model: Path, algorithm: str, **changes):
         algorithm,
         reward="my_rewards:brightness",
         prompts="prompts.txt",
-        steps=3,
+        steps=2,
         checkpoint_every=1,
         evaluation={"every": 0, "num_prompts": 1, "images_per_prompt": 2, "grid": 1},
         **{"baseline": SETTINGS, "optimizer": {"batch_size": 4, "lr": 1e-2}, **changes},
@@ -232,7 +232,7 @@ def test_a_run_stopped_within_a_step_and_resumed_equals_the_whole_bit_for_bit(mo
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     lines = [line for line in read_metrics(folder / "parts" / "metrics.jsonl") if line["kind"] == "step"]
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [1, 2]
     assert ("kl_mean" in lines[0]) == (algorithm == "draft-kl")
 
 
