@@ -41,6 +41,7 @@ def app() -> None:
     sqdf-fast plan --model sdxl --vram 8G whether and how it fits, without a GPU
     sqdf-fast sample RUN "a red star"     pictures from the fine-tuned model
     sqdf-fast evaluate RUN...             reward, alignment and diversity against the base model
+    sqdf-fast compare --budget 12800      SQDF beside other methods, same budget and seeds, one report
     """
 
 
@@ -264,6 +265,73 @@ def rewards(as_json: bool) -> None:
 
 
 @app.command()
+@click.option("--methods", help="Names with commas. Default: sqdf,draft-1,refl,ddpo, or those of --protocol.")
+@click.option("--seeds", help="Numbers with commas, one run of each method a seed. Default: 0,1,2.")
+@click.option("--budget", help="Of a run: 20000 UNet evaluations (rows through the network), or seconds: 120s.")
+@click.option("--points", type=click.IntRange(min=2), help="Evaluations of a run, one before training. Default: 6.")
+@click.option("--ablate", help="Axes with commas: gamma, credit, lookahead, buffer, replay-ratio, alpha.")
+@click.option("--protocol", "file", type=click.Path(path_type=Path), help="YAML file of a study; docs/compare.md.")
+@click.option("--preset", help="Named hyperparameters, as for train.")
+@click.option("--model", help="'shapes', a diffusers folder, or a hub id.")
+@click.option("--reward", help="What is trained on.")
+@click.option("--prompts", help="A named set or a text file, one prompt a line.")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, for all methods.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time. Default: one a GPU, or one on the CPU.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder, new or to go on with. Default: a new one.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Folder to go on with, by its own protocol.yaml.")
+def compare(
+    methods: str | None,
+    seeds: str | None,
+    budget: str | None,
+    points: int | None,
+    ablate: str | None,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    jobs: int | None,
+    output: Path | None,
+    resume: Path | None,
+    **flags: str | None,
+) -> None:
+    """Train several methods on several seeds under one budget, and report them side by side; docs/compare.md.
+
+    Killed at any time, the same command goes on: finished runs stay, a broken-off one loses at most the work since its
+    last evaluation. Exit status 1 when a run failed.
+    """
+    from sqdf_fast.compare.command import compare as run_comparison
+    from sqdf_fast.compare.command import protocol_of, stored_protocol
+    from sqdf_fast.compare.pool import Stopped
+    from sqdf_fast.compare.protocol import read_protocol
+    from sqdf_fast.config import parse_assignments
+    from sqdf_fast.run_folder import RunFolder
+
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    if resume is not None:
+        if given or assignments or any((methods, seeds, budget, points, ablate, file, output)):
+            raise UserError("--resume goes on by the folder's own protocol.yaml; leave out everything but --jobs")
+        protocol, folder = stored_protocol(resume), resume
+    else:
+        values = read_protocol(file) if file else _short_protocol(given, assignments, budget)
+        preset = given.pop("preset", None)
+        layers = {**parse_assignments(assignments), **given}
+        whole = {"preset": preset, "seeds": _seeds(seeds), "budget": budget, "points": points, "ablate": _names(ablate)}
+        names = _names(methods) or ([] if file else _names("sqdf" if ablate else "sqdf,draft-1,refl,ddpo"))
+        protocol = protocol_of(values, layers, names, **whole)
+        folder = output or RunFolder.next_free(Path("runs"), "compare")
+    click.echo(f"Comparing in {folder}", err=True)
+    try:
+        table, failed = run_comparison(protocol, folder, jobs)
+    except Stopped:
+        click.echo(f"Interrupted. Continue with: sqdf-fast compare --resume {folder}", err=True)
+        sys.exit(130)
+    click.echo(f"{table}\n\n{folder / 'report.html'}")
+    if failed:
+        first, reason = next(iter(failed.items()))
+        click.echo(f"{len(failed)} runs failed; {first}: {reason}. The same command tries them again.", err=True)
+        click.get_current_context().exit(1)
+
+
+@app.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
     """Write RUN/report.html again from what the run folder holds."""
@@ -357,6 +425,27 @@ def _fail(message: str) -> int:
 def _beside(run: Path, name: str) -> Path:
     """``name`` in a run folder, in the current folder where there is none."""
     return run / name if (run / "config.yaml").is_file() else Path(name)
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()] if text else []
+
+
+def _seeds(text: str | None) -> list[int]:
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError:
+        raise UserError(f"--seeds {text}: expected whole numbers with commas, such as 0,1,2") from None
+
+
+def _short_protocol(given: dict[str, Any], assignments: tuple[str, ...], budget: str | None) -> dict[str, Any]:
+    """What `compare` begins with where there is no file: the preset that `train` would take."""
+    from sqdf_fast.config import parse_assignments
+
+    if budget is None:
+        raise UserError("compare needs --budget, such as 20000 UNet evaluations or 120s, or --protocol FILE")
+    preset = _default_preset(given, {"file": None, "assignments": parse_assignments(assignments)})
+    return {"preset": preset or given.get("preset")}
 
 
 def _settings_table() -> str:

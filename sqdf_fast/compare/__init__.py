@@ -1,0 +1,1 @@
+"""Methods side by side: the same budget, seeds and judges, one report."""

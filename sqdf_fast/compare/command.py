@@ -1,0 +1,266 @@
+"""A comparison from its protocol to its report: tune, choose, run, read, write."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sqdf_fast.checkpoint import disk_errors
+from sqdf_fast.compare.curves import Curve, read_curve
+from sqdf_fast.compare.jobs import Job, check_settings, job_config
+from sqdf_fast.compare.methods import ablation, method_config
+from sqdf_fast.compare.page import write_page
+from sqdf_fast.compare.pool import make_places, run_jobs
+from sqdf_fast.compare.progress import CompareProgress
+from sqdf_fast.compare.protocol import Protocol, dotted, dump_protocol, make_protocol, read_protocol, refuse_other
+from sqdf_fast.compare.results import Results, Runs, make_results, write_results
+from sqdf_fast.compare.table import as_text
+from sqdf_fast.compare.tuning import Choice, Trial, choose
+from sqdf_fast.compare.worker import last_line
+from sqdf_fast.config import Config
+from sqdf_fast.errors import UserError
+from sqdf_fast.report import environment, read_run
+
+PROTOCOL = "protocol.yaml"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as it is run for the report.
+
+    Attributes:
+        group: the axis of the ablation that it belongs to; "" for the methods.
+        settings: on top of the shared ones.
+        label: for people; within its group.
+    """
+
+    name: str
+    label: str
+    group: str
+    settings: dict[str, Any]
+    config: Config
+
+
+class Comparison:
+    """A folder and its protocol.
+
+    protocol.yaml, tuning/METHOD/trial-N/ and runs/METHOD/seed-N/ (run folders, a log beside each), results.json,
+    report.html, plots/.
+
+    Raises:
+        UserError: the folder is of another comparison; a method or a setting that is none.
+    """
+
+    def __init__(self, protocol: Protocol, folder: Path) -> None:
+        self.protocol, self.folder = protocol, folder
+        self.base = protocol.base()
+        self.own = {name: protocol.settings_of(name) for name in protocol.methods}
+        for name, method in protocol.methods.items():
+            # A mistake in the last trial of the last method is to be seen now, not in an hour.
+            method_config(self.base, name, self.own[name])
+            for trial in method.tried:
+                method_config(self.base, name, {**self.own[name], **trial})
+        self._expand({name: {} for name in protocol.methods})
+        known = folder / PROTOCOL
+        if known.exists():
+            refuse_other(make_protocol(read_protocol(known)), protocol, folder)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and holds no comparison; choose another --output")
+
+    def run(self, jobs: int | None = None) -> tuple[Results, dict[str, str]]:
+        """Run what is not there yet and write results and report.
+
+        Args:
+            jobs: runs at a time; None: one a GPU, or one on the CPU.
+
+        Returns:
+            the results, and of the runs that failed, name and reason.
+
+        Raises:
+            UserError: another process works in the folder; the disk refuses. Stopped: by the user; what is finished
+                stays finished.
+        """
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with _alone(self.folder):
+            _write(self.folder / PROTOCOL, dump_protocol(self.protocol))
+            trials = self._trials()
+            places = make_places(jobs, self.base.device)
+            later = [job for variant in self._expand({name: {} for name in self.own}) for job in self._jobs(variant)]
+            with CompareProgress(len(trials) + len(later)) as progress:
+                progress.known([job for job in trials if job.ended])
+                failed = run_jobs(trials, places, progress)
+                choices = self._choices(failed)
+                variants = self._variants(choices)
+                wanted = [job for variant in variants for job in self._jobs(variant)]
+                # Seed by seed: what is there when time is up can be compared.
+                wanted.sort(key=lambda job: self._place_of(job.seed))
+                progress.total = len(trials) + len(wanted)
+                progress.known([job for job in wanted if job.ended])
+                for job in wanted:
+                    if job.ended:
+                        check_settings(job)
+                failed |= run_jobs(wanted, places, progress)
+            return self._report(variants, choices, failed), failed
+
+    def report(self) -> Results:
+        """Results and report of what the folder holds now. Raises UserError."""
+        choices = self._choices({})
+        return self._report(self._variants(choices), choices, {})
+
+    def _report(self, variants: list[Variant], choices: dict[str, Choice], failed: dict[str, str]) -> Results:
+        runs = [self._read(variant, failed) for variant in variants]
+        results = make_results(self.protocol, runs, choices, environment())
+        write_results(results, self.folder)
+        write_page(results, self.folder)
+        return results
+
+    def _trials(self) -> list[Job]:
+        tuning = self.protocol.tuning
+        if tuning is None:
+            return []
+        jobs = []
+        for name, method in self.protocol.methods.items():
+            for index, trial in enumerate(method.tried):
+                config = method_config(self.base, name, {**self.own[name], **trial})
+                config = job_config(config, tuning.seed, tuning.budget, tuning.points)
+                folder = self.folder / "tuning" / name / f"trial-{index}"
+                jobs.append(Job(name, tuning.seed, config, folder, trial=index))
+        return jobs
+
+    def _choices(self, failed: Mapping[str, str]) -> dict[str, Choice]:
+        tuning = self.protocol.tuning
+        if tuning is None:
+            return {}
+        trials: dict[str, list[Trial]] = {name: [] for name in self.protocol.methods}
+        for job in self._trials():
+            tried = self.protocol.methods[job.method].tried[job.trial or 0]
+            curve = _curve(job) if job.ended else None
+            trials[job.method].append(Trial(tried, curve, failed.get(job.name, "" if curve else last_line(job.log))))
+        return {name: choose(found, tuning) for name, found in trials.items()}
+
+    def _variants(self, choices: Mapping[str, Choice]) -> list[Variant]:
+        chosen: dict[str, dict[str, Any]] = {}
+        for name, method in self.protocol.methods.items():
+            choice = choices.get(name)
+            if choice is None:
+                chosen[name] = {}
+            elif choice.index is not None:
+                chosen[name] = method.tried[choice.index]
+        return self._expand(chosen)
+
+    def _expand(self, chosen: Mapping[str, dict[str, Any]]) -> list[Variant]:
+        """Methods with their chosen settings, and the variants of the ablated one. A method without a choice is out."""
+        found = [self._variant(name, name, "", {**self.own[name], **settings}) for name, settings in chosen.items()]
+        ablated = next((variant for variant in found if variant.name == self.protocol.ablated), None)
+        for axis in self.protocol.ablate if ablated else ():
+            assert ablated is not None
+            for name, changes in ablation(axis, ablated.config).items():
+                settings = {**ablated.settings, **changes}
+                variant = self._variant(f"{ablated.name}.{name}", name, axis, settings)
+                if variant.config == ablated.config:
+                    # Its runs stand for this variant too.
+                    variant = replace(variant, name=ablated.name, label=f"{name} ({ablated.name} itself)")
+                found.append(variant)
+        return found
+
+    def _variant(self, name: str, label: str, group: str, settings: dict[str, Any]) -> Variant:
+        return Variant(name, label, group, settings, method_config(self.base, name, settings))
+
+    def _jobs(self, variant: Variant) -> list[Job]:
+        protocol = self.protocol
+        if variant.group and variant.name == protocol.ablated:
+            return []
+        seeds = protocol.seeds if not variant.group or protocol.ablate_seeds is None else protocol.ablate_seeds
+        return [
+            Job(
+                variant.name,
+                seed,
+                job_config(variant.config, seed, protocol.budget, protocol.points),
+                self.folder / "runs" / variant.name / f"seed-{seed}",
+            )
+            for seed in seeds
+        ]
+
+    def _place_of(self, seed: int) -> int:
+        return (*self.protocol.seeds, *(self.protocol.ablate_seeds or ())).index(seed)
+
+    def _read(self, variant: Variant, failed: Mapping[str, str]) -> Runs:
+        curves, folders, unfinished = [], [], {}
+        # The ablated method stands in its groups with its own runs.
+        jobs = self._jobs(replace(variant, group="") if variant.name == self.protocol.ablated else variant)
+        for job in jobs:
+            curve = _curve(job) if job.ended else None
+            if curve is None or len(curve.points) < 2:
+                state = last_line(job.log) if job.log.exists() else "not run yet"
+                unfinished[job.seed] = failed.get(job.name, state)
+            else:
+                curves.append(curve)
+                folders.append(job.folder)
+        return Runs(variant.name, variant.label, variant.group, variant.settings, curves, folders, unfinished)
+
+
+def _curve(job: Job) -> Curve:
+    return replace(read_curve(read_run(job.folder)), seed=job.seed)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    path = folder / ".lock"
+    with disk_errors(path):
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another compare works in it; wait for it, or choose another --output") from None
+        yield
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with disk_errors(path):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+def compare(protocol: Protocol, folder: Path, jobs: int | None = None) -> tuple[str, dict[str, str]]:
+    """Run a comparison, or go on with it: its table, and of the runs that failed, name and reason.
+
+    Starts processes: call it under ``if __name__ == "__main__"``. Raises as :meth:`Comparison.run`.
+    """
+    results, failed = Comparison(protocol, folder).run(jobs)
+    return as_text(results), failed
+
+
+def stored_protocol(folder: Path) -> Protocol:
+    """The protocol of a comparison's folder. Raises UserError when it is none."""
+    if not (folder / PROTOCOL).is_file():
+        raise UserError(f"{folder} is no comparison: it has no {PROTOCOL}; give the folder that `compare` wrote")
+    return make_protocol(read_protocol(folder / PROTOCOL))
+
+
+def protocol_of(
+    values: Mapping[str, Any], settings: Mapping[str, Any], methods: Sequence[str], **given: Any
+) -> Protocol:
+    """A protocol from a file's values and the command line's, which win.
+
+    Args:
+        settings: shared by all methods, nested; added to the file's.
+        methods: to keep of the file's, or built-in ones; empty: the file's.
+        given: further keys of a protocol; None and empty ones are left to the file.
+
+    Raises:
+        UserError: one line.
+    """
+    merged = dict(values) | {key: value for key, value in given.items() if value}
+    if settings:
+        merged["settings"] = {**(dotted(merged.get("settings")) or {}), **dotted(dict(settings))}
+    if methods:
+        defined = merged.get("methods") or {}
+        merged["methods"] = {name: defined.get(name) if isinstance(defined, Mapping) else None for name in methods}
+    return make_protocol(merged)

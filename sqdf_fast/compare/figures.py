@@ -1,0 +1,236 @@
+"""Pareto plots: one score against another or against cost, a curve a method, named where it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+import numpy as np
+
+from sqdf_fast.compare.curves import COSTS, PROXY, Curve
+from sqdf_fast.compare.drawing import SERIES, SHAPES, Drawing, Mark, Point, Stroke, Text
+from sqdf_fast.compare.results import Results
+from sqdf_fast.compare.table import label
+from sqdf_fast.report.chart import number, ticks
+
+WIDTH, HEIGHT = 560.0, 400.0
+LEFT, RIGHT, TOP, BOTTOM = 62.0, 20.0, 38.0, 48.0
+NAMES = 130.0
+LABEL_SIZE, LABEL_HEIGHT = 11.5, 14.0
+# Mean width of a letter in the sizes used; a little wide, so that names keep clear of each other.
+LETTER = 0.58
+# Less of these is better.
+LOWER = ("kl", "distance_to_base")
+COST_LABELS = {"unet_evaluations": "UNet evaluations", "seconds": "training seconds", "reward_evaluations": "rewards"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One method's mean over its seeds.
+
+    Attributes:
+        points: by evaluation; colour, shape: of its marks.
+    """
+
+    name: str
+    points: list[Point]
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot and the name of its file."""
+
+    name: str
+    drawing: Drawing
+    series: list[Series]
+
+
+def figures(results: Results, group: str) -> list[Figure]:
+    """The plots of a group: scores against proxy reward, reward against compute."""
+    unplotted = (PROXY, "vendi", "vendi_all", "distance_to_base")
+    found = [_figure(results, group, PROXY, score) for score in results.metrics if score not in unplotted]
+    found += [_figure(results, group, cost, PROXY) for cost in ("unet_evaluations", "seconds")]
+    if "true_reward" in results.metrics:
+        found.append(_figure(results, group, "unet_evaluations", "true_reward"))
+    return [figure for figure in found if figure.series]
+
+
+def _figure(results: Results, group: str, x: str, y: str) -> Figure:
+    names = [COST_LABELS.get(name, label(name)) for name in (x, y)]
+    series = []
+    for position, index in enumerate(results.of(group)):
+        run = results.runs[index]
+        points = _mean_points(run.curves, x, y)
+        if points:
+            colour, shape = f"s{position % SERIES}", SHAPES[position % len(SHAPES)]
+            series.append(Series(run.label, points, colour, shape))
+    title = f"{names[1][0].upper()}{names[1][1:]} against {names[0]}"
+    level = results.levels.get(group)
+    better = (-1 if x in COSTS else 1, -1 if y in LOWER else 1)
+    drawing = plot(title, names[0], names[1], series, level.value if level and x == PROXY else None, better)
+    prefix = f"ablation_{group}" if group else "methods"
+    return Figure(f"{prefix}_{y}_against_{x}", drawing, series)
+
+
+def _mean_points(curves: Sequence[Curve], x: str, y: str) -> list[Point]:
+    """Mean over seeds, evaluation by evaluation, as far as every seed came."""
+    points = []
+    for row in zip(*(curve.points for curve in curves), strict=False):
+        pairs = [(point.cost.get(x, point.scores.get(x)), point.scores.get(y)) for point in row]
+        known = [(a, b) for a, b in pairs if a is not None and b is not None]
+        if known and len(known) == len(pairs):
+            points.append(_mean(known))
+    return points
+
+
+def _mean(pairs: Sequence[Point]) -> Point:
+    array = np.asarray(pairs, dtype=np.float64).mean(axis=0)
+    return float(array[0]), float(array[1])
+
+
+def plot(
+    title: str,
+    x_name: str,
+    y_name: str,
+    series: Sequence[Series],
+    level: float | None = None,
+    better: tuple[int, int] = (1, 1),
+) -> Drawing:
+    """Curves with a mark at each evaluation and their name at the end, over the front of what is not dominated.
+
+    Args:
+        level: draws a vertical line there: the proxy reward at which methods are compared.
+        better: of x and y, 1 where more is better and -1 where less is.
+    """
+    drawing = Drawing(WIDTH, HEIGHT, title)
+    if not series:
+        return drawing
+    everything = [point for one in series for point in one.points]
+    # Curves that all end at the same x have their names beside it.
+    last = [one.points[-1][0] for one in series]
+    together = len(series) > 1 and max(last) - min(last) < 0.2 * (max(last) - min(x for x, _ in everything))
+    across = _Axis.over([x for x, _ in everything], LEFT, WIDTH - (NAMES if together else RIGHT))
+    up = _Axis.over([y for _, y in everything], HEIGHT - BOTTOM, TOP)
+    _axes(drawing, across, up, x_name, y_name)
+    if level is not None and across.low <= level <= across.high:
+        drawing.add(
+            Stroke([(across(level), TOP), (across(level), HEIGHT - BOTTOM)], "soft", 1, dashed=True, opacity=0.7),
+            Text((across(level), TOP - 4), "equal proxy reward", "soft", 10, "middle"),
+        )
+    front = [(across(x), up(y)) for x, y in pareto_front(everything, better)]
+    if len(front) > 1:
+        drawing.add(Stroke(front, "soft", 7, opacity=0.18))
+    taken: list[_Box] = []
+    names: list[_Box] = []
+    ends = []
+    for one in series:
+        pixels = [(across(x), up(y)) for x, y in one.points]
+        drawing.add(Stroke(pixels, one.colour, 1.8, opacity=0.85))
+        for pixel, point in zip(pixels, one.points, strict=True):
+            tip = f"{one.name}: {x_name} {point[0]:.4g}, {y_name} {point[1]:.4g}"
+            drawing.add(Mark(pixel, one.colour, one.shape, 5.0 if pixel == pixels[-1] else 2.6, tip))
+            taken.append(_Box.around(pixel, 3.5))
+        ends.append(pixels[-1])
+        taken += [_Box.around(between, 1.5) for between in _along(pixels)]
+    for one, end in zip(series, ends, strict=True):
+        _name(drawing, one, end, taken, names)
+    return drawing
+
+
+def pareto_front(points: Sequence[Point], better: tuple[int, int] = (1, 1)) -> list[Point]:
+    """The points that no other one beats in both coordinates, from the best x to the worst."""
+    front: list[Point] = []
+    for point in sorted(set(points), key=lambda point: (-better[0] * point[0], -better[1] * point[1])):
+        if not front or better[1] * point[1] > better[1] * front[-1][1]:
+            front.append(point)
+    return front
+
+
+@dataclass(frozen=True)
+class _Axis:
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @staticmethod
+    def over(values: Sequence[float], start: float, end: float) -> _Axis:
+        low, high = min(values), max(values)
+        margin = 0.06 * (high - low) or 0.5 * max(abs(low), 1.0)
+        # Quantities that cannot be negative keep their zero.
+        return _Axis(max(0.0, low - margin) if low >= 0 else low - margin, high + margin, start, end)
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def _axes(drawing: Drawing, across: _Axis, up: _Axis, x_name: str, y_name: str) -> None:
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    for value in ticks(up.low, up.high):
+        drawing.add(
+            Stroke([(LEFT, up(value)), (right, up(value))], "grid"),
+            Text((LEFT - 7, up(value) + 4), number(value), anchor="end"),
+        )
+    for value in ticks(across.low, across.high):
+        drawing.add(
+            Stroke([(across(value), bottom), (across(value), bottom + 4)], "rule"),
+            Text((across(value), bottom + 17), number(value), anchor="middle"),
+        )
+    drawing.add(
+        Stroke([(LEFT, bottom), (right, bottom)], "rule"),
+        Text(((LEFT + right) / 2, HEIGHT - 10), x_name, size=12.5, anchor="middle"),
+        Text((16, (TOP + bottom) / 2), y_name, size=12.5, anchor="middle", upwards=True),
+    )
+
+
+@dataclass(frozen=True)
+class _Box:
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    @staticmethod
+    def around(at: Point, radius: float) -> _Box:
+        return _Box(at[0] - radius, at[1] - radius, at[0] + radius, at[1] + radius)
+
+    def overlap(self, other: _Box) -> float:
+        width = min(self.right, other.right) - max(self.left, other.left)
+        height = min(self.bottom, other.bottom) - max(self.top, other.top)
+        return max(0.0, width) * max(0.0, height)
+
+
+def _along(pixels: Sequence[Point], every: float = 8.0) -> Iterator[Point]:
+    """Points along a curve, which names keep clear of."""
+    for (x0, y0), (x1, y1) in pairwise(pixels):
+        count = int(math.hypot(x1 - x0, y1 - y0) / every)
+        for step in range(1, count + 1):
+            yield x0 + (x1 - x0) * step / (count + 1), y0 + (y1 - y0) * step / (count + 1)
+
+
+def _name(drawing: Drawing, one: Series, end: Point, taken: Sequence[_Box], names: list[_Box]) -> None:
+    """Write a curve's name near its end, where it covers least; a thin line leads to it from afar."""
+    width = LETTER * LABEL_SIZE * len(one.name)
+    best, best_cost = None, math.inf
+    for distance, turn in product((9, 18, 30, 46, 66, 90, 120, 150), range(16)):
+        angle = 2 * math.pi * turn / 16
+        x, y = end[0] + distance * math.cos(angle), end[1] + distance * math.sin(angle)
+        left = x if math.cos(angle) > 0.3 else x - width if math.cos(angle) < -0.3 else x - width / 2
+        box = _Box(left, y - LABEL_HEIGHT / 2, left + width, y + LABEL_HEIGHT / 2)
+        outside = box.left < LEFT + 2 or box.right > WIDTH - 2 or box.top < TOP or box.bottom > HEIGHT - BOTTOM - 2
+        # A name over a curve can be read, a name over a name cannot.
+        covered = sum(box.overlap(other) for other in taken) + 100 * sum(box.overlap(other) for other in names)
+        cost = covered + distance * 0.8 + (1e6 if outside else 0)
+        if cost < best_cost:
+            best, best_cost = (box, distance), cost
+    assert best is not None
+    box, distance = best
+    if distance > 18:
+        nearest = (min(max(end[0], box.left), box.right), min(max(end[1], box.top), box.bottom))
+        drawing.add(Stroke([end, nearest], one.colour, 0.8, opacity=0.6))
+    drawing.add(Text((box.left, box.bottom - 3.5), one.name, one.colour, LABEL_SIZE, bold=True))
+    names.append(box)

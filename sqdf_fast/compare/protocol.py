@@ -1,0 +1,225 @@
+"""A comparison, described before its first run: methods, budget, seeds, tuning. ``protocol.yaml`` is this, whole."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from sqdf_fast.compare.methods import ABLATIONS, METHODS, Settings, builtin
+from sqdf_fast.config import Config, Limits, Section, make_config, read_config_file, validate, with_settings
+from sqdf_fast.errors import UserError
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def dotted(settings: Any, prefix: str = "") -> Any:
+    """Nested settings under dotted keys; what is dotted already stays, and what is no mapping."""
+    if not isinstance(settings, dict):
+        return settings
+    flat: Settings = {}
+    for key, value in settings.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+Dotted = Annotated[Settings, BeforeValidator(dotted)]
+_UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
+
+
+class Method(Section):
+    """One method of a protocol."""
+
+    like: str | None = Field(None, description="the built-in method it starts from; default: the one of its name")
+    settings: Dotted = Field(default_factory=dict, description="dotted keys, on top of that and of the shared ones")
+    trials: tuple[Dotted, ...] = Field((), description="tuning: the settings that are tried, one mapping a trial")
+    grid: dict[str, list[Any]] = Field(default_factory=dict, description="tuning: keys and values, every combination")
+
+    @property
+    def tried(self) -> list[Settings]:
+        """The settings of each tuning trial, in order."""
+        if not self.grid:
+            return [dict(trial) for trial in self.trials]
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+    @model_validator(mode="after")
+    def _trials_or_grid(self) -> Method:
+        if self.trials and self.grid:
+            raise ValueError("a method has trials or a grid, not both; write every trial out, or leave trials away")
+        return self
+
+
+class Tuning(Section):
+    """Every method gets the same number of trials of the same budget; docs/compare.md."""
+
+    budget: str = Field(..., description="of a trial, as the budget of a run")
+    trials: Annotated[int, Field(ge=1)] = Field(..., description="of each method")
+    seed: Seed = Field(1000, description="of the trials; none of the reported seeds")
+    points: Annotated[int, Field(ge=2)] = Field(2, description="evaluations of a trial")
+    reward: str = Field("proxy_reward", description="the score whose last value decides, eval_<reward> of the records")
+    keep: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=lambda: {"alignment": 0.9},
+        description="share of the base model's score that a trial has to keep, for each of these scores",
+    )
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget_is_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _the_true_reward_decides_nothing(self) -> Tuning:
+        if "true_reward" in (self.reward, *self.keep):
+            raise ValueError("tuning may not look at true_reward: it is what the comparison is judged by")
+        return self
+
+
+class Protocol(Section):
+    """Everything that decides a comparison."""
+
+    preset: str | None = Field(None, description="the named preset that the shared settings start from")
+    settings: Dotted = Field(default_factory=dict, description="shared by all methods: nested, or dotted keys")
+    budget: str = Field(..., description="of a run: 20000 UNet evaluations (network rows), or seconds such as 120s")
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field((0, 1, 2), description="one run of a method each")
+    points: Annotated[int, Field(ge=2)] = Field(6, description="evaluations of a run, the first before training")
+    methods: dict[str, Method] = Field(..., min_length=1)
+    ablate: tuple[str, ...] = Field((), description="axes along which `ablated` is varied")
+    ablated: str = Field("sqdf", description="the method that is ablated and that the others are compared with")
+    ablate_seeds: tuple[Seed, ...] | None = Field(None, description="of the variants; default: seeds")
+    tuning: Tuning | None = Field(None, description="how each method's settings are chosen; none: as they are given")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        methods = values.get("methods")
+        if isinstance(methods, list | tuple):
+            values["methods"] = {name: {} for name in methods}
+        elif isinstance(methods, dict):
+            values["methods"] = {name: {} if method is None else method for name, method in methods.items()}
+        if isinstance(values.get("budget"), int):
+            values["budget"] = str(values["budget"])
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Protocol:
+        _refuse_repeated("seeds", self.seeds)
+        _refuse_repeated("ablate", self.ablate)
+        for name, method in self.methods.items():
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"method name {name!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
+            if method.like is None and name not in METHODS:
+                builtin(name)
+        for axis in self.ablate:
+            if axis not in ABLATIONS:
+                raise ValueError(f"ablate: {axis!r} is unknown; allowed: {', '.join(ABLATIONS)}")
+        if self.ablate and self.ablated not in self.methods:
+            raise ValueError(f"ablate varies the method {self.ablated!r}, which is none of the methods; add it")
+        self._check_tuning()
+        return self
+
+    def _check_tuning(self) -> None:
+        if self.tuning is None:
+            named = [name for name, method in self.methods.items() if method.tried]
+            if named:
+                raise ValueError(f"method {named[0]!r} has trials but the protocol has no tuning; add it")
+            return
+        if self.tuning.seed in (*self.seeds, *(self.ablate_seeds or ())):
+            raise ValueError(f"tuning.seed = {self.tuning.seed} is one of the reported seeds; choose another")
+        for name, method in self.methods.items():
+            if len(method.tried) != self.tuning.trials:
+                raise ValueError(
+                    f"method {name!r} has {len(method.tried)} tuning trials and every method gets "
+                    f"{self.tuning.trials}; give it as many (the budget for tuning is equal)"
+                )
+
+    def base(self) -> Config:
+        """The settings that all methods share, validated. Raises UserError."""
+        for key in self.settings:
+            if key in ("seed", "steps", "evaluation.points", "evaluation.every") or key.startswith("limits"):
+                raise UserError(f"settings.{key} is the comparison's to decide; set budget, seeds and points instead")
+        return with_settings(make_config(self.preset), self.settings)
+
+    def settings_of(self, name: str) -> Settings:
+        """A method's own settings, without what tuning chooses."""
+        method = self.methods[name]
+        return {**builtin(method.like or name), **method.settings}
+
+    @property
+    def limits(self) -> Limits:
+        """Of a run."""
+        return parse_budget(self.budget)
+
+
+def _refuse_repeated(key: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{key}: {value} is given twice; give it once")
+
+
+def parse_budget(text: str) -> Limits:
+    """ "20000", "20_000" or "20k" UNet evaluations; "120s", "2m", "1.5h" of training. Raises UserError."""
+    rows = re.fullmatch(r"\s*(\d[\d_,]*)(k?)\s*", text)
+    if rows:
+        count = int(re.sub("[_,]", "", rows[1])) * (1000 if rows[2] else 1)
+        if count > 0:
+            return Limits(unet_evaluations=count)
+    time = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|m|h)\s*", text)
+    if time and float(time[1]) > 0:
+        return Limits(seconds=float(time[1]) * _UNITS[time[2]])
+    raise UserError(
+        f"budget {text!r} is none; give UNet evaluations (network rows) such as 20000, or training time such as 120s"
+    )
+
+
+def make_protocol(values: dict[str, Any]) -> Protocol:
+    """A protocol from plain values. Raises UserError: one line that names the key and what is allowed."""
+    protocol = validate(Protocol, values)
+    parse_budget(protocol.budget)
+    if protocol.tuning:
+        parse_budget(protocol.tuning.budget)
+    return protocol
+
+
+def read_protocol(path: Path) -> dict[str, Any]:
+    """The values of a protocol file. Raises UserError when it cannot be read or is no mapping."""
+    try:
+        return read_config_file(path)
+    except UserError as error:
+        raise UserError(str(error).replace("configuration file", "protocol").split("; see a run")[0]) from None
+
+
+def dump_protocol(protocol: Protocol) -> str:
+    """The whole protocol as YAML, readable back with :func:`read_protocol`."""
+    return yaml.safe_dump(protocol.model_dump(mode="json"), sort_keys=False)
+
+
+def refuse_other(known: Protocol, given: Protocol, folder: Path) -> None:
+    """A folder's protocol may grow by seeds and methods; anything else would mix figures.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    may_grow = ("seeds", "methods", "ablate", "ablate_seeds")
+    for key in type(known).model_fields:
+        if key not in may_grow and getattr(known, key) != getattr(given, key):
+            raise _other(folder, key, getattr(known, key), getattr(given, key))
+    for name in known.methods.keys() & given.methods.keys():
+        if known.methods[name] != given.methods[name]:
+            raise _other(folder, f"methods.{name}", known.methods[name], given.methods[name])
+
+
+def _other(folder: Path, key: str, known: Any, given: Any) -> UserError:
+    shown = [str(value.model_dump() if isinstance(value, Section) else value) for value in (known, given)]
+    was, now = (text if len(text) <= 120 else text[:117] + "..." for text in shown)
+    return UserError(
+        f"{folder} is of another comparison: its {key} is {was}, not {now}; choose another --output, or "
+        f"continue it with --resume {folder}"
+    )

@@ -1,0 +1,141 @@
+"""The results as text: a table at the end of training, one at equal reward, one of differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sqdf_fast.compare.curves import Estimate
+from sqdf_fast.compare.results import Duel, Results, Standing
+from sqdf_fast.report.progress import format_bytes, format_seconds
+
+COST_HEADS = ("UNet evals", "rewards", "time", "peak memory")
+DUEL_SCORES = ("true_reward", "attribute_accuracy", "alignment", "diversity", "kl")
+
+
+def as_text(results: Results) -> str:
+    """For a terminal, which is narrow: the rest of the scores is in the report."""
+    shown = [name for name in results.metrics if name not in ("vendi", "vendi_all", "distance_to_base")]
+    results = replace(results, metrics=shown)
+    parts = []
+    for group in results.groups:
+        title = f"ablation of {group}" if group else "methods"
+        parts.append(f"At the end of training: {title}\n{_aligned(*end_table(results, group))}")
+        sentence = level_sentence(results, group)
+        if sentence:
+            parts.append(f"{sentence}\n{_aligned(*equal_table(results, group))}")
+    if results.duels:
+        parts.append(f"{duel_sentence(results)}\n{_aligned(*duel_table(results))}")
+    return "\n\n".join(parts)
+
+
+def label(score: str) -> str:
+    """A score's name for people."""
+    if score.startswith("held_out_"):
+        return f"held-out {score.removeprefix('held_out_').replace('_', ' ')}"
+    return "KL" if score == "kl" else score.replace("_", " ")
+
+
+def end_table(results: Results, group: str) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows: scores and costs at the last evaluation."""
+    return _table(results, group, results.end)
+
+
+def equal_table(results: Results, group: str) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows: scores and costs where each curve reaches the group's level."""
+    return _table(results, group, results.equal)
+
+
+def level_sentence(results: Results, group: str) -> str:
+    """At which proxy reward a group is compared, and why there."""
+    level = results.levels.get(group)
+    if level is None:
+        return ""
+    text = f"At equal proxy reward {level.value:.3f}, the best that every seed of {level.set_by} reached"
+    if level.left_out:
+        text += f" (not set by {', '.join(level.left_out)}, which gained less than a quarter of the best)"
+    return text
+
+
+def duel_sentence(results: Results) -> str:
+    """What the table of differences holds."""
+    name = results.duels[0].one
+    return f"{name} less each other method, where both have the best proxy reward of the weaker of the two"
+
+
+def duel_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows: differences at the weaker method's best proxy reward, with intervals."""
+    scores = [name for name in DUEL_SCORES if any(name in duel.differences for duel in results.duels)]
+    heads = ["against", "proxy reward", *map(label, scores), "UNet evals, ratio"]
+    return heads, [_duel_row(duel, scores) for duel in results.duels]
+
+
+def _duel_row(duel: Duel, scores: Sequence[str]) -> list[str]:
+    ratio = duel.costs.get("unet_evaluations")
+    cells = [_signed(duel.differences.get(name)) for name in scores]
+    return [duel.other, f"{duel.level:.3f}", *cells, "-" if ratio is None else f"{ratio:.2f}"]
+
+
+def _table(results: Results, group: str, standings: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
+    indices = results.of(group)
+    scores = [name for name in results.metrics if any(name in standings[index].scores for index in indices)]
+    rows = [_row(results, index, standings[index], scores) for index in indices]
+    return ["method", *map(label, scores), *COST_HEADS], rows
+
+
+def _row(results: Results, index: int, standing: Standing, scores: Sequence[str]) -> list[str]:
+    run = results.runs[index]
+    if not run.curves:
+        reason = next(iter(run.unfinished.values()), "no run")
+        return [run.label, f"failed: {reason}"]
+    if not standing.complete:
+        best = f"best {max(curve.best for curve in run.curves):.3f}"
+        return [run.label, f"reached by {standing.reached} of {standing.seeds} seeds ({best})"]
+    costs = standing.costs
+    cells = [_with_interval(standing.scores.get(name)) for name in scores]
+    return [
+        run.label + (f" ({len(run.curves)} seeds)" if run.unfinished else ""),
+        *cells,
+        _count(costs.get("unet_evaluations")),
+        _count(costs.get("reward_evaluations")),
+        format_seconds(costs["seconds"]) if "seconds" in costs else "-",
+        format_bytes(costs["peak_bytes"]) if "peak_bytes" in costs else "-",
+    ]
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _with_interval(found: Estimate | None) -> str:
+    if found is None:
+        return "-"
+    digits = _digits(found)
+    text = f"{found.mean:.{digits}f}"
+    return text if found.low is None else f"{text} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def _signed(found: Estimate | None) -> str:
+    if found is None:
+        return "-"
+    digits = _digits(found)
+    text = f"{found.mean:+.{digits}f}"
+    return text if found.low is None else f"{text} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+
+
+def _digits(found: Estimate) -> int:
+    # KLs are small numbers.
+    return 4 if 0 < abs(found.mean) < 0.05 else 3
+
+
+def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    full = [row for row in rows if len(row) == len(heads)]
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *full, strict=True)]
+    widths[0] = max([widths[0], *(len(row[0]) for row in rows)])
+    lines = []
+    for row in (heads, *rows):
+        first, *others = row
+        if len(row) == len(heads):
+            others = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *others]).rstrip())
+    return "\n".join(lines)

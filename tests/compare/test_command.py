@@ -1,0 +1,192 @@
+"""The whole command on a tiny model: killed, continued, stopped, refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny import write_pipeline
+
+from sqdf_fast.cli import main
+from sqdf_fast.compare.jobs import is_finished
+from sqdf_fast.report import read_metrics
+
+REWARDS = """
+import time
+
+def slow_brightness(images, prompts):
+    time.sleep(0.05)
+    return images.mean(dim=(1, 2, 3))
+"""
+SETTINGS = [
+    *("--prompts", "prompts.txt", "--reward", "my_rewards:slow_brightness", "--device", "cpu"),
+    *("--set", "objective.lookahead=tweedie", "--set", "objective.alpha=0.01"),
+    *("--set", "sampling.num_inference_steps=4", "--set", "sampling.batch_size=4"),
+    *("--set", "optimizer.batch_size=2", "--set", "replay.refill=2", "--set", "replay.steps_per_refill=2"),
+    *("--set", "execution.executor=joint", "--set", "execution.micro_batch=2"),
+    *("--set", "evaluation.num_prompts=2", "--set", "evaluation.images_per_prompt=2", "--set", "evaluation.grid=2"),
+    *("--budget", "240", "--points", "5"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
+    return tmp_path
+
+
+def arguments(model: Path, *more: str) -> list[str]:
+    return ["compare", "--model", str(model), *SETTINGS, "--output", "out", *more]
+
+
+def wait_for(condition, seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def evaluations(run: Path) -> list[dict]:
+    if not (run / "metrics.jsonl").exists():
+        return []
+    return [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "evaluation"]
+
+
+def checkpointed(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+
+
+def unlocked(path: Path) -> bool:
+    """Whether no process works on that run any more."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_killed_and_started_again(model, folder, capsys):
+    runs = folder / "out" / "runs"
+    finished, broken_off = runs / "sqdf" / "seed-0", runs / "draft-1" / "seed-0"
+    command = arguments(model, "--methods", "sqdf,draft-1", "--seeds", "0,1", "--jobs", "1")
+    process = subprocess.Popen([sys.executable, "-m", "sqdf_fast.cli", *command], stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(checkpointed(broken_off)) >= 2 or process.poll() is not None)
+    assert process.returncode is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # Its runs do not survive it.
+    wait_for(lambda: unlocked(runs / "draft-1" / ".seed-0.lock"), seconds=20)
+    assert is_finished(finished)
+    assert not is_finished(broken_off)
+    before, known = (finished / "metrics.jsonl").read_bytes(), evaluations(broken_off)
+
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    # Evaluations up to the last checkpoint are the ones that were made before; each is there once.
+    after = evaluations(broken_off)
+    assert after[: len(known) - 1] == known[:-1]
+    steps = [record["step"] for record in after]
+    assert steps == sorted(set(steps))
+    assert all(is_finished(runs / method / f"seed-{seed}") for method in ("sqdf", "draft-1") for seed in (0, 1))
+    assert "At equal proxy reward" in said
+    assert str(Path("out") / "report.html") in said
+
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert [(method["name"], [run["seed"] for run in method["runs"]]) for method in results["methods"]] == [
+        ("sqdf", [0, 1]),
+        ("draft-1", [0, 1]),
+    ]
+    for method in results["methods"]:
+        for run in method["runs"]:
+            spent = [point["unet_evaluations"] for point in run["curve"]]
+            assert spent[0] == 0
+            assert spent == sorted(spent)
+            assert 240 <= spent[-1] < 240 + 40
+            assert run["curve"][-1]["reward_evaluations"] > 0
+    assert (folder / "out" / "plots" / "methods_diversity_against_proxy_reward.png").exists()
+
+    # Nothing is left to do, and other protocols are refused.
+    assert main(["compare", "--resume", "out"]) == 0
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert main([*command, "--set", "policy.rank=2"]) == 2
+    assert "out is of another comparison: its settings is" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_the_runs_under_way_and_leaves_no_process(model, folder, capsys):
+    run = folder / "out" / "runs" / "sqdf" / "seed-0"
+    asking = threading.Thread(
+        target=lambda: (wait_for(lambda: len(evaluations(run)) >= 2), os.kill(os.getpid(), signal.SIGINT))
+    )
+    asking.start()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(model, "--methods", "sqdf", "--seeds", "0"))
+    asking.join()
+    assert stop.value.code == 130
+    assert "Continue with: sqdf-fast compare --resume out" in capsys.readouterr().err
+    assert unlocked(run.with_name(".seed-0.lock"))
+    assert not is_finished(run)
+    # The state of the step that was under way, beyond the last evaluation's.
+    assert checkpointed(run)
+
+
+def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
+    (folder / "my_rewards.py").write_text(
+        "import os\n"
+        "def brightness(images, prompts):\n"
+        "    if images.requires_grad and os.path.exists('broken'):\n"
+        "        raise ValueError('no more light')\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+    )
+    (folder / "broken").touch()
+    command = arguments(model, "--methods", "sqdf", "--seeds", "0,1")
+    command[command.index("my_rewards:slow_brightness")] = "my_rewards:brightness"
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert "2 runs failed; sqdf seed 0: " in captured.err
+    assert "no more light" in captured.err
+    assert "failed: " in captured.out
+    (folder / "broken").unlink()
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--methods", "sqfd"], "method 'sqfd' is unknown; did you mean 'sqdf'"),
+        (["--budget", "much"], "budget 'much' is none"),
+        (["--seeds", "a"], "--seeds a: expected whole numbers"),
+        (["--ablate", "beta"], "'beta' is unknown; allowed: gamma"),
+        (["--set", "objective.alpah=1"], "'objective.alpah' is unknown"),
+        (["--set", "steps=5"], "settings.steps is the comparison's to decide"),
+        (["--protocol", "gone.yaml"], "protocol gone.yaml: cannot be read"),
+        (["--resume", "out"], "leave out everything but --jobs"),
+        (["--output", "full"], "full exists and holds no comparison"),
+    ],
+)
+def test_bad_input_is_one_line(model, folder, capsys, more, said):
+    (folder / "full").mkdir()
+    (folder / "full" / "file").touch()
+    assert main(arguments(model, *more)) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+    assert not (folder / "out").exists()

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sqdf_fast.compare.command import protocol_of
+from sqdf_fast.compare.methods import ABLATIONS, METHODS, ablation, builtin, method_config
+from sqdf_fast.compare.protocol import dotted, dump_protocol, make_protocol, parse_budget, read_protocol, refuse_other
+from sqdf_fast.config import make_config
+from sqdf_fast.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "seconds"),
+    [
+        ("20000", 20000, None),
+        ("20_000", 20000, None),
+        ("20,000", 20000, None),
+        ("20k", 20000, None),
+        ("120s", None, 120.0),
+        ("2m", None, 120.0),
+        ("1.5 min", None, 90.0),
+        ("0.5h", None, 1800.0),
+    ],
+)
+def test_budgets(text, rows, seconds):
+    found = parse_budget(text)
+    assert (found.unet_evaluations, found.seconds) == (rows, seconds)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0s", "-5", "12 rows", "s", "1.5", "1e4", "k", "2 days"])
+def test_budgets_that_are_none(text):
+    with pytest.raises(UserError, match=f"^budget '{text}' is none; give UNet evaluations"):
+        parse_budget(text)
+
+
+SMALL = {"preset": "shapes", "budget": 1000, "methods": ["sqdf", "draft-1"]}
+TUNED = {
+    "budget": "1000",
+    "seeds": [0, 1],
+    "methods": {
+        "sqdf": {"trials": [{"objective.alpha": 4}, {"objective": {"alpha": 8}}]},
+        "draft-1": {"grid": {"optimizer.lr": [1e-3, 1e-2]}},
+    },
+    "tuning": {"budget": 300, "trials": 2, "seed": 7},
+}
+
+
+def changed(values: dict, **changes) -> dict:
+    return {**values, **changes}
+
+
+def test_short_forms():
+    protocol = make_protocol(SMALL)
+    assert protocol.budget == "1000"
+    assert list(protocol.methods) == ["sqdf", "draft-1"]
+    assert protocol.seeds == (0, 1, 2)
+    assert protocol.settings_of("draft-1")["algorithm"] == "draft"
+    tuned = make_protocol(TUNED)
+    assert tuned.methods["sqdf"].tried == [{"objective.alpha": 4}, {"objective.alpha": 8}]
+    assert tuned.methods["draft-1"].tried == [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-2}]
+
+
+def test_a_method_of_ones_own_starts_from_a_known_one():
+    protocol = make_protocol({"budget": "5s", "methods": {"mine": {"like": "sqdf", "settings": {"policy.rank": 2}}}})
+    assert protocol.settings_of("mine") == {"algorithm": "sqdf", "policy.rank": 2}
+
+
+def test_written_and_read_back(tmp_path):
+    protocol = make_protocol(TUNED)
+    path = tmp_path / "protocol.yaml"
+    path.write_text(dump_protocol(protocol))
+    assert make_protocol(read_protocol(path)) == protocol
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (changed(SMALL, budget="soon"), "budget 'soon' is none"),
+        (changed(SMALL, methods=["sqfd"]), "method 'sqfd' is unknown; did you mean 'sqdf'"),
+        (changed(SMALL, methods=[]), "methods"),
+        (changed(SMALL, methods={"a/b": {"like": "sqdf"}}), "'a/b' cannot name a folder"),
+        (changed(SMALL, seeds=[1, 1]), "seeds: 1 is given twice"),
+        (changed(SMALL, seeds=[]), "seeds"),
+        (changed(SMALL, points=1), "points = 1"),
+        (changed(SMALL, ablate=["gama"]), "'gama' is unknown; allowed: gamma"),
+        (changed(SMALL, ablate=["gamma"], methods=["draft-1"]), "varies the method 'sqdf'"),
+        (changed(SMALL, sedes=[1]), "'sedes' is unknown; did you mean 'seeds'"),
+        (changed(TUNED, tuning=None), "method 'sqdf' has trials but the protocol has no tuning"),
+        (changed(TUNED, tuning={"budget": 300, "trials": 3}), "has 2 tuning trials and every method gets 3"),
+        (changed(TUNED, tuning={"budget": 300, "trials": 2, "seed": 1}), "one of the reported seeds"),
+        (
+            changed(TUNED, tuning={"budget": 300, "trials": 2, "reward": "true_reward"}),
+            "may not look at true_reward",
+        ),
+        (changed(TUNED, tuning={"budget": "x", "trials": 2}), "budget 'x' is none"),
+    ],
+)
+def test_refused(values, said):
+    with pytest.raises(UserError, match=said) as error:
+        make_protocol(values)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["seed", "steps", "limits.seconds", "evaluation.points"])
+def test_what_the_comparison_decides_is_not_set(key):
+    with pytest.raises(UserError, match=f"settings.{key} is the comparison's to decide"):
+        make_protocol(changed(SMALL, settings={key: 1})).base()
+
+
+def test_a_file_that_is_none(tmp_path):
+    with pytest.raises(UserError, match=r"^protocol .*gone\.yaml: cannot be read"):
+        read_protocol(tmp_path / "gone.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(UserError, match="expected a mapping"):
+        read_protocol(tmp_path / "list.yaml")
+
+
+def test_the_command_lines_settings_win_over_the_files():
+    values = changed(SMALL, settings={"objective": {"alpha": 1, "gamma": 0.8}, "policy.rank": 2}, seeds=[5])
+    found = protocol_of(values, {"objective": {"alpha": 3}}, ["draft-1"], budget="2s", seeds=[], ablate=None)
+    assert found.settings == {"objective.alpha": 3, "objective.gamma": 0.8, "policy.rank": 2}
+    assert (list(found.methods), found.budget, found.seeds) == (["draft-1"], "2s", (5,))
+
+
+def test_a_folder_grows_by_seeds_and_methods_only():
+    known = make_protocol(SMALL)
+    refuse_other(known, make_protocol(changed(SMALL, seeds=[0, 1, 2, 3], methods=["sqdf", "refl"])), Path("out"))
+    with pytest.raises(UserError, match=r"^out is of another comparison: its budget is 1000, not 2000; choose another"):
+        refuse_other(known, make_protocol(changed(SMALL, budget=2000)), Path("out"))
+    other = {"sqdf": {"settings": {"policy.rank": 2}}}
+    with pytest.raises(UserError, match=r"its methods\.sqdf is"):
+        refuse_other(known, make_protocol(changed(SMALL, methods=other)), Path("out"))
+
+
+def test_dotted():
+    assert dotted({"a": {"b": 1, "c": {"d": 2}}, "e.f": 3, "g": []}) == {"a.b": 1, "a.c.d": 2, "e.f": 3, "g": []}
+
+
+BASE = make_config("shapes")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_of_the_table_is_a_configuration(name):
+    config = method_config(BASE, name, builtin(name))
+    assert config.reward == BASE.reward
+    assert (config.objective.lookahead == "consistency") == name.startswith("sqdf")
+
+
+def test_settings_that_have_to_be_alike():
+    for key in ("reward", "evaluation.num_prompts", "seed", "limits.seconds"):
+        with pytest.raises(UserError, match=f"method 'x' sets {key}, which has to be alike"):
+            method_config(BASE, "x", {key: 1})
+    with pytest.raises(UserError, match=r"method 'x': setting 'objective.alpa' is unknown; did you mean"):
+        method_config(BASE, "x", {"objective.alpa": 1})
+
+
+def test_ablations_change_what_they_are_called_after():
+    # The preset has gamma .9, discounted credit, the consistency look-ahead, uniform replay, 8 steps a refill.
+    same = {
+        axis: [name for name, new in ablation(axis, BASE).items() if method_config(BASE, name, new) == BASE]
+        for axis in ABLATIONS
+    }
+    assert same == {
+        "gamma": ["gamma-0.9"],
+        "credit": ["credit-discount"],
+        "lookahead": ["lookahead-consistency"],
+        "buffer": ["buffer-uniform"],
+        "replay-ratio": ["replay-ratio-8"],
+        "alpha": ["alpha-x1"],
+    }
+    alphas = [new["objective.alpha"] for new in ablation("alpha", BASE).values()]
+    assert alphas == [0.0, BASE.objective.alpha / 4, BASE.objective.alpha, BASE.objective.alpha * 4]
+    gammas = [method_config(BASE, name, new).objective.gamma for name, new in ablation("gamma", BASE).items()]
+    assert gammas == [1.0, 0.95, 0.9, 0.85]
+    lookaheads = [method_config(BASE, name, new).objective for name, new in ablation("lookahead", BASE).items()]
+    assert [(one.lookahead, one.lookahead_steps) for one in lookaheads[:3]] == [
+        ("tweedie", 2),
+        ("deterministic", 2),
+        ("deterministic", 4),
+    ]
+    with pytest.raises(UserError, match="--ablate credits: unknown"):
+        ablation("credits", BASE)

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+
+from sqdf_fast.compare.curves import Curve, Point
+from sqdf_fast.compare.drawing import Drawing, Mark, Stroke, Text, inline_svg, render, save
+from sqdf_fast.compare.figures import Series, pareto_front, plot
+from sqdf_fast.compare.page import verdict, write_page
+from sqdf_fast.compare.protocol import make_protocol
+from sqdf_fast.compare.results import Results, Runs, make_results, write_results
+from sqdf_fast.compare.table import as_text, duel_table, end_table, equal_table
+from sqdf_fast.compare.tuning import Trial, choose
+from sqdf_fast.report import save_samples
+
+VOID = frozenset({"meta", "link", "img", "br"})
+PROMPTS = ["a red star", "a <b>bold</b> ring"]
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects addresses and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+
+def curve(seed: int, gain: float, harm: float) -> Curve:
+    """Proxy 0 to ``gain`` in two steps; the true reward follows it but for ``harm`` a unit of proxy."""
+    points = [
+        Point(
+            step,
+            {"proxy_reward": proxy, "true_reward": (1 - harm) * proxy, "diversity": 1 - harm * proxy},
+            {"true_reward": [(1 - harm) * proxy - 0.01, (1 - harm) * proxy + 0.01]},
+            {"unet_evaluations": 100.0 * step, "seconds": float(step), "reward_evaluations": 10.0 * step},
+        )
+        for step, proxy in ((0, 0.0), (10, gain / 2), (20, gain))
+    ]
+    return Curve(seed, points, 2.0**20)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for method in ("sqdf", "draft-1", "asleep"):
+        for seed in (0, 1):
+            for step in (0, 10, 20):
+                images = torch.full((2, 3, 8, 8), step / 20)
+                save_samples(tmp_path / "runs" / method / f"seed-{seed}", step, images, PROMPTS, [1, 2])
+    return tmp_path
+
+
+@pytest.fixture
+def results(folder) -> Results:
+    protocol = make_protocol(
+        {
+            "budget": 2000,
+            "seeds": [0, 1],
+            "methods": {
+                "sqdf": {"trials": [{"objective.alpha": 1}]},
+                "draft-1": {"trials": [{"optimizer.lr": 1.0}]},
+                "asleep": {"like": "ddpo", "trials": [{}]},
+                "gone": {"like": "ddpo", "trials": [{}]},
+            },
+            "tuning": {"budget": 100, "trials": 1},
+        }
+    )
+
+    def runs(name: str, gain: float, harm: float, label: str = "", group: str = "") -> Runs:
+        folders = [folder / "runs" / name / f"seed-{seed}" for seed in (0, 1)]
+        return Runs(name, label or name, group, {}, [curve(seed, gain, harm) for seed in (0, 1)], folders, {})
+
+    choices = {
+        name: choose([Trial({"objective.alpha": 1}, curve(0, 1.0, 0.0))], protocol.tuning)
+        for name in ("sqdf", "draft-1", "asleep", "gone")
+    }
+    every = [
+        runs("sqdf", 4.0, 0.25),
+        runs("draft-1", 2.0, 0.5),
+        runs("asleep", 0.1, 0.0),
+        Runs("gone", "gone", "", {}, [], [], {0: "no <light>", 1: "no light"}),
+        runs("sqdf", 4.0, 0.25, "gamma-0.9 (sqdf itself)", "gamma"),
+        runs("draft-1", 3.0, 0.75, "gamma-1", "gamma"),
+    ]
+    return make_results(protocol, every, choices, {"torch": "2"})
+
+
+def test_scores_and_costs_at_equal_reward(results):
+    assert (results.levels[""].value, results.levels[""].set_by) == (2.0, "draft-1")
+    assert results.levels[""].left_out == ["asleep"]
+    assert results.levels["gamma"].value == 3.0
+    sqdf, draft, asleep, gone = results.equal[:4]
+    assert sqdf.scores["true_reward"].mean == pytest.approx(1.5)
+    assert sqdf.scores["true_reward"].over == "seeds and prompts"
+    assert sqdf.scores["diversity"].mean == pytest.approx(0.5)
+    assert sqdf.scores["diversity"].over == "seeds"
+    assert sqdf.costs == {
+        "unet_evaluations": pytest.approx(1000.0),
+        "reward_evaluations": pytest.approx(100.0),
+        "seconds": pytest.approx(10.0),
+        "peak_bytes": 2**20,
+    }
+    assert draft.costs["unet_evaluations"] == pytest.approx(2000.0)
+    assert (draft.scores["true_reward"].mean, asleep.reached, gone.seeds) == (pytest.approx(1.0), 0, 0)
+    assert results.end[0].scores["true_reward"].mean == pytest.approx(3.0)
+
+
+def test_duels_are_at_the_weaker_ones_best(results):
+    against = {duel.other: duel for duel in results.duels}
+    assert set(against) == {"draft-1", "asleep"}
+    assert against["draft-1"].level == 2.0
+    assert against["draft-1"].differences["true_reward"].mean == pytest.approx(0.5)
+    assert against["draft-1"].differences["true_reward"].low == pytest.approx(0.5)
+    assert against["draft-1"].costs["unet_evaluations"] == pytest.approx(0.5)
+    assert against["asleep"].level == pytest.approx(0.1)
+    assert verdict(results) == (
+        "At equal proxy reward, the true reward of sqdf is higher than draft-1; lower than asleep."
+    )
+
+
+def test_tables(results):
+    heads, rows = end_table(results, "")
+    assert heads[:4] == ["method", "proxy reward", "true reward", "diversity"]
+    assert rows[0][2] == "3.000 [2.990, 3.010]"
+    assert rows[0][-4:] == ["2,000", "200", "0:20", "1.0 MiB"]
+    assert rows[3] == ["gone", "failed: no <light>"]
+    assert equal_table(results, "")[1][2] == ["asleep", "reached by 0 of 2 seeds (best 0.100)"]
+    assert equal_table(results, "gamma")[1][0][0] == "gamma-0.9 (sqdf itself)"
+    assert duel_table(results)[1][0][:3] == ["draft-1", "2.000", "+0.500 [+0.500, +0.500]"]
+    text = as_text(results)
+    assert "At equal proxy reward 2.000, the best that every seed of draft-1 reached (not set by asleep" in text
+    assert "ablation of gamma" in text
+
+
+def test_json_holds_it_all(results, folder):
+    found = json.loads(write_results(results, folder).read_text())
+    assert [method["label"] for method in found["methods"]][:2] == ["sqdf", "draft-1"]
+    assert found["equal_reward"]["methods"] == {
+        "proxy_reward": 2.0,
+        "set_by": "draft-1",
+        "does_not_set_it": ["asleep"],
+    }
+    run = found["methods"][0]["runs"][1]
+    assert (run["seed"], run["folder"]) == (1, "runs/sqdf/seed-1")
+    assert run["equal_reward_between"] == {"evaluation": 0, "weight": 1.0}
+    assert run["curve"][2]["scores"]["true_reward"] == 3.0
+    assert found["methods"][3]["unfinished"] == {"0": "no <light>", "1": "no light"}
+    assert found["tuning"]["sqdf"]["chosen"] == 0
+    assert found["duels"][0]["difference"]["true_reward"]["mean"] == pytest.approx(0.5)
+
+
+def test_the_page_nests_and_asks_the_network_for_nothing(results, folder):
+    page = Page(write_page(results, folder).read_text(encoding="utf-8"))
+    text = " ".join(page.words)
+    assert all(address.startswith("data:") for address in page.addresses)
+    # Base model, sqdf and draft-1 reach the level, and twice that in the ablation.
+    assert sum(address.startswith("data:image") for address in page.addresses) == 2 * (3 + 3)
+    assert "Ablation: gamma" in text
+    assert "no <light>" in text
+    assert "The true reward has no say." in text
+    sheet = Image.open(folder / "plots" / "methods_pictures_at_equal_reward.png")
+    # Rows: the base model's pictures are black, sqdf's at equal reward grey, draft-1's, at its end, white.
+    assert [sheet.getpixel((240, 40 + 48 + 102 * row)) for row in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
+
+
+def test_a_page_without_any_finished_run(results, folder):
+    empty = [replace(run, curves=[], folders=[], unfinished={0: "not run yet"}) for run in results.runs[:2]]
+    found = make_results(results.protocol, empty, {}, {})
+    page = Page(write_page(found, folder).read_text(encoding="utf-8"))
+    assert "Fewer than two methods have finished runs." in " ".join(page.words)
+    assert "failed: not run yet" in as_text(found)
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(0.0, 5.0), (1.0, 4.0), (1.0, 3.0), (2.0, 4.0), (3.0, 1.0), (2.5, 0.0)]
+    assert pareto_front(points) == [(3.0, 1.0), (2.0, 4.0), (0.0, 5.0)]
+    assert pareto_front(points, (-1, 1)) == [(0.0, 5.0)]
+    assert pareto_front(points, (1, -1)) == [(3.0, 1.0), (2.5, 0.0)]
+
+
+def test_curves_end_in_their_names_which_do_not_cover_each_other():
+    names = [f"method-{i}" for i in range(12)]
+    series = [Series(name, [(0, 0.0), (1, 1 + i / 100)], f"s{i}", "circle") for i, name in enumerate(names)]
+    drawing = plot("title", "x", "y", series)
+    boxes = {
+        shape.text: (shape.at[0], shape.at[1])
+        for shape in drawing.shapes
+        if isinstance(shape, Text) and shape.text in names
+    }
+    assert set(boxes) == set(names)
+    width = 11.5 * 0.58 * 8
+    for one in names:
+        x, y = boxes[one]
+        assert 0 <= x <= drawing.width - width
+        assert all(
+            abs(y - boxes[other][1]) >= 13 or abs(x - boxes[other][0]) >= width for other in names if other != one
+        )
+    assert plot("title", "x", "y", []).shapes == []
+
+
+def test_a_drawing_is_the_same_in_both_formats(tmp_path):
+    drawing = Drawing(100, 60, "a < b")
+    shapes = ("circle", "square", "triangle", "diamond", "down", "cross")
+    drawing.add(*(Mark((10 + 15 * i, 50), f"s{i}", shape, 4, "tip & tip") for i, shape in enumerate(shapes)))
+    drawing.add(Stroke([(0, 40), (100, 40)], "s0", 2, dashed=True), Text((5, 38), "x < y", upwards=True))
+    element = ElementTree.fromstring(inline_svg(drawing))
+    assert element.attrib["aria-label"] == "a < b"
+    assert len(element.findall("polygon")) == 5
+    save(drawing, tmp_path / "plots" / "one")
+    ElementTree.fromstring((tmp_path / "plots" / "one.svg").read_text())
+    picture = render(drawing)
+    assert picture.size == (200, 120)
+    for i, colour in enumerate(["#2457c5", "#c2571a", "#1f8a55", "#8247b5", "#c0342b", "#0b8799"]):
+        assert picture.getpixel((20 + 30 * i, 100)) == tuple(int(colour[k : k + 2], 16) for k in (1, 3, 5))
+    # Dashes of 5 with gaps of 4.
+    assert picture.getpixel((4, 80)) != (255, 255, 255)
+    assert picture.getpixel((14, 80)) == (255, 255, 255)
+    assert Image.open(tmp_path / "plots" / "one.png").size == (200, 120)
