@@ -336,7 +336,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "decode_images": 16,
         },
         "replay": {"capacity": 64, "refill": 16, "steps_per_refill": 8},
-        "evaluation": {"prompts": "shapes-held-out", "every": 20, "num_prompts": 32},
+        "evaluation": {
+            "prompts": "shapes-held-out",
+            "every": 20,
+            "num_prompts": 32,
+            "held_out": ("taste-held-out",),
+        },
     },
     "aesthetic": _PAPER,
     "sdxl": _merge(

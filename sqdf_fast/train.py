@@ -41,6 +41,8 @@ from sqdf_fast.engine.optimizers import clip_grad_norm, load_state_tensors, make
 from sqdf_fast.engine.rollouts import Rollouts
 from sqdf_fast.errors import UserError
 from sqdf_fast.evaluate import evaluate_images, load_judges
+from sqdf_fast.evaluate.best_weights import BestWeights
+from sqdf_fast.evaluate.monitor import new_alarm
 from sqdf_fast.kernels.philox import derive_seed
 from sqdf_fast.plan import Plan, make_plan, parse_memory
 from sqdf_fast.plan.device import CONTEXT_BYTES, CPU, GIB
@@ -48,6 +50,7 @@ from sqdf_fast.prompts import load_prompts
 from sqdf_fast.report import (
     MetricsLog,
     TrainingProgress,
+    read_metrics,
     read_run,
     save_samples,
     summary_lines,
@@ -68,19 +71,13 @@ class Spent:
 
     Attributes:
         unet_evaluations: rows that went through the network; seconds: of sampling and steps.
-        reward_evaluations: pictures that the reward scored.
     """
 
     unet_evaluations: int = 0
     seconds: float = 0.0
-    reward_evaluations: int = 0
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(
-            self.unet_evaluations + other.unet_evaluations,
-            self.seconds + other.seconds,
-            self.reward_evaluations + other.reward_evaluations,
-        )
+        return Spent(self.unet_evaluations + other.unet_evaluations, self.seconds + other.seconds)
 
     def share(self, limits: Limits) -> float:
         """How much of the tightest limit is spent; 0 where there is none."""
@@ -129,7 +126,8 @@ class Trainer:
         self.backbone = load_backbone(config)
         encode_all(self.backbone.family, ["", *known_prompts])
         self.backbone.family.release_text_encoders()
-        self.judges = load_judges(config.model, self.reward)
+        self.judges = load_judges(config.model, self.reward, held_out=config.evaluation.held_out)
+        self.judges.encode_prompts(known_prompts)
         self.meter, self.energy = StageMeter(device), EnergyMeter(device)
         self._given_up: list[str] = []
         self.rollouts = Rollouts(
@@ -153,6 +151,8 @@ class Trainer:
         self.step, self.evaluated = 0, -1
         self.spent, self._share_before = Spent(), 0.0
         self._updating = False
+        self._best = BestWeights(run.path / "best")
+        self._alarm: dict[str, Any] | None = None
 
     @property
     def whole(self) -> bool:
@@ -166,8 +166,8 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether steps or a limit are used up."""
-        return self.share >= 1
+        """Whether steps or a limit are used up, or the monitor ended the run."""
+        return self.share >= 1 or self._alarmed
 
     def preflight(self) -> None:
         """Check the reward's value and gradient, and the judges, on two pictures of the base model."""
@@ -190,19 +190,22 @@ class Trainer:
         every = self.config.checkpoint_every
         with MetricsLog(self.run.metrics) as log:
             log.truncate(self.step, self.evaluated)
+            self._alarm = next((line for line in read_metrics(log.path) if line.get("kind") == "alarm"), None)
             while True:
                 if self._evaluation_due():
                     self._evaluate(log)
-                    if self.config.evaluation.checkpoint:
-                        self.save()
                 if self.done:
                     break
                 if every and self.step > 0 and self.step % every == 0:
                     self.save()
                 self._optimize(log)
-            reason = "steps" if self.step >= self.config.steps else "limit"
+            reason = "monitor" if self._alarmed else "steps" if self.step >= self.config.steps else "limit"
             log.append({"kind": "end", "step": self.step, "reason": reason, **_totals(self.spent)})
         self.save()
+        if self._alarm is not None and self.config.monitor.action == "restore":
+            step, policy = self._alarm["best_step"], self.run.policy(self.config)
+            found = self._best.restore(step, policy)
+            self.progress.message(f"{policy} holds the weights of step {step if found else self.step}")
 
     def save(self) -> Path:
         """Write a checkpoint of the state as it is now, and its LoRA."""
@@ -288,6 +291,21 @@ class Trainer:
         log.append(record)
         self.evaluated = self.step
         self.progress.message(_evaluation_line(record))
+        if self.config.monitor.action != "off":
+            self._watch(log)
+
+    @property
+    def _alarmed(self) -> bool:
+        return self._alarm is not None and self.config.monitor.action in ("stop", "restore")
+
+    def _watch(self, log: MetricsLog) -> None:
+        evaluations = [line for line in read_metrics(log.path) if line.get("kind") == "evaluation"]
+        if self.config.monitor.action == "restore":
+            self._best.keep(evaluations, self.backbone.save_policy)
+        if (alarm := new_alarm(evaluations)) is not None:
+            self._alarm = alarm.record()
+            log.append(self._alarm)
+            self.progress.message(f"over-optimisation at step {self.step}: {alarm.reason}; see docs/monitor.md")
 
     def _keep_samples(self, images: Tensor) -> None:
         # One image of each prompt first, then the second of each, ...: a grid shows as many prompts as it can.
@@ -303,7 +321,6 @@ class Trainer:
 
     def _optimize(self, log: MetricsLog) -> None:
         started, evaluations = time.monotonic(), self.backbone.evaluations
-        scored = self.rollouts.reward_evaluations
         self.energy.start()
         self.algorithm.collect(self.step)
         self.progress.phase("training")
@@ -321,11 +338,7 @@ class Trainer:
         self.meter.end_step()
         self._share_before = self.share
         self.step += 1
-        cost = Spent(
-            self.backbone.evaluations - evaluations,
-            time.monotonic() - started,
-            self.rollouts.reward_evaluations - scored,
-        )
+        cost = Spent(self.backbone.evaluations - evaluations, time.monotonic() - started)
         self.spent += cost
         record = {
             **self._record(result),
