@@ -71,13 +71,19 @@ class Spent:
 
     Attributes:
         unet_evaluations: rows that went through the network; seconds: of sampling and steps.
+        reward_evaluations: pictures that the reward scored.
     """
 
     unet_evaluations: int = 0
     seconds: float = 0.0
+    reward_evaluations: int = 0
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(self.unet_evaluations + other.unet_evaluations, self.seconds + other.seconds)
+        return Spent(
+            self.unet_evaluations + other.unet_evaluations,
+            self.seconds + other.seconds,
+            self.reward_evaluations + other.reward_evaluations,
+        )
 
     def share(self, limits: Limits) -> float:
         """How much of the tightest limit is spent; 0 where there is none."""
@@ -194,6 +200,8 @@ class Trainer:
             while True:
                 if self._evaluation_due():
                     self._evaluate(log)
+                    if self.config.evaluation.checkpoint:
+                        self.save()
                 if self.done:
                     break
                 if every and self.step > 0 and self.step % every == 0:
@@ -321,6 +329,7 @@ class Trainer:
 
     def _optimize(self, log: MetricsLog) -> None:
         started, evaluations = time.monotonic(), self.backbone.evaluations
+        scored = self.rollouts.reward_evaluations
         self.energy.start()
         self.algorithm.collect(self.step)
         self.progress.phase("training")
@@ -338,7 +347,11 @@ class Trainer:
         self.meter.end_step()
         self._share_before = self.share
         self.step += 1
-        cost = Spent(self.backbone.evaluations - evaluations, time.monotonic() - started)
+        cost = Spent(
+            self.backbone.evaluations - evaluations,
+            time.monotonic() - started,
+            self.rollouts.reward_evaluations - scored,
+        )
         self.spent += cost
         record = {
             **self._record(result),
