@@ -72,14 +72,27 @@ class Values:
     numbers: list[float]
     prompts: list[str]
 
+    @property
+    def by_prompt(self) -> dict[str, float]:
+        """The mean of each prompt's numbers."""
+        found: dict[str, list[float]] = defaultdict(list)
+        for prompt, number in zip(self.prompts, self.numbers, strict=True):
+            found[prompt].append(number)
+        return {prompt: sum(numbers) / len(numbers) for prompt, numbers in found.items()}
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """A number with its 95 % interval over prompts; no interval where resampling would say something wrong."""
+    """A number with its 95 % interval over prompts; no interval where resampling would say something wrong.
+
+    Attributes:
+        by_prompt: the mean of each prompt's values, in the order in which prompts first occur; None for no mean.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
+    by_prompt: dict[str, float] | None = None
 
 
 class Judge:
@@ -120,7 +133,7 @@ class Judge:
         mean = sum(found.numbers) / len(found.numbers)
         if not math.isfinite(mean):
             return Measurement(mean)
-        return Measurement(mean, *bootstrap_interval(found.numbers, found.prompts))
+        return Measurement(mean, *bootstrap_interval(found.numbers, found.prompts), found.by_prompt)
 
     @contextmanager
     def at(self, device: torch.device) -> Iterator[None]:

@@ -25,6 +25,7 @@ def evaluate_images(
     judges: Judges,
     batch_size: int = 16,
     base: Tensor | None = None,
+    by_prompt: dict[str, list[float]] | None = None,
 ) -> dict[str, float | None]:
     """Judge sampled pictures. The same pictures give the same numbers.
 
@@ -35,6 +36,8 @@ def evaluate_images(
         batch_size: pictures judged at once.
         base: ``judges.embed`` of the base model's pictures of the same prompts and seeds, in the same order, for the
             distance to it.
+        by_prompt: filled with the means of each prompt, in the order in which prompts first occur, by judge; of
+            those judges whose number is a mean.
 
     Returns:
         eval_proxy_reward, and eval_<name> of every judge, each with ..._low and ..._high, its 95 % bootstrap interval
@@ -48,11 +51,13 @@ def evaluate_images(
     proxy = RewardJudge("proxy_reward", reward, visits=False)
     scores = pictures.scores(proxy.score)
     found: dict[str, float | None] = {"eval_proxy_reward_std": float(scores.std()) if len(scores) > 1 else 0.0}
-    found |= _keys(proxy.name, proxy(pictures))
-    for name in ALWAYS:
-        found |= _keys(name, None)
-    for name, judge in judges.by_name.items():
-        found |= _keys(name, judge(pictures))
+    measured: dict[str, Measurement | None] = {proxy.name: proxy(pictures)}
+    measured |= dict.fromkeys(ALWAYS)
+    measured |= {name: judge(pictures) for name, judge in judges.by_name.items()}
+    for name, one in measured.items():
+        found |= _keys(name, one)
+        if by_prompt is not None and one is not None and one.by_prompt is not None:
+            by_prompt[name] = list(one.by_prompt.values())
     found["eval_alignment_shuffled"] = _shuffled_alignment(pictures, judges)
     return found
 

@@ -76,6 +76,15 @@ def test_values_and_intervals(images):
         assert low < high
 
 
+def test_means_of_each_prompt(images):
+    found = {}
+    evaluate_images(images, PROMPTS, Brightness(), judges(Colour(), Contrast(), KernelDistance()), by_prompt=found)
+    assert set(found) == {"proxy_reward", "alignment", "diversity"}
+    assert found["alignment"] == pytest.approx([0.3, 0.7, 0.95])
+    assert found["proxy_reward"] == pytest.approx([0.1, 0.7 / 3, 0.95 / 3])
+    assert found["diversity"] == pytest.approx([0.2, 0.2, 0.1])
+
+
 def test_batches_do_not_change_the_values(images):
     colour = Colour()
     found = evaluate_images(images, PROMPTS, Brightness(), judges(colour), batch_size=4)
