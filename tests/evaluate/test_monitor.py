@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from sqdf_fast.evaluate.best_weights import BestWeights
 from sqdf_fast.evaluate.monitor import check, is_good, new_alarm, watched
 
-RECORDED = Path(__file__).parents[2] / "bench" / "results" / "monitor.json"
+RECORDED = Path(__file__).parents[2] / "docs" / "monitor_results.json"
 # Half the width of a 95 % interval, as the recorded runs have them: 64 pictures of 32 prompts.
 HALF = {"proxy_reward": 0.25, "held_out_taste_held_out": 0.2, "alignment": 0.025, "attribute_accuracy": 0.09}
 FIRST = {"proxy_reward": -1.5, "held_out_taste_held_out": -1.4, "alignment": 0.59, "attribute_accuracy": 1.0}
@@ -175,3 +176,26 @@ def test_the_weights_of_the_last_good_evaluation_are_kept(tmp_path: Path) -> Non
     assert (policy / "weights").read_text() == "last"
     assert best.restore(alarm.best_step, policy)
     assert (policy / "weights").read_text() == "3"
+
+
+def recorded(name: str) -> list[dict]:
+    (found,) = [
+        run for run in json.loads(RECORDED.read_text(encoding="utf-8")) if (run["run"], run["seed"]) == (name, 0)
+    ]
+    return found["evaluations"]
+
+
+def test_recorded_draft_gives_an_alarm_near_the_peak_of_the_true_rule() -> None:
+    evaluations = recorded("draft")
+    true = [record["eval_true_reward"] for record in evaluations]
+    peak = true.index(max(true))
+    assert true[-1] < true[0] < true[peak]
+    (step,) = alarm_steps(evaluations)
+    assert abs([record["step"] for record in evaluations].index(step) - peak) <= 1
+
+
+def test_recorded_sqdf_gives_none() -> None:
+    evaluations = recorded("sqdf")
+    assert evaluations[-1]["eval_true_reward"] > evaluations[0]["eval_true_reward"] + 1.5
+    assert {"eval_held_out_taste_held_out", "eval_alignment"} <= set(watched(evaluations))
+    assert alarm_steps(evaluations) == []
