@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sqdf_fast.errors import UserError
 
@@ -163,6 +163,12 @@ class Evaluation(Section):
     num_prompts: Positive = Field(16, description="held-out prompts used, a fixed choice of the set")
     images_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="diversity needs at least two")
     held_out: tuple[str, ...] = Field((), description="rewards that are never trained on, scored at each evaluation")
+    judges: tuple[str, ...] = Field(
+        (), description="beside the model's own: clip, lpips, dreamsim, frechet or module:Class; docs/evaluation.md"
+    )
+    judge_options: dict[str, dict[str, str | int | float | bool]] = Field(
+        default_factory=dict, description="keywords by judge or held-out reward, e.g. judge_options.clip.model=..."
+    )
     grid: Positive = Field(16, description="images kept on disk at each evaluation")
     checkpoint: bool = Field(False, description="a checkpoint after each evaluation, beside checkpoint_every")
 
@@ -191,7 +197,7 @@ class Config(Section):
         None, description="memory budget, e.g. 24G or 80%; `sqdf-fast plan` fills in the execution"
     )
     resolution: Positive | None = Field(None, description="side of the pictures in pixels; default: the model's own")
-    reward: str = Field("taste", description="a registered reward or module:function; see docs/adding_a_reward.md")
+    reward: str = Field("taste", description="a registered reward, module:function, or a sum: aesthetic*1.0 + clip*0.5")
     reward_options: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="keywords of the reward's loader"
     )
@@ -220,6 +226,12 @@ class Config(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     monitor: Monitor = Field(default_factory=Monitor)
     limits: Limits = Field(default_factory=Limits)
+
+    @field_validator("reward_options", mode="before")
+    @classmethod
+    def _options_are_dotted(cls, given: Any) -> Any:
+        # `--set reward_options.clip.model=F` is an option of one part of a weighted sum.
+        return _dotted(given) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _reward_options_are_the_rewards_own(self) -> Config:
@@ -307,6 +319,14 @@ _PAPER: dict[str, Any] = {
     "optimizer": {"lr": 1e-3, "weight_decay": 1e-4, "max_grad_norm": 1.0, "batch_size": 64},
     "replay": {"capacity": 1024, "mode": "uniform", "refill": 64, "steps_per_refill": 1},
 }
+
+
+def _dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        flat |= _dotted(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

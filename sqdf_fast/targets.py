@@ -194,7 +194,10 @@ def _judging(config: Config, names: Sequence[str], prompts: Sequence[str]) -> tu
     """Reward and judges on the CPU, told the prompts: what is wrong with them shows before anything is sampled."""
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     reward = load_reward(config.reward, device="cpu", dtype=dtype, **config.reward_options)
-    judges = load_judges(config.model, reward, names, config.evaluation.held_out, dtype=dtype)
+    settings = config.evaluation
+    judges = load_judges(
+        config.model, reward, names or settings.judges, settings.held_out, settings.judge_options, dtype
+    )
     distinct = list(dict.fromkeys(prompts))
     reward.encode_prompts(distinct)
     reward.drop_text_tower()

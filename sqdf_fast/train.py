@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import time
@@ -35,7 +36,8 @@ from sqdf_fast.checkpoint import (
 )
 from sqdf_fast.config import Config, Limits, with_settings
 from sqdf_fast.engine import Parts, StepResult
-from sqdf_fast.engine.budget import EnergyMeter, StageMeter, cap_process
+from sqdf_fast.engine.budget import DeviceMemory, EnergyMeter, StageMeter, cap_process
+from sqdf_fast.engine.ladder import one_memory_error
 from sqdf_fast.engine.noise import Stream, sample_seeds
 from sqdf_fast.engine.optimizers import clip_grad_norm, load_state_tensors, make_optimizer, state_tensors
 from sqdf_fast.engine.rollouts import Rollouts
@@ -132,7 +134,15 @@ class Trainer:
         self.backbone = load_backbone(config)
         encode_all(self.backbone.family, ["", *known_prompts])
         self.backbone.family.release_text_encoders()
-        self.judges = load_judges(config.model, self.reward, held_out=config.evaluation.held_out)
+        evaluation = config.evaluation
+        self.judges = load_judges(
+            config.model,
+            self.reward,
+            evaluation.judges,
+            evaluation.held_out,
+            evaluation.judge_options,
+            pick_dtype(config.dtype, device),
+        )
         self.judges.encode_prompts(known_prompts)
         self.meter, self.energy = StageMeter(device), EnergyMeter(device)
         self._given_up: list[str] = []
@@ -156,9 +166,13 @@ class Trainer:
         )
         self.step, self.evaluated = 0, -1
         self.spent, self._share_before = Spent(), 0.0
+        # For a step that is not over: a run that is stopped there goes on behind its sampling.
+        self._collected = Spent()
         self._updating = False
         self._best = BestWeights(run.path / "best")
         self._alarm: dict[str, Any] | None = None
+        # Of the base model's pictures: the first evaluation's.
+        self._base: Tensor | None = None
 
     @property
     def whole(self) -> bool:
@@ -183,10 +197,7 @@ class Trainer:
         seeds = sample_seeds(self.config.seed, Stream.PREFLIGHT, 0, number)
         sampled = self.rollouts.sample(prompts, seeds, "checking", role="reference")
         images = self.rollouts.decode(sampled.x0).to(family.device)
-        if self.algorithm.needs_gradient:
-            preflight(self.reward, images, prompts)
-        else:
-            checked_reward(self.reward, images, prompts)
+        preflight(self.reward, images, prompts, needs_gradient=self.algorithm.needs_gradient)
         # Prompts that a judge cannot read are refused now, not at the first evaluation.
         for prompt in dict.fromkeys(self.held_out.prompts):
             self.judges.alignment(images[:1], [prompt])
@@ -223,9 +234,12 @@ class Trainer:
             tensors[f"policy.{name}"] = parameter
             for key, value in state_tensors(self.optimizer, parameter).items():
                 tensors[f"optimizer.{name}.{key}"] = value
+        if self._base is not None:
+            tensors["evaluation.base"] = self._base
         values = {
             "evaluated": self.evaluated,
             "spent": asdict(self.spent),
+            "collected": asdict(self._collected),
             "share_before": self._share_before,
             "algorithm": state,
         }
@@ -262,8 +276,10 @@ class Trainer:
         prefix = "algorithm."
         stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         self.algorithm.restore(stored, values["algorithm"])
+        self._base = tensors.get("evaluation.base")
         self.step, self.evaluated = values["step"], values["evaluated"]
         self.spent, self._share_before = Spent(**values["spent"]), values["share_before"]
+        self._collected = Spent(**values["collected"])
 
     def _evaluation_due(self) -> bool:
         if self.evaluated >= self.step:
@@ -283,7 +299,11 @@ class Trainer:
         assert sampled.states is not None
         divergence = self.rollouts.divergence(sampled.states, prompts)
         images = self.rollouts.decode(sampled.x0)
-        scores = evaluate_images(images.to(self.backbone.family.device), prompts, self.reward, self.judges)
+        there = images.to(self.backbone.family.device)
+        if self.step == 0:
+            self._base = self.judges.embed(there)
+        by_prompt: dict[str, list[float]] = {}
+        scores = evaluate_images(there, prompts, self.reward, self.judges, base=self._base, by_prompt=by_prompt)
         # Its stages are no part of a step; the run's peak knows them.
         self.meter.drop_step()
         self._keep_samples(images)
@@ -294,6 +314,7 @@ class Trainer:
             "eval_kl": float(divergence.mean()),
             **_totals(self.spent),
             "diversity_measure": self.judges.diversity_measure,
+            "by_prompt": by_prompt,
             "seconds": time.monotonic() - started,
         }
         log.append(record)
@@ -328,10 +349,11 @@ class Trainer:
         )
 
     def _optimize(self, log: MetricsLog) -> None:
-        started, evaluations = time.monotonic(), self.backbone.evaluations
-        scored = self.rollouts.reward_evaluations
         self.energy.start()
+        cost = self._meter_cost()
         self.algorithm.collect(self.step)
+        self._collected += cost()
+        cost = self._meter_cost()
         self.progress.phase("training")
         result = self._gradient()
         norm = clip_grad_norm(self.optimizer, self.config.optimizer.max_grad_norm)
@@ -347,16 +369,12 @@ class Trainer:
         self.meter.end_step()
         self._share_before = self.share
         self.step += 1
-        cost = Spent(
-            self.backbone.evaluations - evaluations,
-            time.monotonic() - started,
-            self.rollouts.reward_evaluations - scored,
-        )
-        self.spent += cost
+        whole, self._collected = self._collected + cost(), Spent()
+        self.spent += whole
         record = {
             **self._record(result),
             "grad_norm": norm,
-            **asdict(cost),
+            **asdict(whole),
             "memory_bytes": self.meter.peak_bytes or _resident_memory(),
             "stages": self.meter.finish(),
         }
@@ -370,14 +388,28 @@ class Trainer:
             self.step, record["reward_mean"], record.get("kl_mean"), record["memory_bytes"], share=self.share
         )
 
+    def _meter_cost(self) -> Callable[[], Spent]:
+        """What is spent from now on to the call of the result."""
+        started, evaluations, scored = time.monotonic(), self.backbone.evaluations, self.rollouts.reward_evaluations
+
+        def spent() -> Spent:
+            return Spent(
+                self.backbone.evaluations - evaluations,
+                time.monotonic() - started,
+                self.rollouts.reward_evaluations - scored,
+            )
+
+        return spent
+
     def _gradient(self) -> StepResult:
         """The step's gradient; out of memory, the whole batch again with a smaller execution: nothing counts twice."""
-        evaluations = self.backbone.evaluations
+        evaluations, scored = self.backbone.evaluations, self.rollouts.reward_evaluations
         while True:
             self.optimizer.zero_grad(set_to_none=True)
-            self.backbone.evaluations = evaluations
+            self.backbone.evaluations, self.rollouts.reward_evaluations = evaluations, scored
             try:
-                return self.algorithm.accumulate(self.step)
+                with one_memory_error():
+                    return self.algorithm.accumulate(self.step)
             except torch.OutOfMemoryError:
                 pass
             self.rollouts.smaller(self.rollouts.stage, self.step + 1, staged=self.algorithm.takes_apart)
@@ -501,12 +533,15 @@ def new_run(config: Config, path: Path | None, interrupted: Callable[[], bool] =
         UserError: bad input; Interrupted: the user stopped it, a checkpoint is written.
     """
     if path is None:
-        name = f"{Path(config.model).resolve().name}-{config.reward.replace(':', '-')}"
+        # A reward may be module:function or a weighted sum.
+        reward = re.sub(r"[^\w.+-]+", "-", config.reward)
+        name = f"{Path(config.model).resolve().name}-{reward}"
         path = RunFolder.next_free(Path("runs"), name)
     RunFolder.refuse_existing(path)
     config, plan = _planned(config)
     _hold_to(plan, config)
     with TrainingProgress(config.steps, planned_bytes=_planned_bytes(plan, config)) as progress:
+        _say_whose_memory(config, progress)
         with _room_to_start():
             trainer = Trainer(config, RunFolder(path), progress, interrupted)
             trainer.preflight()
@@ -525,16 +560,24 @@ def continue_run(path: Path, interrupted: Callable[[], bool] = lambda: False) ->
     _hold_to(plan, config)
     first = step_of(found[-1]) if found else 0
     with TrainingProgress(config.steps, first, planned_bytes=_planned_bytes(plan, config)) as progress:
+        _say_whose_memory(config, progress)
         with _room_to_start():
             trainer = Trainer(config, run, progress, interrupted)
             trainer.resume()
         return _finish(trainer)
 
 
+def _say_whose_memory(config: Config, progress: TrainingProgress) -> None:
+    device = pick_device(config.device)
+    if device.type == "cuda":
+        progress.message(str(DeviceMemory.of(device)))
+
+
 @contextmanager
 def _room_to_start() -> Iterator[None]:
     try:
-        yield
+        with one_memory_error():
+            yield
     except torch.OutOfMemoryError:
         raise UserError(
             "out of memory before the first step; give --vram, which plans where the weights are, or see what others "
@@ -546,7 +589,7 @@ def _finish(trainer: Trainer) -> str:
     folder = trainer.run.path
     write_environment(folder)
     try:
-        with closing(trainer.energy):
+        with closing(trainer.energy), one_memory_error():
             trainer.train()
     except Interrupted:
         trainer.save()

@@ -131,3 +131,8 @@ def test_combinations_that_cannot_be_are_one_line(changes, message):
     with pytest.raises(UserError, match=message):
         make_config(file=changes)
     make_config(file={"sampling": {"compile": "cuda-graphs", "merge_lora": False}})
+
+
+def test_options_of_a_part_of_a_sum_are_dotted():
+    assignments = parse_assignments(["reward_options.clip.model=folder", "reward_options.quality=95"])
+    assert make_config(assignments=assignments).reward_options == {"clip.model": "folder", "quality": 95}

@@ -11,7 +11,7 @@ from torch import Tensor
 from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.config import Config, Execution
 from sqdf_fast.engine.executor import RewardFunction
-from sqdf_fast.engine.ladder import step_down
+from sqdf_fast.engine.ladder import one_memory_error, step_down
 from sqdf_fast.engine.noise import Stream, generator, sample_seeds
 from sqdf_fast.engine.parts import Part, Parts
 from sqdf_fast.engine.sampler import Sampler, Trajectories
@@ -109,8 +109,9 @@ class Rollouts:
         while True:
             self.enter("sampling")
             try:
-                self.parts.use(*self.parts.of_role(options.get("role", "policy")))
-                return self.sampler.sample(prompts, seeds, on_progress=self._on_progress(phase), **options)
+                with one_memory_error():
+                    self.parts.use(*self.parts.of_role(options.get("role", "policy")))
+                    return self.sampler.sample(prompts, seeds, on_progress=self._on_progress(phase), **options)
             except torch.OutOfMemoryError:
                 # Tried again outside the handler: until then the failed call's tensors are alive.
                 pass
@@ -145,11 +146,12 @@ class Rollouts:
         index = torch.nonzero(schedule.trainable.cpu(), as_tuple=True)[0][turn]
         while True:
             self.enter("divergence")
+            size = self.sampler.batch_size
             try:
-                self.parts.use("network")
-                size = self.sampler.batch_size
-                parts = [slice(start, start + size) for start in range(0, len(x), size)]
-                return torch.cat([self._divergence(x[part], index[part], prompts[part]) for part in parts])
+                with one_memory_error():
+                    self.parts.use("network")
+                    parts = [slice(start, start + size) for start in range(0, len(x), size)]
+                    return torch.cat([self._divergence(x[part], index[part], prompts[part]) for part in parts])
             except torch.OutOfMemoryError:
                 pass
             if size == 1:
@@ -162,14 +164,16 @@ class Rollouts:
         tables = self.sampler.schedule.to(family.device, family.precision)
         x, index = x.to(family.device, family.precision), index.to(family.device)
         unconditional = None if scale == 1 else family.encode([""])
-        outputs = []
+        outputs: dict[Role, Tensor] = {}
         roles: tuple[Role, ...] = ("policy", "reference")
+        conditioning = family.encode(prompts)
         for role in roles:
             with self.backbone.role(role):
-                outputs.append(self.backbone.predict(x, tables.timesteps[index], family.encode(prompts), unconditional))
+                outputs[role] = self.backbone.predict(x, tables.timesteps[index], conditioning, unconditional)
         _, kl = denoise_step(
             x,
-            *outputs,
+            outputs["policy"],
+            outputs["reference"],
             tables.transition,
             index,
             guidance_scale=scale,
@@ -202,8 +206,9 @@ class Rollouts:
         while True:
             self.enter("sampled pictures")
             try:
-                self.parts.use("decoder", "reward")
-                return work(self.execution.decode_images)
+                with one_memory_error():
+                    self.parts.use("decoder", "reward")
+                    return work(self.execution.decode_images)
             except torch.OutOfMemoryError:
                 pass
             self.smaller("reward", 0, staged=True)
