@@ -11,7 +11,7 @@ from typing import Any
 
 from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.compare.curves import Curve, read_curve
-from sqdf_fast.compare.jobs import Job, check_settings, job_config
+from sqdf_fast.compare.jobs import Free, Job, check_settings, job_config
 from sqdf_fast.compare.methods import ablation, method_config
 from sqdf_fast.compare.page import write_page
 from sqdf_fast.compare.pool import make_places, run_jobs
@@ -141,13 +141,13 @@ class Comparison:
             tried = self.protocol.methods[job.method].tried[job.trial or 0]
             curve = _curve(job) if job.ended else None
             trials[job.method].append(Trial(tried, curve, failed.get(job.name, "" if curve else last_line(job.log))))
-        return {name: choose(found, tuning) for name, found in trials.items()}
+        return {name: choose(found, tuning) for name, found in trials.items() if found}
 
     def _variants(self, choices: Mapping[str, Choice]) -> list[Variant]:
         chosen: dict[str, dict[str, Any]] = {}
         for name, method in self.protocol.methods.items():
             choice = choices.get(name)
-            if choice is None:
+            if choice is None or self.protocol.strengths_of(name):
                 chosen[name] = {}
             elif choice.index is not None:
                 chosen[name] = method.tried[choice.index]
@@ -175,6 +175,12 @@ class Comparison:
         protocol = self.protocol
         if variant.group and variant.name == protocol.ablated:
             return []
+        if strengths := protocol.strengths_of(variant.name) if not variant.group else ():
+            # Nothing is trained and all runs are judged on the same noise: every seed would give the same.
+            config = job_config(variant.config, protocol.seeds[0], protocol.budget, protocol.points)
+            free = Free("guided" if self._kind(variant.name) == "guided" else "best-of-n", strengths)
+            folder = self.folder / "runs" / variant.name / f"seed-{protocol.seeds[0]}"
+            return [Job(variant.name, protocol.seeds[0], config, folder, free=free)]
         seeds = protocol.seeds if not variant.group or protocol.ablate_seeds is None else protocol.ablate_seeds
         return [
             Job(
@@ -185,6 +191,9 @@ class Comparison:
             )
             for seed in seeds
         ]
+
+    def _kind(self, name: str) -> str:
+        return self.protocol.methods[name].like or name
 
     def _place_of(self, seed: int) -> int:
         return (*self.protocol.seeds, *(self.protocol.ablate_seeds or ())).index(seed)
@@ -201,7 +210,8 @@ class Comparison:
             else:
                 curves.append(curve)
                 folders.append(job.folder)
-        return Runs(variant.name, variant.label, variant.group, variant.settings, curves, folders, unfinished)
+        free = any(job.free is not None for job in jobs)
+        return Runs(variant.name, variant.label, variant.group, variant.settings, curves, folders, unfinished, free)
 
 
 def _curve(job: Job) -> Curve:

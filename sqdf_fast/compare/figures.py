@@ -64,7 +64,8 @@ def _figure(results: Results, group: str, x: str, y: str) -> Figure:
     series = []
     for position, index in enumerate(results.of(group)):
         run = results.runs[index]
-        points = _mean_points(run.curves, x, y)
+        # What a picture costs each time is nothing to set beside what training cost once.
+        points = [] if run.free and x in COSTS else _mean_points(run.curves, x, y)
         if points:
             colour, shape = f"s{position % SERIES}", SHAPES[position % len(SHAPES)]
             series.append(Series(run.label, points, colour, shape))

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqdf_fast.checkpoint import checkpoints, disk_errors
 from sqdf_fast.compare.protocol import parse_budget
@@ -19,13 +19,26 @@ ENDLESS = 10**9
 
 
 @dataclass(frozen=True)
+class Free:
+    """A way to sample better without training.
+
+    Attributes:
+        strengths: candidates of "best-of-n", scales of "guided"; an evaluation each.
+    """
+
+    kind: Literal["best-of-n", "guided"]
+    strengths: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Job:
     """A run that is to be there at the end.
 
     Attributes:
-        method: its name; seed: of the run, or the number of a tuning trial in ``trial``.
+        method: its name; seed: of the run.
         config: what it is trained with.
         folder: the run folder; its log lies beside it.
+        trial: number of a tuning trial; free: nothing is trained, the base model is sampled in this way.
     """
 
     method: str
@@ -33,6 +46,7 @@ class Job:
     config: Config
     folder: Path
     trial: int | None = None
+    free: Free | None = None
 
     @property
     def name(self) -> str:

@@ -35,6 +35,12 @@ METHODS: dict[str, Settings] = {
     "awm": {**_BLIND, **_ON_POLICY, "algorithm": "awm"},
 }
 
+# Methods that train nothing and the strengths that make their curve; the first one is the sampler's own pictures.
+TRAINING_FREE: dict[str, tuple[float, ...]] = {
+    "best-of-n": (1, 2, 4, 8),
+    "guided": (0.0, 1.0, 4.0, 16.0),
+}
+
 # What has to be alike for figures to be comparable, and what the comparison itself decides.
 SHARED = (
     "model",
@@ -85,12 +91,13 @@ ABLATIONS: dict[str, Callable[[Config], dict[str, Settings]]] = {
 
 def builtin(name: str) -> Settings:
     """The settings of a method of the table. Raises UserError for an unknown name."""
+    if name in TRAINING_FREE:
+        return dict(_BLIND)
     if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
+        close = difflib.get_close_matches(name, [*METHODS, *TRAINING_FREE], n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(
-            f"method {name!r} is unknown; {hint}known: {', '.join(METHODS)}; a protocol file may define others"
-        )
+        known = ", ".join([*METHODS, *TRAINING_FREE])
+        raise UserError(f"method {name!r} is unknown; {hint}known: {known}; a protocol file may define others")
     return dict(METHODS[name])
 
 

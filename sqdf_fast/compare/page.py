@@ -33,7 +33,7 @@ GRID_COLUMNS = 8
 _TILE, _NAME_WIDTH = 96, 190
 _STYLE = """
 .figures table { font-size: 13px; }
-.figures td, .figures th { white-space: nowrap; }
+.figures th[scope=col] { white-space: normal; vertical-align: bottom; }
 .figures tr:last-child th, .figures tr:last-child td { font-weight: inherit; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); }
 .chart svg { font-family: inherit; }

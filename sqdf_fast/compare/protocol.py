@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from sqdf_fast.compare.methods import ABLATIONS, METHODS, Settings, builtin
+from sqdf_fast.compare.methods import ABLATIONS, TRAINING_FREE, Settings, builtin
 from sqdf_fast.config import Config, Limits, Section, make_config, read_config_file, validate, with_settings
 from sqdf_fast.errors import UserError
 
@@ -37,6 +37,7 @@ class Method(Section):
 
     like: str | None = Field(None, description="the built-in method it starts from; default: the one of its name")
     settings: Dotted = Field(default_factory=dict, description="dotted keys, on top of that and of the shared ones")
+    strengths: tuple[float, ...] = Field((), description="best-of-n: candidates; guided: scales; default: the table's")
     trials: tuple[Dotted, ...] = Field((), description="tuning: the settings that are tried, one mapping a trial")
     grid: dict[str, list[Any]] = Field(default_factory=dict, description="tuning: keys and values, every combination")
 
@@ -115,8 +116,9 @@ class Protocol(Section):
         for name, method in self.methods.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(f"method name {name!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
-            if method.like is None and name not in METHODS:
-                builtin(name)
+            builtin(method.like or name)
+            if method.strengths and (method.like or name) not in TRAINING_FREE:
+                raise ValueError(f"method {name!r} has strengths; only {' and '.join(TRAINING_FREE)} have any")
         for axis in self.ablate:
             if axis not in ABLATIONS:
                 raise ValueError(f"ablate: {axis!r} is unknown; allowed: {', '.join(ABLATIONS)}")
@@ -134,6 +136,8 @@ class Protocol(Section):
         if self.tuning.seed in (*self.seeds, *(self.ablate_seeds or ())):
             raise ValueError(f"tuning.seed = {self.tuning.seed} is one of the reported seeds; choose another")
         for name, method in self.methods.items():
+            if self.strengths_of(name):
+                continue
             if len(method.tried) != self.tuning.trials:
                 raise ValueError(
                     f"method {name!r} has {len(method.tried)} tuning trials and every method gets "
@@ -152,10 +156,10 @@ class Protocol(Section):
         method = self.methods[name]
         return {**builtin(method.like or name), **method.settings}
 
-    @property
-    def limits(self) -> Limits:
-        """Of a run."""
-        return parse_budget(self.budget)
+    def strengths_of(self, name: str) -> tuple[float, ...]:
+        """Of a method that trains nothing; empty for all others."""
+        method = self.methods[name]
+        return method.strengths or TRAINING_FREE.get(method.like or name, ())
 
 
 def _refuse_repeated(key: str, values: tuple[Any, ...]) -> None:

@@ -55,6 +55,7 @@ class Runs:
         label: its name within its group, for people; group: the axis of an ablation, "" for the methods.
         curves: of the finished runs, one a seed; folders: theirs.
         unfinished: seed to the reason in one line.
+        free: nothing is trained; costs are those of one picture, each time one is drawn.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Runs:
     curves: list[Curve]
     folders: list[Path]
     unfinished: dict[int, str]
+    free: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,14 @@ def make_results(
     draws = Draws()
     metrics = _metrics(runs)
     groups = list(dict.fromkeys(run.group for run in runs))
-    levels = {group: common_level({run.label: run.curves for run in runs if run.group == group}) for group in groups}
+    levels = {
+        group: common_level({run.label: run.curves for run in runs if run.group == group and not run.free})
+        for group in groups
+    }
     places = [[_at(curve, levels[run.group]) for curve in run.curves] for run in runs]
     methods = {run.name: run.curves for run in runs if not run.group and run.curves}
     first = protocol.ablated if protocol.ablated in methods else next(iter(methods), "")
+    free = {run.name for run in runs if run.free}
     return Results(
         protocol=protocol,
         runs=list(runs),
@@ -155,7 +161,7 @@ def make_results(
         equal=[_standing(run, found, metrics, draws) for run, found in zip(runs, places, strict=True)],
         places=places,
         duels=[
-            _duel((first, methods[first]), (name, curves), metrics, draws)
+            _duel((first, methods[first]), (name, curves), metrics, draws, first not in free and name not in free)
             for name, curves in methods.items()
             if name != first
         ],
@@ -195,7 +201,13 @@ def _rows(there: Sequence[tuple[Curve, Place]], name: str) -> list[Array]:
     return [row for curve, place in there if (row := score_at(curve, place, name)) is not None]
 
 
-def _duel(one: tuple[str, list[Curve]], other: tuple[str, list[Curve]], metrics: Sequence[str], draws: Draws) -> Duel:
+def _duel(
+    one: tuple[str, list[Curve]],
+    other: tuple[str, list[Curve]],
+    metrics: Sequence[str],
+    draws: Draws,
+    comparable: bool,
+) -> Duel:
     level = min(best_of_all(one[1]), best_of_all(other[1]))
     sides = [
         [(curve, place) for curve in curves if (place := crossing(curve, level)) is not None]
@@ -206,7 +218,7 @@ def _duel(one: tuple[str, list[Curve]], other: tuple[str, list[Curve]], metrics:
         if (found := difference(_rows(sides[0], name), _rows(sides[1], name), draws)) is not None:
             differences[name] = found
     costs = {}
-    for name in COSTS:
+    for name in COSTS if comparable else ():
         spent = [[value for side in there if (value := cost_at(*side, name)) is not None] for there in sides]
         if all(spent) and np.mean(spent[1]) > 0:
             costs[name] = float(np.mean(spent[0]) / np.mean(spent[1]))
@@ -251,6 +263,7 @@ def _method(results: Results, index: int, folder: Path) -> dict[str, Any]:
         "label": run.label,
         "group": run.group or "methods",
         "settings": run.settings,
+        "cost_is": "of one picture" if run.free else "of training",
         "end": _standing_dict(results.end[index]),
         "at_equal_reward": _standing_dict(results.equal[index]),
         "unfinished": {str(seed): reason for seed, reason in run.unfinished.items()},

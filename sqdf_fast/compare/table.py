@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sqdf_fast.compare.curves import Estimate
@@ -96,11 +96,16 @@ def _row(results: Results, index: int, standing: Standing, scores: Sequence[str]
     return [
         run.label + (f" ({len(run.curves)} seeds)" if run.unfinished else ""),
         *cells,
-        _count(costs.get("unet_evaluations")),
-        _count(costs.get("reward_evaluations")),
-        format_seconds(costs["seconds"]) if "seconds" in costs else "-",
+        *_costs(costs, " a picture" if run.free else ""),
         format_bytes(costs["peak_bytes"]) if "peak_bytes" in costs else "-",
     ]
+
+
+def _costs(costs: Mapping[str, float], each: str) -> list[str]:
+    seconds = costs.get("seconds")
+    time = "-" if seconds is None else f"{seconds:.2f} s{each}" if each else format_seconds(seconds)
+    counts = (_count(costs.get(name)) for name in ("unet_evaluations", "reward_evaluations"))
+    return [*(count if count == "-" else count + each for count in counts), time]
 
 
 def _count(value: float | None) -> str:

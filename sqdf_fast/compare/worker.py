@@ -58,6 +58,7 @@ def work(job: Job, place: Place, directory: str) -> None:
 
 
 def _guarded(job: Job, place: Place, asked: threading.Event) -> int:
+    from sqdf_fast.compare.free import SamplingStopped
     from sqdf_fast.train import Interrupted
 
     try:
@@ -65,7 +66,7 @@ def _guarded(job: Job, place: Place, asked: threading.Event) -> int:
             # A process of an earlier, killed comparison may still be about to end.
             fcntl.flock(lock, fcntl.LOCK_EX)
             _run(job, place, asked)
-    except Interrupted:
+    except (Interrupted, SamplingStopped):
         return STOPPED
     except UserError as error:
         _say(" ".join(str(error).split()))
@@ -82,11 +83,14 @@ def _run(job: Job, place: Place, asked: threading.Event) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
     import torch
 
+    from sqdf_fast.compare.free import sample_free
     from sqdf_fast.train import continue_run, new_run
 
     if place.threads is not None:
         torch.set_num_threads(place.threads)
-    if make_ready(job):
+    if job.free is not None:
+        sample_free(job, job.free, asked.is_set)
+    elif make_ready(job):
         continue_run(job.folder, asked.is_set)
     else:
         new_run(job.config, job.folder, asked.is_set)

@@ -131,6 +131,22 @@ def test_killed_and_started_again(model, folder, capsys):
     assert "out is of another comparison: its settings is" in capsys.readouterr().err
 
 
+def test_methods_that_train_nothing_have_a_point_for_each_strength(model, folder, capsys):
+    assert main(arguments(model, "--methods", "best-of-n", "--seeds", "3,4")) == 0
+    (method,) = json.loads((folder / "out" / "results.json").read_text())["methods"]
+    assert method["cost_is"] == "of one picture"
+    # One run: every seed would give the same.
+    (run,) = method["runs"]
+    assert run["seed"] == 3
+    assert [point["reward_evaluations"] for point in run["curve"]] == [1, 2, 4, 8]
+    # Four guided steps of each candidate.
+    assert [point["unet_evaluations"] for point in run["curve"]] == [8, 16, 32, 64]
+    proxies = [point["scores"]["proxy_reward"] for point in run["curve"]]
+    assert proxies == sorted(proxies)
+    assert proxies[0] < proxies[-1]
+    assert "64 a picture" in capsys.readouterr().out
+
+
 def test_ctrl_c_saves_the_runs_under_way_and_leaves_no_process(model, folder, capsys):
     run = folder / "out" / "runs" / "sqdf" / "seed-0"
     asking = threading.Thread(

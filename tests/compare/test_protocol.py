@@ -81,6 +81,7 @@ def test_written_and_read_back(tmp_path):
         (changed(SMALL, methods=["sqfd"]), "method 'sqfd' is unknown; did you mean 'sqdf'"),
         (changed(SMALL, methods=[]), "methods"),
         (changed(SMALL, methods={"a/b": {"like": "sqdf"}}), "'a/b' cannot name a folder"),
+        (changed(SMALL, methods={"sqdf": {"strengths": [1, 2]}}), "only best-of-n and guided have any"),
         (changed(SMALL, seeds=[1, 1]), "seeds: 1 is given twice"),
         (changed(SMALL, seeds=[]), "seeds"),
         (changed(SMALL, points=1), "points = 1"),
