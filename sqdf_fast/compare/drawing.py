@@ -143,7 +143,7 @@ def _svg(shape: Shape) -> str:
         weight = ' font-weight="600"' if shape.bold else ""
         return (
             f'<text class="{shape.colour}" x="{shape.at[0]:.1f}" y="{shape.at[1]:.1f}" fill="currentColor" '
-            f'font-size="{shape.size:g}" text-anchor="{shape.anchor}"{weight}{turn}>{escape(shape.text)}</text>'
+            f'style="font-size:{shape.size:g}px" text-anchor="{shape.anchor}"{weight}{turn}>{escape(shape.text)}</text>'
         )
     if isinstance(shape, Stroke):
         dash = ' stroke-dasharray="5 4"' if shape.dashed else ""

@@ -37,7 +37,7 @@ _STYLE = """
 .figures tr:last-child th, .figures tr:last-child td { font-weight: inherit; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); }
 .chart svg { font-family: inherit; }
-.chart svg text { fill: currentColor; font-size: unset; }
+.chart svg text { fill: currentColor; }
 main { max-width: 1240px; }
 pre { font-size: 12.5px; overflow-x: auto; background: var(--card); border: 1px solid var(--rule); padding: 12px 14px;
   border-radius: 10px; }
