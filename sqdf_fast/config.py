@@ -187,6 +187,12 @@ class Monitor(Section):
         "warn", description="on over-optimisation: say so, end the run, or end it with the best checkpoint"
     )
 
+    @field_validator("action", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, given: Any) -> Any:
+        # YAML 1.1 reads a bare off as false.
+        return "off" if given is False else given
+
 
 class Config(Section):
     """Everything that decides a run. ``config.yaml`` in the run folder is this, whole."""

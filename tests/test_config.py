@@ -136,3 +136,8 @@ def test_combinations_that_cannot_be_are_one_line(changes, message):
 def test_options_of_a_part_of_a_sum_are_dotted():
     assignments = parse_assignments(["reward_options.clip.model=folder", "reward_options.quality=95"])
     assert make_config(assignments=assignments).reward_options == {"clip.model": "folder", "quality": 95}
+
+
+def test_the_monitor_is_off_in_yaml_too():
+    assert make_config(assignments=parse_assignments(["monitor.action=off"])).monitor.action == "off"
+    assert "warn" in refused("monitor.action=true")
