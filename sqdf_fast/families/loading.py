@@ -132,8 +132,9 @@ def family_from_configs(
             f"{', '.join(map(repr, KNOWN_MODELS))}, their hub ids, or a diffusers folder"
         )
     family = _family_class(model, _index(model, str(folder)))
+    options = {"consistency_lora": str(shapes.consistency_lora_folder())} if model == "shapes" else {}
     try:
-        return family.from_configs(folder, dtype=dtype, device=device, resolution=resolution)
+        return family.from_configs(folder, dtype=dtype, device=device, resolution=resolution, **options)
     except _UNREADABLE as error:
         raise UserError(f"model {model!r} has a configuration that cannot be read ({_reason(error)})") from None
 

@@ -75,8 +75,9 @@ class PipelineFamily(Family):
 
     @classmethod
     def from_configs(
-        cls, folder: Path, *, dtype: torch.dtype, device: torch.device, resolution: int | None = None
+        cls, folder: Path, *, dtype: torch.dtype, device: torch.device, resolution: int | None = None, **options: Any
     ) -> Self:
+        """With random weights and no text encoder; ``options`` are the class's own."""
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         signature = inspect.signature(cls.pipeline_class).parameters
         parts: dict[str, Any] = {name: None for name, kind in signature.items() if kind.default is kind.empty}
@@ -87,7 +88,12 @@ class PipelineFamily(Family):
             for name in (cls.network_part, "vae"):
                 parts[name] = cast(_from_config(folder / name / "config.json"), dtype)
         parts["scheduler"] = _from_config(folder / "scheduler" / "scheduler_config.json")
-        return cls(cls.pipeline_class(**parts), resolution=resolution)
+        family = cls(cls.pipeline_class(**parts), resolution=resolution, **options)
+        tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+        if tokenizer.is_file():
+            # Known models ship without one: theirs is CLIP's.
+            family.clip_tokens = json.loads(tokenizer.read_text(encoding="utf-8"))["model_max_length"]
+        return family
 
     @classmethod
     def loading_options(cls, index: dict[str, Any]) -> dict[str, Any]:

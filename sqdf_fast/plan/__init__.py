@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sqdf_fast.plan.device import Device, find_device, parse_memory, reserve_bytes
-from sqdf_fast.plan.planner import Plan, PlannedStage, Planner, make_plan, rungs
+from sqdf_fast.plan.planner import Plan, PlannedStage, Planner, make_plan
 
 __all__ = [
     "Device",
@@ -14,5 +14,4 @@ __all__ = [
     "make_plan",
     "parse_memory",
     "reserve_bytes",
-    "rungs",
 ]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from sqdf_fast.plan import workspace as workspaces
@@ -158,17 +158,16 @@ class MemoryCount(TorchDispatchMode):
         # Meta tensors have no values: a call seen before need not run again.
         key = _key(func, args, kwargs, self._workspace) if self._simulates else None
         call = _CALLS.get(key)
-        if call is None:
-            before = _signature(args)
+        if call is None and key is not None:
+            call = _Call.tried(func, args, kwargs, self._workspace)
+            if call is not None:
+                _CALLS[key] = call
+        if call is not None:
+            result, outputs = call.made_again(args)
+        else:
             result = func(*args, **kwargs)
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             call = _Call.of(func, args, kwargs, result, outputs, self._workspace)
-            again = None if key is None else _again(func, result, args, kwargs)
-            # One that gave an argument another shape has to do so every time.
-            if again is not None and _signature(args) == before:
-                _CALLS[key] = replace(call, again=again)
-        else:
-            result, outputs = call.made_again(args)
         self._count(call, outputs)
         return result
 
@@ -238,7 +237,6 @@ class _Living(weakref.ref[Any]):
         return super().__new__(cls, storage, removed)
 
     def __init__(self, storage: Any, removed: Callable[[_Living], None], key: int, size: int, kind: str) -> None:
-        super().__init__(storage, removed)
         self.key, self.size, self.kind = key, size, kind
 
 
@@ -270,7 +268,7 @@ class _Call:
 
     @staticmethod
     def of(
-        func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Tensor], workspace: workspaces.Workspace
+        func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor], workspace: workspaces.Workspace
     ) -> _Call:
         if not outputs:
             return _Call(0, 0, 0, 0, False)
@@ -284,16 +282,36 @@ class _Call:
             return _Call(inside, 0, 0, 0 if packet in _UNWRITTEN else moved, packet not in _UNWRITTEN)
         return _Call(inside, count(*args, **kwargs, out_val=result), moved, 0, True)
 
+    @staticmethod
+    def tried(func: Any, args: Any, kwargs: Any, workspace: workspaces.Workspace) -> _Call | None:
+        """The call on stand-ins of its arguments; None where its result cannot be made without it.
+
+        PyTorch's own meta functions leave cycles behind that hold their arguments until garbage is collected: those
+        that are counted are never given to them.
+        """
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        devices = {tensor.device.type for tensor in tensors} or {getattr(kwargs.get("device"), "type", "")}
+        if devices != {"meta"}:
+            return None
+        before, (args, kwargs) = _signature(args), tree_map(_stand_in, (args, kwargs))
+        result = func(*args, **kwargs)
+        again = _again(func, result, args, kwargs)
+        # One that gave an argument another shape has to do so every time.
+        if again is None or _signature(args) != before:
+            return None
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return replace(_Call.of(func, args, kwargs, result, outputs, workspace), again=again)
+
     def made_again(self, args: tuple[Any, ...]) -> tuple[Any, Sequence[Tensor]]:
         """The result, and the tensors in it."""
         again = self.again
         if again.argument is not None:
             return args[again.argument], (args[again.argument],)
-        if again.single and again.made:
-            tensor = _empty(*again.made[0])
+        if again.single and (only := again.made[0]) is not None:
+            tensor = _empty(*only)
             return tensor, (tensor,)
         result = tuple(None if o is None else _empty(*o) for o in again.made)
-        return result if result else None, [tensor for tensor in result if tensor is not None]
+        return result, [tensor for tensor in result if tensor is not None]
 
 
 _CALLS: dict[Any, _Call] = {}
@@ -349,6 +367,12 @@ def _again(func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     shapes = tuple(None if o is None else (o.shape, o.stride(), o.dtype) for o in flat)
     return _Again(shapes, single=not isinstance(result, tuple))
+
+
+def _stand_in(argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    return _empty(argument.shape, argument.stride(), argument.dtype)
 
 
 def _empty(shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel
 
-from sqdf_fast.config import Config, make_config
+from sqdf_fast.config import Config, Execution, make_config
 from sqdf_fast.errors import UserError
 from sqdf_fast.families.loading import family_from_configs
 from sqdf_fast.plan import cache
@@ -18,6 +20,7 @@ from sqdf_fast.plan.device import CPU, GIB, Device, find_device, reserve_bytes
 from sqdf_fast.plan.memory import StageCount, scaled
 from sqdf_fast.plan.search import Choice, Profile, choices, fastest, ladder, profile, whole
 from sqdf_fast.plan.simulate import Simulation, Steps
+from sqdf_fast.plan.switches import Switch, explained
 from sqdf_fast.plan.workspace import on_cpu
 from sqdf_fast.rewards.registry import reward_from_config
 
@@ -25,6 +28,15 @@ T = TypeVar("T", Profile, Steps)
 
 ALLOWED = ("nf4", "int8")
 """What changes the result, and is tried only when asked for."""
+
+PLANNED = frozenset(
+    {
+        *(f"execution.{name}" for name in Execution.model_fields),
+        *(f"sampling.{name}" for name in ("batch_size", "merge_lora", "channels_last", "compile")),
+        "optimizer.states",
+    }
+)
+"""Settings that a plan chooses."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,8 @@ class Plan:
         settings: dotted configuration keys to values, for `make_config`.
         flops_per_step, predicted_seconds: of one optimizer step with its share of the sampling; the time is a model
             of `device`, no measurement.
-        ladder: what to step down to.
+        replay_ratio: optimizer steps a refill that the time is of; it changes the result, so no plan sets it.
+        switches: of speed, each with its reason; ladder: what to step down to, by estimate.
     """
 
     fits: bool
@@ -81,6 +94,8 @@ class Plan:
     flops_per_step: float
     predicted_seconds: float
     advice: str = ""
+    replay_ratio: int = 1
+    switches: tuple[Switch, ...] = field(default=())
     ladder: tuple[Rung, ...] = field(default=())
 
     def as_json(self) -> str:
@@ -92,6 +107,7 @@ class Plan:
         """What `as_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
         values = json.loads(text)
         values["stages"] = tuple(PlannedStage(**stage) for stage in values["stages"])
+        values["switches"] = tuple(Switch(**switch) for switch in values["switches"])
         values["ladder"] = tuple(Rung(**rung) for rung in values["ladder"])
         return Plan(**values)
 
@@ -109,9 +125,17 @@ class Plan:
             f"peak {self.peak_gib:.2f} + reserve {self.reserve_gib:.2f} GiB",
             f"a step: {self.flops_per_step / 1e12:.0f} TFLOP, about {self.predicted_seconds:.1f} s on a {self.device} "
             "(a model of the card, not a measurement)",
+            self._replay_line(),
             "settings: " + " ".join(f"{key}={_shown(value)}" for key, value in self.settings.items()),
+            *(f"{s.key}={_shown(s.value)}: {s.reason}" for s in self.switches),
         ]
         return "\n".join(lines + ([self.advice] if self.advice else []))
+
+    def _replay_line(self) -> str:
+        sampling = sum(stage.seconds for stage in self.stages if stage.name == "sampling")
+        rest, ratio = self.predicted_seconds - sampling, self.replay_ratio
+        others = ", ".join(f"{r}: {rest + sampling * ratio / r:.1f} s" for r in (1, 4, 8) if r != ratio)
+        return f"replay.steps_per_refill is {ratio} and yours to set, it changes the result; a step at {others}"
 
 
 def make_plan(
@@ -120,69 +144,61 @@ def make_plan(
     *,
     device_name: str | None = None,
     allow: Sequence[str] = (),
+    keep: Collection[str] = (),
     use_cache: bool = True,
 ) -> Plan:
     """The fastest plan for ``config`` that fits ``vram_bytes``; if none fits, the smallest one and what would help.
 
-    Needs neither a GPU nor weights. What the user set of `execution`, `optimizer.states` and `sampling.batch_size` is
-    not kept: these are the plan's to choose; optimizer.states=cpu and a quantization are.
+    Needs neither a GPU nor weights. The settings in PLANNED are the plan's to choose, but for those in ``keep``; of the
+    configuration's own it keeps optimizer.states=cpu, sampling.merge_lora=false and a quantization.
 
     Args:
         vram_bytes: what the process may take of the card, its context included.
         device_name: a GPU for the time's model, as in `sqdf_fast.plan.device.DEVICES`; None: one of that size; "CPU"
             plans for none.
         allow: "nf4", "int8": quantizations of the frozen network that may be tried.
+        keep: dotted keys of settings that stay as ``config`` has them; others than those in PLANNED stay anyway.
         use_cache: read and write plans on disk.
 
     Raises:
-        UserError: an architecture or a reward that cannot be simulated, or ``allow`` of something else.
+        UserError: an architecture or a reward that cannot be simulated, ``allow`` of something else, or settings in
+            ``keep`` that contradict each other.
     """
     if unknown := set(allow) - set(ALLOWED):
         raise UserError(f"allow = {min(unknown)!r} is unknown; allowed: {', '.join(ALLOWED)}")
     device = find_device(device_name, vram_bytes)
-    inputs = config.model_dump(mode="json"), vram_bytes, device.name, sorted(allow)
+    kept = {key: value for key, value in _values(config).items() if key in keep and key in PLANNED}
+    inputs = config.model_dump(mode="json"), vram_bytes, device.name, sorted(allow), sorted(kept)
     key = cache.key_of(kind="plan", inputs=inputs)
     if use_cache and (stored := cache.read(key)) is not None:
         try:
             return Plan.from_json(json.dumps(stored["plan"]))
         except (KeyError, TypeError, ValueError):
             pass
-    plan = Planner(config, allow, use_cache, on_cpu=device is CPU).plan(vram_bytes, device)
+    plan = Planner(config, allow, use_cache, on_cpu=device is CPU, keep=kept).plan(vram_bytes, device)
     if use_cache:
         cache.write(key, {"plan": json.loads(plan.as_json())})
     return plan
-
-
-def rungs(plan: Plan) -> tuple[Plan, ...]:
-    """Successive plans that each need less memory, by estimate; their stages are not simulated."""
-    return tuple(
-        dataclasses.replace(
-            plan,
-            fits=True,
-            peak_gib=rung.peak_gib,
-            executor=rung.settings["execution.executor"],
-            micro_batch=_micro_batch(rung.settings),
-            settings=rung.settings,
-            stages=(),
-            predicted_seconds=rung.predicted_seconds,
-            advice="",
-            ladder=plan.ladder[number + 1 :],
-        )
-        for number, rung in enumerate(plan.ladder)
-    )
 
 
 class Planner:
     """Plans of one configuration; what has been simulated serves every budget.
 
     Args:
-        config, allow: see `make_plan`.
+        config, allow: see `make_plan`; keep: settings that stay, by dotted key.
     """
 
-    def __init__(self, config: Config, allow: Sequence[str] = (), use_cache: bool = True, on_cpu: bool = False) -> None:
-        self.config, self.use_cache, self.on_cpu = config, use_cache, on_cpu
+    def __init__(
+        self,
+        config: Config,
+        allow: Sequence[str] = (),
+        use_cache: bool = True,
+        on_cpu: bool = False,
+        keep: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.config, self.use_cache, self.on_cpu, self.keep = config, use_cache, on_cpu, keep
         asked = config.execution.quantization
-        wanted = [asked] if asked != "none" else ["none", *allow]
+        wanted = [asked] if asked != "none" or "execution.quantization" in keep else ["none", *allow]
         # Full-parameter training has nothing frozen to quantise but the reference, which can stay on the host.
         self.quantizations = ["none"] if config.policy.kind == "full" else wanted
         self._simulations: dict[str, Simulation] = {}
@@ -226,7 +242,10 @@ class Planner:
 
     def choices(self, device: Device) -> list[Choice]:
         """Every choice of every quantization."""
-        return [c for q in self.quantizations for c in choices(self.profile(q), self.config, device)]
+        found = [c for q in self.quantizations for c in choices(self.profile(q), self.config, device, self.keep)]
+        if not found:
+            raise UserError(f"no plan has all of {self._kept_settings()}; leave one out")
+        return found
 
     def profile(self, quantization: str) -> Profile:
         """One sample's simulation, made once."""
@@ -249,9 +268,10 @@ class Planner:
             if config.objective.lookahead == "consistency":
                 consistency = config.consistency_lora or family.default_consistency_lora()
                 if consistency is None:
-                    # Nobody published one: the model's own estimate takes its place, as `train` advises.
-                    objective = config.objective.model_copy(update={"lookahead": "tweedie"})
-                    config = config.model_copy(update={"objective": objective})
+                    raise UserError(
+                        f"model {config.model!r} has no consistency LoRA of its own; "
+                        "give consistency_lora (`sqdf-fast distill` makes one) or set objective.lookahead=tweedie"
+                    )
             where: dict[str, Any] = {"workspace": on_cpu, "granularity": 1} if self.on_cpu else {}
             simulation = Simulation(config, family, reward, quantization=quantization, consistency=consistency, **where)
             self._simulations[quantization] = simulation
@@ -301,13 +321,15 @@ class Planner:
             flops_per_step=float(sum(stage.flops for stage in stages)),
             predicted_seconds=sum(stage.seconds for stage in stages),
             advice=advice,
+            replay_ratio=replay.steps_per_refill,
+            switches=explained(self.config, settings, self.keep, self.on_cpu),
             ladder=tuple(Rung(c.settings, c.peak_bytes / GIB, c.total_seconds) for c in ladder(found, choice)),
         )
 
     def _advice(self, steps: Steps, budget: int) -> str:
         missing = (steps.peak_bytes - budget) / GIB
         worst = max(steps.stages, key=lambda name: steps.stages[name].peak_bytes)
-        ideas = []
+        ideas = [f"leaving out {self._kept_settings()}"] if self.keep else []
         if self.config.policy.kind == "full":
             ideas.append("policy.kind=lora")
         elif self.quantizations == ["none"]:
@@ -316,6 +338,18 @@ class Planner:
             ideas.append("dtype=bfloat16")
         ideas += ["a smaller model or resolution", "a card with more memory"]
         return f"short by {missing:.2f} GiB in the stage '{worst}' even so; what would help: {', '.join(ideas)}"
+
+    def _kept_settings(self) -> str:
+        return ", ".join(f"{key}={_shown(value)}" for key, value in self.keep.items())
+
+
+def _values(section: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key."""
+    values: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        values |= _values(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {prefix + name: value}
+    return values
 
 
 def _line(name: str, work: StageCount, choice: Choice, steps: Steps, device: Device, batch: int) -> PlannedStage:
@@ -371,7 +405,7 @@ def _micro_batch(settings: dict[str, Any]) -> int:
 
 
 def _shown(value: Any) -> str:
-    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+    return f"[{','.join(value)}]" if isinstance(value, list | tuple) else str(value)
 
 
 def paper_config(model: str, **over: Any) -> Config:

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import ceil
+from types import MappingProxyType
 from typing import Any
 
 from sqdf_fast.config import Config, Execution
+from sqdf_fast.plan import switches
 from sqdf_fast.plan.device import Device
 from sqdf_fast.plan.memory import StageCount, scaled
 from sqdf_fast.plan.simulate import PARTS, Simulation, Steps
@@ -28,6 +30,7 @@ _WAY = (
     *("execution.executor", "execution.recompute", "execution.residency", "execution.quantization"),
     *("optimizer.states", "sampling.merge_lora"),
 )
+_RESIDENCY, _STATES = "execution.residency", "optimizer.states"
 _NETWORK_STAGES = ("transition", "look-ahead", "look-ahead vjp", "policy vjp")
 _SAMPLING_STAGES = ("sampling", "sampled pictures")
 _LARGE_STATES = 2**27
@@ -105,7 +108,13 @@ def profiled(simulation: Simulation, executor: str, recomputed: bool) -> Steps:
     moving = executor == "staged" and recomputed
     parts, residency = PARTS if recomputed else (), "staged" if moving else "resident"
     return simulation.run(
-        _execution(executor, 1, 1, simulation.rows, parts, residency),
+        Execution(
+            executor=executor,
+            forward_rows=simulation.rows,
+            network_rows=simulation.rows,
+            recompute=parts,
+            residency=residency,
+        ),
         1,
         sampled=1 if executor == "staged" else 0,
         merged=not moving,
@@ -148,9 +157,17 @@ class Choice:
         return Execution(**values)
 
 
-def choices(profile: Profile, config: Config, device: Device) -> list[Choice]:
-    """Every combination of the dimensions, each chunk size apart."""
-    return list(_choices(profile, config, device))
+def choices(
+    profile: Profile, config: Config, device: Device, keep: Mapping[str, Any] = MappingProxyType({})
+) -> list[Choice]:
+    """Every combination of the dimensions, each chunk size apart.
+
+    Args:
+        keep: dotted configuration keys to values that every choice has.
+    """
+    found = _choices(profile, config, device, keep)
+    # Where a size is kept, the choices that differed in it are the same.
+    return list({str(choice.settings): choice for choice in found}.values())
 
 
 def fastest(found: Iterable[Choice], budget: int) -> Choice | None:
@@ -172,26 +189,35 @@ def ladder(found: list[Choice], start: Choice) -> list[Choice]:
     return rungs
 
 
-def _choices(profile: Profile, config: Config, device: Device) -> Iterator[Choice]:
-    # bitsandbytes holds int8 weights twice: they cannot come and go, and the configuration refuses it.
-    residencies = ("resident",) if profile.quantization == "int8" else ("resident", "staged")
+def _choices(profile: Profile, config: Config, device: Device, keep: Mapping[str, Any]) -> Iterator[Choice]:
+    # bitsandbytes holds int8 weights twice: they cannot come and go, and the configuration refuses it. CUDA graphs hold
+    # the addresses of weights.
+    still = profile.quantization == "int8" or keep.get("sampling.compile") == "cuda-graphs"
+    residencies = ("resident",) if still else ("resident", "staged")
     states = ("device",) if config.optimizer.kind == "paged_adamw8bit" else ("device", "cpu")
     if config.optimizer.states == "cpu":
         states = ("cpu",)
     elif profile.state_bytes < _LARGE_STATES:
         states = ("device",)
+    residencies, states = (_kept(keep, key, v) for key, v in ((_RESIDENCY, residencies), (_STATES, states)))
+    executors = _kept(keep, "execution.executor", ("staged", "joint"))
     # 0 is a single row, half a guided sample.
     at_once = SAMPLES_AT_ONCE if profile.rows == 1 else (0, *SAMPLES_AT_ONCE)
-    merging = (True, False) if config.sampling.merge_lora else (False,)
-    for place, sampled, merged in product(states, SAMPLED_AT_ONCE, merging):
-        common = _Common(profile, config, device, place, sampled, merged)
+    sampled_at_once = _kept(keep, "sampling.batch_size", SAMPLED_AT_ONCE)
+    merging = _kept(keep, "sampling.merge_lora", switches.merging(config, profile.quantization))
+    for place, sampled, merged in product(states, sampled_at_once, merging):
+        common = _Common(profile, config, device, place, sampled, merged, keep)
         for residency, network, rest in product(residencies, (False, True), (False, True)):
             for samples, images in product(at_once, SAMPLES_AT_ONCE):
-                if images <= max(samples, 1) and samples <= config.optimizer.batch_size:
+                if "staged" in executors and images <= max(samples, 1) and samples <= config.optimizer.batch_size:
                     yield common.staged(samples, images, network, rest, residency)
         for recomputed, samples in product((False, True), SAMPLES_AT_ONCE):
-            if samples <= config.optimizer.batch_size:
+            if "joint" in executors and "resident" in residencies and samples <= config.optimizer.batch_size:
                 yield common.joint(samples, recomputed)
+
+
+def _kept(keep: Mapping[str, Any], key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (keep[key],) if key in keep else values
 
 
 @dataclass(frozen=True)
@@ -204,33 +230,54 @@ class _Common:
     states: str
     sampled: int
     merged: bool
+    keep: Mapping[str, Any]
 
     def staged(self, samples: int, images: int, network: bool, rest: bool, residency: str) -> Choice:
         """samples: of a network call, 0 for a single row; network, rest: recomputed."""
         profile, batch = self.profile, self.config.optimizer.batch_size
         peaks, seconds = self._sampling(residency)
         kept = 4 * _LATENTS_KEPT * profile.latent * batch
-        share = samples or 1 / profile.rows
+        recomputed = (*(("network",) if network else ()), *(("decoder", "reward") if rest else ()))
+        execution = self._execution("staged", samples, images, recomputed, residency)
         for name in (*_NETWORK_STAGES, "reward", "optimizer"):
-            chunk = share if name in _NETWORK_STAGES else images if name == "reward" else 1
-            stage = profile.stages["staged", rest if name == "reward" else network].get(name)
+            parts = {"decoder", "reward"} if name == "reward" else {"network"}
+            stage = profile.stages["staged", parts <= set(execution.recompute)].get(name)
             if stage is None:
                 continue
+            chunk = _chunk(name, execution, profile.rows)
             peaks[name] = self._peak(name, stage, chunk, residency) + (kept if name != "optimizer" else 0)
             seconds[name] = self._seconds(name, stage, batch, chunk, residency)
-        recomputed = (*(("network",) if network else ()), *(("decoder", "reward") if rest else ()))
-        execution = _execution("staged", samples, images, profile.rows, recomputed, residency)
         return Choice(self._settings(execution), peaks, seconds)
 
     def joint(self, samples: int, recomputed: bool) -> Choice:
         """samples: of a micro-batch."""
         peaks, seconds = self._sampling("resident")
-        for name, stage in self.profile.stages["joint", recomputed].items():
-            chunk = 1 if name == "optimizer" else samples
+        execution = self._execution("joint", samples, 1, PARTS if recomputed else (), "resident")
+        everything = set(PARTS) <= set(execution.recompute)
+        for name, stage in self.profile.stages["joint", everything].items():
+            chunk = 1 if name == "optimizer" else execution.micro_batch
             peaks[name] = self._peak(name, stage, chunk, "resident")
             seconds[name] = self._seconds(name, stage, self.config.optimizer.batch_size, chunk, "resident")
-        execution = _execution("joint", samples, 1, self.profile.rows, PARTS if recomputed else (), "resident")
         return Choice(self._settings(execution), peaks, seconds)
+
+    def _execution(
+        self, executor: str, samples: int, images: int, recomputed: Iterable[str], residency: str
+    ) -> Execution:
+        if executor == "joint":
+            samples = self.keep.get("execution.micro_batch", samples)
+        rows = max(samples * self.profile.rows, 1)
+        values: dict[str, Any] = {
+            "executor": executor,
+            "micro_batch": max(samples, 1),
+            "forward_rows": rows,
+            "network_rows": rows,
+            "decode_images": images,
+            "recompute": tuple(recomputed),
+            "residency": residency,
+        }
+        kept = {name.partition(".")[2]: value for name, value in self.keep.items() if name.startswith("execution.")}
+        kept.pop("quantization", None)
+        return Execution(**{**values, **kept})
 
     def _sampling(self, residency: str) -> tuple[dict[str, int], dict[str, float]]:
         replay, stages = self.config.replay, self.profile.stages["staged", not self.merged]
@@ -274,7 +321,8 @@ class _Common:
         settings = {f"execution.{key}": value for key, value in values.items()}
         settings["execution.quantization"] = self.profile.quantization
         settings["execution.recompute"] = list(execution.recompute)
-        return {**settings, "optimizer.states": self.states, **self._sampling_settings()}
+        settings |= {"optimizer.states": self.states, **self._sampling_settings()}
+        return settings | switches.fixed(self.config, self.keep)
 
     def _sampling_settings(self) -> dict[str, Any]:
         return {"sampling.batch_size": self.sampled, "sampling.merge_lora": self.merged}
@@ -314,16 +362,8 @@ def _extended(stage: StageCount, more: int, work: float) -> StageCount:
     return replace(scaled(stage, work), peak_bytes=stage.peak_bytes + more, at_peak=at_peak)
 
 
-def _execution(
-    executor: str, samples: int, images: int, rows: int, recomputed: Iterable[str], residency: str
-) -> Execution:
-    values: dict[str, Any] = {
-        "executor": executor,
-        "micro_batch": max(samples, 1),
-        "forward_rows": max(samples * rows, 1),
-        "network_rows": max(samples * rows, 1),
-        "decode_images": images,
-        "recompute": tuple(recomputed),
-        "residency": residency,
-    }
-    return Execution(**values)
+def _chunk(name: str, execution: Execution, rows: int) -> float:
+    """Samples whose activations a stage of the staged executor holds at a time."""
+    if name in _NETWORK_STAGES:
+        return (execution.network_rows if name.endswith("vjp") else execution.forward_rows) / rows
+    return execution.decode_images if name == "reward" else 1

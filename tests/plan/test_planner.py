@@ -9,9 +9,10 @@ import pytest
 
 from sqdf_fast.config import make_config, with_settings
 from sqdf_fast.errors import UserError
-from sqdf_fast.plan import Plan, Planner, cache, find_device, make_plan, planner, reserve_bytes, rungs
-from sqdf_fast.plan.device import GIB
+from sqdf_fast.plan import Plan, Planner, cache, find_device, make_plan, planner, reserve_bytes
+from sqdf_fast.plan.device import CONTEXT_BYTES, FRAGMENTATION, GIB
 from sqdf_fast.plan.search import Profile, choices, fastest
+from sqdf_fast.plan.switches import SWITCHES
 
 CONFIG = make_config("shapes")
 CARD = find_device("RTX 4060", 8 * GIB)
@@ -58,7 +59,7 @@ def test_the_table_has_a_line_a_stage_and_calls_the_time_a_model(plan):
 
 
 def test_a_smaller_budget_gets_a_smaller_and_slower_plan(shapes, plan):
-    small = shapes.plan(reserve_bytes(GIB) + int(0.4 * plan.peak_gib * GIB), CARD)
+    small = shapes.plan(int((CONTEXT_BYTES + 0.4 * plan.peak_gib * GIB) / (1 - FRAGMENTATION)), CARD)
     assert small.fits
     assert small.peak_gib < 0.4 * plan.peak_gib
     assert small.predicted_seconds > plan.predicted_seconds
@@ -74,14 +75,89 @@ def test_when_nothing_fits_it_says_by_how_much_and_what_would_help(shapes):
     assert plan.peak_gib + plan.reserve_gib > budget / GIB
 
 
-def test_rungs_need_less_and_less_memory(plan):
-    steps = rungs(plan)
-    assert len(steps) >= 2
-    peaks = [plan.peak_gib * 1.05, *(step.peak_gib for step in steps)]
+def test_the_ladder_needs_less_and_less_memory(plan):
+    assert len(plan.ladder) >= 2
+    peaks = [plan.peak_gib * 1.05, *(rung.peak_gib for rung in plan.ladder)]
     assert all(after < before for before, after in pairwise(peaks))
-    for step in steps:
-        assert with_settings(CONFIG, step.settings).execution.executor == step.executor
-    assert rungs(steps[-1]) == ()
+    for rung in plan.ladder:
+        config = with_settings(CONFIG, rung.settings)
+        assert config.execution.executor == rung.settings["execution.executor"]
+
+
+def test_every_switch_of_speed_has_a_reason(plan):
+    assert [switch.key for switch in plan.switches] == list(SWITCHES)
+    text = plan.as_text()
+    for switch in plan.switches:
+        assert f"{switch.key}={switch.value}: {switch.reason}" in text
+        assert plan.settings.get(switch.key, CONFIG.replay.store) == switch.value
+    assert plan.settings["sampling.compile"] == "none"
+    assert plan.settings["sampling.channels_last"] is False
+
+
+def test_the_replay_ratio_is_shown_and_never_set(plan):
+    assert plan.replay_ratio == CONFIG.replay.steps_per_refill == 8
+    assert not any(key.startswith("replay") for key in plan.settings)
+    sampling = next(stage.seconds for stage in plan.stages if stage.name == "sampling")
+    at_one = plan.predicted_seconds + 7 * sampling
+    assert f"a step at 1: {at_one:.1f} s" in plan.as_text()
+
+
+def kept(shapes, **keep):
+    keep = {key.replace("__", "."): value for key, value in keep.items()}
+    return choices(shapes.profile("none"), CONFIG, CARD, keep), keep
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        {"execution__executor": "staged", "execution__network_rows": 3, "execution__recompute": ("decoder",)},
+        {"execution__executor": "joint", "execution__micro_batch": 5},
+        {"execution__residency": "staged", "sampling__batch_size": 7},
+        {"sampling__merge_lora": False, "sampling__compile": "cuda-graphs", "sampling__channels_last": True},
+    ],
+)
+def test_what_is_kept_is_in_every_choice(shapes, keep):
+    found, keep = kept(shapes, **keep)
+    assert found
+    for choice in found:
+        for key, value in keep.items():
+            given = choice.settings[key]
+            assert (tuple(given) if isinstance(given, list) else given) == value
+        with_settings(CONFIG, choice.settings)
+    assert len({str(choice.settings) for choice in found}) == len(found)
+
+
+def test_a_kept_chunk_is_estimated_as_it_is(shapes):
+    found, _ = kept(shapes, execution__executor="joint", execution__micro_batch=4, sampling__batch_size=4)
+    free = [c for c in choices(shapes.profile("none"), CONFIG, CARD) if c.settings in [k.settings for k in found]]
+    assert {str(c.settings): c.peaks for c in free} == {str(c.settings): c.peaks for c in found}
+
+
+def test_contradictions_among_kept_settings_are_refused(shapes):
+    keep = {"execution.executor": "joint", "execution.residency": "staged"}
+    planner = Planner(CONFIG, use_cache=False, keep=keep)
+    planner._profiles = shapes._profiles
+    with pytest.raises(UserError, match=r"execution\.executor=joint, execution\.residency=staged"):
+        planner.choices(CARD)
+
+
+def test_what_is_kept_and_does_not_fit_is_named(shapes):
+    planner = Planner(CONFIG, use_cache=False, keep={"execution.executor": "joint"})
+    planner._profiles, planner._simulations = shapes._profiles, shapes._simulations
+    plan = planner.plan(reserve_bytes(0), CARD)
+    assert not plan.fits
+    assert plan.executor == "joint"
+    assert "leaving out execution.executor=joint" in plan.advice
+
+
+def test_a_model_without_a_consistency_lora_is_refused_as_in_training():
+    config = make_config("sd35", flags={"objective": {"lookahead": "consistency"}})
+    with pytest.raises(UserError, match="no consistency LoRA of its own"):
+        Planner(config).simulation()
+
+
+def test_prompts_are_as_long_as_the_models_own_tokenizer_makes_them(shapes):
+    assert shapes.simulation().family.clip_tokens == 8
 
 
 def test_the_fastest_choice_of_a_profile_is_never_beaten(shapes):

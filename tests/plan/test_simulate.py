@@ -22,7 +22,6 @@ BATCH = 4
 
 def simulation(dtype, consistency):
     family = family_from_configs("shapes", device=torch.device("meta"), dtype=dtype)
-    family.clip_tokens = 8  # of the embedded tokenizer, which a simulation does not read
     reward = reward_from_config("taste", device="meta", dtype=dtype)
     return Simulation(CONFIG, family, reward, workspace=on_cpu, granularity=1, consistency=consistency)
 

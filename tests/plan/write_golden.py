@@ -14,9 +14,9 @@ FAMILIES = {"sd15": (), "sdxl": (), "sd35-medium": (), "flux1-dev": ("nf4",)}
 BUDGETS = ("24G", "16G", "12G", "8G")
 
 
-def golden_plans(family: str) -> dict[str, object]:
+def golden_plans(family: str, use_cache: bool = True) -> dict[str, object]:
     """The plans of one family by budget, and the profiles that they were chosen from."""
-    planner = Planner(paper_config(family), FAMILIES[family])
+    planner = Planner(paper_config(family), FAMILIES[family], use_cache)
     plans = {}
     for budget in BUDGETS:
         vram = parse_memory(budget)
