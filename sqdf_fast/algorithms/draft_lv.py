@@ -21,8 +21,8 @@ class DraftLv(DirectReward):
 
         x_1 = signal x_0 + noise epsilon,     x0_hat = a x_1 + b m(x_1),
 
-    without a gradient into x_0. The loss is the mean of -r over the n + 1 pictures and the batch (the paper adds them
-    up, which differs by the factor n + 1 alone).
+    without a gradient into x_0. The loss is the mean of -r over the n + 1 pictures and the batch; their sum would
+    differ by the factor n + 1 alone.
     """
 
     def start(self, prompts: list[str], seeds: Tensor, step: int) -> Start:

@@ -107,7 +107,7 @@ class Plan:
         """What `as_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
         values = json.loads(text)
         values["stages"] = tuple(PlannedStage(**stage) for stage in values["stages"])
-        values["switches"] = tuple(Switch(**switch) for switch in values["switches"])
+        values["switches"] = tuple(Switch(**switch) for switch in values.get("switches", ()))
         values["ladder"] = tuple(Rung(**rung) for rung in values["ladder"])
         return Plan(**values)
 

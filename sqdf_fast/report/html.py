@@ -71,7 +71,7 @@ def _name(setting: Any) -> str:
 
 
 def _header(run: Run, title: str) -> str:
-    summary = summarise(run.evaluations)
+    summary = summarise(run.judged)
     planned = run.config.get("steps")
     state = f"{run.last_step} of {planned} steps" if isinstance(planned, int) else f"{run.last_step} steps"
     if run.ended is None:

@@ -57,6 +57,15 @@ class Run:
         return int(self.steps[-1]["step"]) if self.steps else 0
 
     @property
+    def judged(self) -> list[Record]:
+        """The evaluations up to the weights that the run left: a restored run left earlier ones than its last."""
+        monitor = self.config.get("monitor")
+        restores = isinstance(monitor, dict) and monitor.get("action") == "restore"
+        if self.ended != "monitor" or not restores or not self.alarms:
+            return self.evaluations
+        return [record for record in self.evaluations if record["step"] <= self.alarms[-1]["best_step"]]
+
+    @property
     def finished(self) -> bool:
         return self.ended is not None
 
@@ -172,7 +181,7 @@ def _before_after(evaluations: list[Record], key: str) -> tuple[float, float] | 
 
 def summary_lines(run: Run) -> list[str]:
     """The summary as plain lines, for the end of a run on a terminal."""
-    summary = summarise(run.evaluations)
+    summary = summarise(run.judged)
     lines = [summary.verdict]
     if summary.proxy and summary.proxy_gain is not None:
         gain = f"{summary.proxy_gain:+.2f} base standard deviations"

@@ -299,3 +299,16 @@ def test_samples_are_read_back(run_folder):
     assert samples.steps[20][1] == run_folder / "samples/step_000020/01.png"
     (run_folder / "samples/samples.json").write_text("[{")
     assert read_samples(run_folder).steps == {}
+
+
+def test_a_restored_run_is_judged_by_the_weights_it_left(run_folder):
+    settings = yaml.safe_load((run_folder / "config.yaml").read_text()) | {"monitor": {"action": "restore"}}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    alarm = {"kind": "alarm", "step": 40, "reason": "alignment fell", "best_step": 20}
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    lines[-1:] = [json.dumps(alarm), json.dumps({"kind": "end", "step": 40, "reason": "monitor"})]
+    (run_folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    text = Page(write_report(run_folder).read_text(encoding="utf-8")).text
+    assert "40 steps, ended by its monitor" in text
+    # The evaluation at step 20, not that at 40.
+    assert "+1.00 sd" in text
