@@ -483,7 +483,8 @@ def _default_preset(given: dict[str, Any], layers: dict[str, Any]) -> str | None
 
 
 def _train(path: Path | None, config: Config | None) -> None:
-    from sqdf_fast.train import Interrupted, continue_run, new_run
+    from sqdf_fast.train import continue_run, new_run
+    from sqdf_fast.trainer import Interrupted
 
     with _interruption() as interrupted:
         run = None

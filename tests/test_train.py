@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from tiny import write_pipeline
 
-from sqdf_fast import train
+from sqdf_fast import trainer
 from sqdf_fast.checkpoint import read_checkpoint
 from sqdf_fast.config import make_config
 from sqdf_fast.engine import Executor, rollouts
@@ -25,7 +25,8 @@ from sqdf_fast.inference import draw
 from sqdf_fast.kernels.denoise_step import native as denoise_step_native
 from sqdf_fast.plan import Planner
 from sqdf_fast.report import read_metrics
-from sqdf_fast.train import Interrupted, continue_run, new_run
+from sqdf_fast.train import continue_run, new_run
+from sqdf_fast.trainer import Interrupted
 
 REWARDS = """
 import torch
@@ -394,14 +395,14 @@ def test_out_of_memory_before_the_first_step_is_one_line(model, folder, monkeypa
     def preflight(*_, **__):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(train, "preflight", preflight)
+    monkeypatch.setattr(trainer, "preflight", preflight)
     with pytest.raises(UserError, match="before the first step"):
         new_run(config(model), folder / "run")
     assert not (folder / "run").exists()
 
 
 def test_out_of_memory_in_the_judges_saves_the_state(model, folder, monkeypatch):
-    evaluate, calls = train.evaluate_images, []
+    evaluate, calls = trainer.evaluate_images, []
 
     def failing(*arguments, **options):
         calls.append(1)
@@ -409,11 +410,11 @@ def test_out_of_memory_in_the_judges_saves_the_state(model, folder, monkeypatch)
             raise torch.OutOfMemoryError("no room")
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(train, "evaluate_images", failing)
+    monkeypatch.setattr(trainer, "evaluate_images", failing)
     with pytest.raises(UserError, match="state is saved"):
         new_run(config(model), folder / "run")
     continue_run(folder / "run")
-    monkeypatch.setattr(train, "evaluate_images", evaluate)
+    monkeypatch.setattr(trainer, "evaluate_images", evaluate)
     new_run(config(model), folder / "whole")
     assert same(lora(folder / "run"), lora(folder / "whole"))
 

@@ -59,7 +59,7 @@ def work(job: Job, place: Place, directory: str) -> None:
 
 def _guarded(job: Job, place: Place, asked: threading.Event) -> int:
     from sqdf_fast.compare.free import SamplingStopped
-    from sqdf_fast.train import Interrupted
+    from sqdf_fast.trainer import Interrupted
 
     try:
         with job.folder.with_name(f".{job.folder.name}.lock").open("w") as lock:

@@ -13,7 +13,8 @@ from sqdf_fast.algorithms.advantages import advantages
 from sqdf_fast.engine.rollouts import Rollouts
 from sqdf_fast.errors import UserError
 from sqdf_fast.report import read_metrics
-from sqdf_fast.train import Interrupted, continue_run, new_run
+from sqdf_fast.train import continue_run, new_run
+from sqdf_fast.trainer import Interrupted
 
 ALL = ["ddpo", "dpok", "awm"]
 

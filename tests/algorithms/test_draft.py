@@ -18,7 +18,8 @@ from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.philox import derive_seeds
 from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.report import read_metrics
-from sqdf_fast.train import Interrupted, Trainer, continue_run, new_run
+from sqdf_fast.train import continue_run, new_run
+from sqdf_fast.trainer import Interrupted, Trainer
 
 REWARDS = """
 def brightness(images, prompts):

@@ -14,7 +14,8 @@ from tiny import write_pipeline
 
 from sqdf_fast.config import Config, make_config
 from sqdf_fast.report import read_metrics, read_run
-from sqdf_fast.train import Interrupted, continue_run, new_run
+from sqdf_fast.train import continue_run, new_run
+from sqdf_fast.trainer import Interrupted
 
 REWARDS = """
 def brightness(images, prompts):
