@@ -129,6 +129,12 @@ class Backbone:
         for parameter in _adapter(family.network, "consistency").values():
             parameter.data = parameter.data.to(family.dtype)
         self._layers = [module for module in family.network.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self._layers:
+            layer.set_adapter([], inference_mode=True)
+        # Autograd drops the gradient of a leaf whose requires_grad is off when the backward pass arrives, whatever it
+        # was in the forward pass: the policy's is on in every role, that of the others never is.
+        for parameter in self._policy.values():
+            parameter.requires_grad_(True)
         self._set("reference")
         self.recomputations = self._recompute()
 
@@ -268,11 +274,9 @@ class Backbone:
             )
         active = self._adapters(role)
         for layer in self._layers:
-            layer.set_adapter(active, inference_mode=True)
-        # Autograd drops the gradient of a leaf whose requires_grad is off when the backward pass arrives, whatever it
-        # was in the forward pass: the policy's stays on in every role, that of the others never is.
-        for parameter in self._policy.values():
-            parameter.requires_grad_(True)
+            # Not set_adapter, which also walks every parameter's requires_grad: recomputed blocks come here thousands
+            # of times a step.
+            layer._active_adapter = active
         self._role: _State = role
 
     def _adapters(self, role: _State) -> list[str]:

@@ -98,8 +98,8 @@ def train(
             raise UserError(f"--resume continues a run with its own config.yaml; leave out {named}")
         _train(resume, None)
         return
-    config = _config(given, file, assignments)
-    _train(output, config)
+    config, keep = _config(given, file, assignments)
+    _train(output, config, keep)
 
 
 @app.command()
@@ -129,8 +129,8 @@ def plan(
     from sqdf_fast.train import plan_for
 
     given = {name: value for name, value in flags.items() if value is not None}
-    config = _config(given, file, assignments)
-    found = plan_for(config, vram or config.vram or "100%", gpu=gpu, allow=allow)
+    config, keep = _config(given, file, assignments)
+    found = plan_for(config, vram or config.vram or "100%", gpu=gpu, allow=allow, keep=keep)
     click.echo(found.as_json() if as_json else found.as_text())
     if not found.fits:
         click.get_current_context().exit(1)
@@ -454,8 +454,9 @@ def _settings_table() -> str:
     return describe_settings()
 
 
-def _config(given: dict[str, Any], file: Path | None, assignments: tuple[str, ...]) -> Config:
-    from sqdf_fast.config import make_config, parse_assignments, read_config_file
+def _config(given: dict[str, Any], file: Path | None, assignments: tuple[str, ...]) -> tuple[Config, tuple[str, ...]]:
+    """The configuration, and the dotted keys that the user set."""
+    from sqdf_fast.config import given_settings, make_config, parse_assignments, read_config_file
 
     layers = {"file": read_config_file(file) if file else None, "assignments": parse_assignments(assignments)}
     objective = {name: given.pop(name) for name in ("alpha", "gamma") if name in given}
@@ -463,7 +464,7 @@ def _config(given: dict[str, Any], file: Path | None, assignments: tuple[str, ..
         given["objective"] = objective
     if "policy" in given:
         given["policy"] = {"base": given["policy"]}
-    return make_config(_default_preset(given, layers), flags=given, **layers)
+    return make_config(_default_preset(given, layers), flags=given, **layers), given_settings(flags=given, **layers)
 
 
 def _default_preset(given: dict[str, Any], layers: dict[str, Any]) -> str | None:
@@ -472,8 +473,10 @@ def _default_preset(given: dict[str, Any], layers: dict[str, Any]) -> str | None
         return None
     if any("preset" in layer for layer in chosen):
         return None
+    from sqdf_fast.config import default_preset
+
     if chosen:
-        return "shapes" if next(layer["model"] for layer in chosen) == "shapes" else "aesthetic"
+        return default_preset(next(layer["model"] for layer in chosen))
     import torch
 
     if torch.cuda.is_available():
@@ -482,7 +485,7 @@ def _default_preset(given: dict[str, Any], layers: dict[str, Any]) -> str | None
     return "shapes"
 
 
-def _train(path: Path | None, config: Config | None) -> None:
+def _train(path: Path | None, config: Config | None, keep: tuple[str, ...] = ()) -> None:
     from sqdf_fast.train import continue_run, new_run
     from sqdf_fast.trainer import Interrupted
 
@@ -493,7 +496,7 @@ def _train(path: Path | None, config: Config | None) -> None:
                 assert path is not None
                 run = continue_run(path, interrupted)
             else:
-                run = new_run(config, path, interrupted)
+                run = new_run(config, path, interrupted, keep)
         except Interrupted as stop:
             how = f"Continue with: sqdf-fast train --resume {stop}" if str(stop) else "Nothing was written."
             click.echo(f"Interrupted. {how}", err=True)

@@ -418,6 +418,12 @@ PRESETS["hpsv2-script"] = _merge(
 _CONSISTENCY_SAMPLING = {"sampling": {"num_inference_steps": 4, "guidance_scale": 1.0}}
 
 
+def default_preset(model: str) -> str:
+    """The preset for a model that none was named for; a model that no preset is of takes the paper's, "aesthetic"."""
+    short = {"shapes": "shapes", "sdxl": "sdxl", "sd35-medium": "sd35", "flux1-dev": "flux"}
+    return short.get(model) or next((name for name in short.values() if PRESETS[name]["model"] == model), "aesthetic")
+
+
 def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Every dotted key that ``--set`` accepts."""
     names = []
@@ -503,6 +509,21 @@ def make_config(
     for layer in layers:
         merged = _merge(merged, layer)
     return validate(Config, merged)
+
+
+def given_settings(
+    file: Mapping[str, Any] | None = None,
+    assignments: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> tuple[str, ...]:
+    """Dotted keys that the layers of `make_config` set themselves: what a plan keeps.
+
+    A file with every setting, a run's config.yaml, counts as none: what of it was planned and what was asked for can no
+    longer be told apart.
+    """
+    whole = file is not None and set(file) >= set(Config.model_fields)
+    layers = (None if whole else file, assignments, flags)
+    return tuple(dict.fromkeys(key for layer in layers if layer for key in _dotted(layer)))
 
 
 def validate(section: type[S], values: Mapping[str, Any]) -> S:

@@ -22,25 +22,29 @@ from sqdf_fast.run_folder import RunFolder
 from sqdf_fast.trainer import Interrupted, Trainer
 
 
-def plan_for(config: Config, vram: str, *, gpu: str | None = None, allow: Sequence[str] = ()) -> Plan:
+def plan_for(
+    config: Config, vram: str, *, gpu: str | None = None, allow: Sequence[str] = (), keep: Sequence[str] = ()
+) -> Plan:
     """The fastest plan for ``config`` inside ``vram``, such as "24G"; "80%" is of the GPU here.
 
     Args:
         gpu: whose speed the predicted time is for; None: the GPU here, or a common one of that memory.
-        allow: quantizations that may be tried, see `make_plan`.
+        allow: quantizations that may be tried; keep: settings that stay as they are, dotted keys; see `make_plan`.
 
     Raises:
         UserError: a budget that is none, or a model or reward that cannot be simulated.
     """
+    # What no plan is of is refused as for a run.
+    with_settings(config, {"vram": vram})
     device = pick_device(config.device)
     total = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         total, gpu = properties.total_memory, gpu or properties.name
-    return make_plan(config, parse_memory(vram, total), device_name=gpu, allow=allow)
+    return make_plan(config, parse_memory(vram, total), device_name=gpu, allow=allow, keep=keep)
 
 
-def _planned(config: Config) -> tuple[Config, Plan | None]:
+def _planned(config: Config, keep: Sequence[str]) -> tuple[Config, Plan | None]:
     """The configuration as its memory budget asks for, and the plan; as it is without a budget."""
     budget = config.vram
     if budget is None:
@@ -49,7 +53,7 @@ def _planned(config: Config) -> tuple[Config, Plan | None]:
     # The plan is of the precision that will run here.
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     config = config.model_copy(update={"dtype": dtype})
-    plan = plan_for(config, budget, gpu=None if device.type == "cuda" else CPU.name)
+    plan = plan_for(config, budget, gpu=None if device.type == "cuda" else CPU.name, keep=keep)
     if not plan.fits:
         raise UserError(f"--vram {budget}: {config.model} does not fit; {plan.advice}")
     return with_settings(config, plan.settings), plan
@@ -79,7 +83,12 @@ def _stored_plan(run: RunFolder) -> Plan | None:
         raise UserError(f"{run.plan} is damaged ({error}); delete it to continue without a budget") from None
 
 
-def new_run(config: Config, path: Path | None, interrupted: Callable[[], bool] = lambda: False) -> str:
+def new_run(
+    config: Config,
+    path: Path | None,
+    interrupted: Callable[[], bool] = lambda: False,
+    keep: Sequence[str] = (),
+) -> str:
     """Train into a new run folder (default ``runs/MODEL-REWARD-NNN``) and return its summary.
 
     Everything that can be refused is refused before the folder is made.
@@ -93,7 +102,7 @@ def new_run(config: Config, path: Path | None, interrupted: Callable[[], bool] =
         name = f"{Path(config.model).resolve().name}-{reward}"
         path = RunFolder.next_free(Path("runs"), name)
     RunFolder.refuse_existing(path)
-    config, plan = _planned(config)
+    config, plan = _planned(config, keep)
     _hold_to(plan, config)
     with TrainingProgress(config.steps, planned_bytes=_planned_bytes(plan, config)) as progress:
         _say_whose_memory(config, progress)

@@ -5,8 +5,10 @@ import yaml
 
 from sqdf_fast.config import (
     PRESETS,
+    default_preset,
     describe_settings,
     dump_config,
+    given_settings,
     make_config,
     parse_assignments,
     read_config_file,
@@ -141,3 +143,19 @@ def test_options_of_a_part_of_a_sum_are_dotted():
 def test_the_monitor_is_off_in_yaml_too():
     assert make_config(assignments=parse_assignments(["monitor.action=off"])).monitor.action == "off"
     assert "warn" in refused("monitor.action=true")
+
+
+def test_what_the_user_set_is_known_and_a_whole_file_is_not_the_users():
+    assignments = parse_assignments(["execution.micro_batch=4"])
+    layers = {"seed": 3}, assignments, {"model": "sdxl"}
+    assert given_settings(*layers) == ("seed", "execution.micro_batch", "model")
+    whole = yaml.safe_load(dump_config(make_config("aesthetic", *layers)))
+    assert given_settings(whole, assignments) == ("execution.micro_batch",)
+
+
+@pytest.mark.parametrize(
+    ("model", "preset"),
+    [("shapes", "shapes"), ("sdxl", "sdxl"), ("black-forest-labs/FLUX.1-dev", "flux"), ("my/model", "aesthetic")],
+)
+def test_the_preset_of_a_model(model, preset):
+    assert default_preset(model) == preset

@@ -13,7 +13,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 DEVICE = torch.device("meta")
@@ -58,17 +57,6 @@ def flash_attention() -> Iterator[None]:
 
 
 @contextmanager
-def roles_by_name() -> Iterator[None]:
-    """Inside, activating an adapter touches its name alone.
-
-    peft also walks its parameters to switch their requires_grad, which the backbone never changes between roles: with
-    recomputed blocks that is most of a simulation's time.
-    """
-    with mock.patch.object(BaseTunerLayer, "set_adapter", _set_adapter):
-        yield
-
-
-@contextmanager
 def no_collection() -> Iterator[None]:
     """Inside, no garbage is collected: a tensor leaves when its last reference does, in every run alike."""
     collecting = gc.isenabled()
@@ -98,10 +86,6 @@ class _Hollow(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         shape, dtype = ctx.given
         return grads[0].new_empty(shape, dtype=dtype), None, None, None
-
-
-def _set_adapter(layer: Any, adapter_names: list[str], inference_mode: bool = False) -> None:
-    layer._active_adapter = adapter_names
 
 
 def _attention(

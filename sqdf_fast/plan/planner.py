@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel
 
-from sqdf_fast.config import Config, Execution, make_config
+from sqdf_fast.config import Config, Execution, default_preset, make_config
 from sqdf_fast.errors import UserError
 from sqdf_fast.families.loading import family_from_configs
 from sqdf_fast.plan import cache
@@ -410,7 +410,4 @@ def _shown(value: Any) -> str:
 
 def paper_config(model: str, **over: Any) -> Config:
     """The paper's settings, 64 samples a step and the aesthetic reward, on a known model."""
-    return make_config(_PRESETS.get(model, "aesthetic"), flags={"model": model, **over})
-
-
-_PRESETS = {"sdxl": "sdxl", "sd35-medium": "sd35", "flux1-dev": "flux"}
+    return make_config(default_preset(model), flags={"model": model, **over})

@@ -22,7 +22,7 @@ from sqdf_fast.engine.optimizers import make_optimizer
 from sqdf_fast.engine.parts import Part
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.families import Family
-from sqdf_fast.plan.fake import DEVICE, flash_attention, hollow_call, no_collection, roles_by_name, to_meta
+from sqdf_fast.plan.fake import DEVICE, flash_attention, hollow_call, no_collection, to_meta
 from sqdf_fast.plan.memory import CUDA_GRANULARITY, MemoryCount, StageCount, scaled
 from sqdf_fast.plan.quantized import quantise
 from sqdf_fast.plan.workspace import Workspace, on_cuda
@@ -162,7 +162,7 @@ class Simulation:
         # The host's copies are made before anything is counted.
         self._parts.apply(execution)
         count = MemoryCount("meta", self._granularity, self._workspace)
-        with flash_attention(), roles_by_name(), no_collection(), self._hollowed() if hollow else nullcontext(), count:
+        with flash_attention(), no_collection(), self._hollowed() if hollow else nullcontext(), count:
             for module in self.modules:
                 count.register_module(module)
             self._parts.counted_by(count)
