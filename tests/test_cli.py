@@ -221,6 +221,10 @@ def test_a_plan_is_printed_as_a_table_and_as_json(capsys, monkeypatch, folder):
     assert expected | {"flops_per_step", "predicted_seconds"} <= plan.keys()
     assert plan["fits"]
     assert plan["peak_gib"] + plan["reserve_gib"] <= 2
+    # What the user sets stays as it is.
+    assert main([*arguments, "--json", "--set", "execution.decode_images=5", "--set", "execution.executor=staged"]) == 0
+    kept = json.loads(capsys.readouterr().out)["settings"]
+    assert (kept["execution.decode_images"], kept["execution.executor"]) == (5, "staged")
     assert main([*arguments[:-3], "0.61G", "--json"]) == 1
     assert not json.loads(capsys.readouterr().out)["fits"]
 
