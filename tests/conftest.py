@@ -7,3 +7,5 @@ import os
 # Before anything imports the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# A benchmark that a test starts runs in a process of its own; with this it would believe to share the machine's timing.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
