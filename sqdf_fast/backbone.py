@@ -274,9 +274,9 @@ class Backbone:
             )
         active = self._adapters(role)
         for layer in self._layers:
-            # Not set_adapter, which also walks every parameter's requires_grad: recomputed blocks come here thousands
-            # of times a step.
-            layer._active_adapter = active
+            # Not set_adapter, which also walks every parameter's requires_grad, and not by way of nn.Module: recomputed
+            # blocks come here thousands of times a step.
+            object.__setattr__(layer, "_active_adapter", active)
         self._role: _State = role
 
     def _adapters(self, role: _State) -> list[str]:

@@ -130,7 +130,7 @@ def test_the_command_line_has_the_flag(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(cli, "_train", lambda path, config: seen.append(config))
+    monkeypatch.setattr(cli, "_train", lambda path, config, keep: seen.append(config))
     arguments = ["train", "--model", "shapes", "--policy", "consistency"]
     assert CliRunner().invoke(cli.app, arguments, catch_exceptions=False).exit_code == 0
     assert (seen[0].policy.base, seen[0].sampling.num_inference_steps) == ("consistency", 4)

@@ -1,9 +1,14 @@
-"""Golden plans: `python tests/plan/write_golden.py --write [FAMILY ...]` makes them, a minute or two a family."""
+"""Golden plans, a minute or two a family.
+
+PYTHONPATH=tests python tests/plan/write_golden.py sdxl            # prints them
+PYTHONPATH=tests python tests/plan/write_golden.py --write         # writes those of every family
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from sqdf_fast.plan import Planner, find_device, parse_memory
@@ -27,8 +32,12 @@ def golden_plans(family: str, use_cache: bool = True) -> dict[str, object]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", required=True)
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
-    for name in parser.parse_args().families:
-        text = json.dumps(golden_plans(name), indent=1, sort_keys=True)
-        (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    given = parser.parse_args()
+    for name in given.families:
+        text = json.dumps(golden_plans(name, use_cache=False), indent=1, sort_keys=True)
+        if given.write:
+            (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        else:
+            sys.stdout.write(text + "\n")
