@@ -57,6 +57,17 @@ def flash_attention() -> Iterator[None]:
 
 
 @contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Inside, collections look at what was made since the beginning: not at a million objects of imported libraries."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
 def no_collection() -> Iterator[None]:
     """Inside, no garbage is collected: a tensor leaves when its last reference does, in every run alike."""
     collecting = gc.isenabled()

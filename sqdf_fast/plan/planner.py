@@ -17,6 +17,7 @@ from sqdf_fast.errors import UserError
 from sqdf_fast.families.loading import family_from_configs
 from sqdf_fast.plan import cache
 from sqdf_fast.plan.device import CPU, GIB, Device, find_device, reserve_bytes
+from sqdf_fast.plan.fake import only_new_garbage
 from sqdf_fast.plan.memory import StageCount, scaled
 from sqdf_fast.plan.search import Choice, Profile, choices, fastest, ladder, profile, whole
 from sqdf_fast.plan.simulate import Simulation, Steps
@@ -175,7 +176,8 @@ def make_plan(
             return Plan.from_json(json.dumps(stored["plan"]))
         except (KeyError, TypeError, ValueError):
             pass
-    plan = Planner(config, allow, use_cache, on_cpu=device is CPU, keep=kept).plan(vram_bytes, device)
+    with only_new_garbage():
+        plan = Planner(config, allow, use_cache, on_cpu=device is CPU, keep=kept).plan(vram_bytes, device)
     if use_cache:
         cache.write(key, {"plan": json.loads(plan.as_json())})
     return plan
