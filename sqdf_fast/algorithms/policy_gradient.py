@@ -23,7 +23,6 @@ from sqdf_fast.algorithms.advantages import advantages
 from sqdf_fast.algorithms.base import Algorithm
 from sqdf_fast.config import Config
 from sqdf_fast.engine import StepResult
-from sqdf_fast.engine.ladder import one_memory_error
 from sqdf_fast.engine.noise import Stream, generator
 from sqdf_fast.engine.parts import Part
 from sqdf_fast.engine.rollouts import Rollouts
@@ -125,7 +124,6 @@ class PolicyGradient(Algorithm):
         self.collection = Collection(number, prompts, stored, rewards.detach().double().cpu())
         self._old = None
 
-    @one_memory_error()
     def accumulate(self, step: int) -> StepResult:
         """The gradient of the surrogate on this step's pairs of the collection."""
         collection = self._collected
