@@ -27,7 +27,7 @@ class Pace:
     visit: float
 
 
-PACE = {"cpu": Pace(1.2, 5, 4e-3), "cuda": Pace(0.5, 10, 4e-3)}
+PACE = {"cpu": Pace(4.0, 15, 4e-3), "cuda": Pace(0.5, 10, 4e-3)}
 TOY_PACE = Pace(0.0, 2, 0.0)
 _MOST_CALLS = 50
 _UNCOUNTED_CALLS = 3
