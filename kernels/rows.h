@@ -57,8 +57,17 @@ inline Guidance guidance(double scale) {
 void read_halves(const uint16_t* source, int32_t dtype, int n, float* values);
 void write_halves(const float* values, int n, uint16_t* destination, int32_t dtype);
 
+// Asks for the block that follows the one at `at`: six streams at once are more than a processor follows by itself.
+SQDF_FAST_INLINE void prefetch_next(const Input& input, int64_t at) {
+    constexpr int64_t kLine = 64;
+    const int64_t size = kBlock * element_size(input.dtype);
+    const char* next = static_cast<const char*>(input.data) + at * element_size(input.dtype) + size;
+    for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(next + i);  // past the end it is no access
+}
+
 // The float32 values of n <= kBlock elements from `at` on: in place, or converted into `scratch`.
 SQDF_FAST_INLINE const float* load(const Input& input, int64_t at, int n, float* scratch) {
+    prefetch_next(input, at);
     if (input.dtype == kFloat32) return static_cast<const float*>(input.data) + at;
     read_halves(static_cast<const uint16_t*>(input.data) + at, input.dtype, n, scratch);
     return scratch;
