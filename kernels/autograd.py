@@ -17,13 +17,21 @@ from torch._library.custom_ops import CustomOpDef
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+_PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_SETTINGS = frozenset({type(None), bool, int, float, str, torch.dtype})
+"""Known not to be tensors; asking `isinstance` of each takes longer than all else in `plain`."""
+
 
 def plain(*arguments: object) -> bool:
     """Whether the tensors among the arguments hold their values, neither traced nor faked nor intercepted."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     for a in arguments:
-        if isinstance(a, Tensor) and (type(a) not in (Tensor, torch.nn.Parameter) or a.is_neg()):
+        kind = type(a)
+        if kind in _PLAIN_TENSORS:
+            if a.is_neg():  # type: ignore[attr-defined]
+                return False
+        elif kind not in _SETTINGS and isinstance(a, Tensor):
             return False
     return True
 

@@ -29,7 +29,7 @@ def forward(
     transition, index = native.coefficients(transition), index.contiguous()
     noise = None if noise is None else noise.contiguous()
     seed = None if seed is None else seed.contiguous()
-    batch, steps = len(x), len(transition)
+    batch, steps = x.shape[0], transition.shape[0]
     x_prev = torch.empty_like(x, memory_format=torch.contiguous_format)
     kl = x.new_empty(batch, dtype=torch.float32)
     delta = torch.empty_like(x_prev, dtype=policy.dtype) if with_delta else policy.new_empty(0)
@@ -76,7 +76,7 @@ def backward(
     grad_x_prev, delta = grad_x_prev.contiguous(), delta.contiguous()
     grad_kl = grad_kl.to(torch.float32).contiguous()
     transition, index = native.coefficients(transition), index.contiguous()
-    batch, steps = len(grad_x_prev), len(transition)
+    batch, steps = grad_x_prev.shape[0], transition.shape[0]
     needs = x_dtype, policy_dtype, need_x, need_policy
     grad_x, grad_policy = empty_gradients(grad_x_prev, guidance_scale, *needs)
     outside = native.function("sqdf_fast_denoise_step_backward", "pippiplpddllpipii", "i")(

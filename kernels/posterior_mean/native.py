@@ -23,7 +23,7 @@ def forward(
     """x0 like x in out_dtype; a row with b = 0 does not read model_output."""
     x, model_output = x.contiguous(), model_output.contiguous()
     posterior, index = native.coefficients(posterior), index.contiguous()
-    batch, steps = len(x), len(posterior)
+    batch, steps = x.shape[0], posterior.shape[0]
     x0 = x.new_empty(x.shape, dtype=out_dtype)
     outside = native.function("sqdf_fast_posterior_mean_forward", "pipiplpdllpii", "i")(
         x.data_ptr(),
@@ -56,7 +56,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """grad_x like grad_x0, grad_output [B or 2B, ...]; the one not needed is [0] and not computed."""
     grad_x0, posterior, index = grad_x0.contiguous(), native.coefficients(posterior), index.contiguous()
-    batch, steps = len(grad_x0), len(posterior)
+    batch, steps = grad_x0.shape[0], posterior.shape[0]
     needs = x_dtype, output_dtype, need_x, need_output
     grad_x, grad_output = empty_gradients(grad_x0, guidance_scale, *needs)
     outside = native.function("sqdf_fast_posterior_mean_backward", "piplpdllpipii", "i")(
