@@ -13,7 +13,6 @@ from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.compare.curves import Estimate
 from sqdf_fast.compare.drawing import inline_svg, save, stylesheet
 from sqdf_fast.compare.figures import Figure, figures
-from sqdf_fast.compare.methods import Settings
 from sqdf_fast.compare.protocol import dump_protocol
 from sqdf_fast.compare.results import Results
 from sqdf_fast.compare.table import (
@@ -23,6 +22,8 @@ from sqdf_fast.compare.table import (
     equal_table,
     label,
     level_sentence,
+    missing_table,
+    tuning_table,
 )
 from sqdf_fast.report import save_png
 from sqdf_fast.report.elements import figure_table
@@ -93,7 +94,7 @@ def _budget(text: str) -> str:
 def verdict(results: Results) -> str:
     """One sentence: against whom the first method stands clearly better or worse at equal reward."""
     score = next((name for name in ("true_reward", "alignment") if name in results.metrics), None)
-    known = [duel for duel in results.duels if score in duel.differences]
+    known = [duel for duel in results.duels_of("") if score in duel.differences]
     if score is None or not known:
         return "Fewer than two methods have finished runs."
     signs = [(duel, _sign(duel.differences[score])) for duel in known]
@@ -113,18 +114,8 @@ def _sign(found: Estimate) -> int:
 
 
 def _unfinished(results: Results) -> str:
-    rows = [
-        [f"{run.name} seed {seed}", reason]
-        for run in results.runs
-        for seed, reason in run.unfinished.items()
-        if not run.group or run.name != results.protocol.ablated
-    ]
-    rows += [[name, "none of its tuning trials ended"] for name in _without_choice(results)]
-    return f"<h2>Runs that are missing</h2>{figure_table(['run', 'why'], rows)}" if rows else ""
-
-
-def _without_choice(results: Results) -> list[str]:
-    return [name for name, choice in results.choices.items() if choice.index is None]
+    heads, rows = missing_table(results)
+    return f"<h2>Runs that are missing</h2>{figure_table(heads, rows)}" if rows else ""
 
 
 def _group(results: Results, group: str, drawn: Sequence[Figure]) -> str:
@@ -138,10 +129,10 @@ def _group(results: Results, group: str, drawn: Sequence[Figure]) -> str:
     ]
     if level:
         parts += [f'<p class="soft">{escape(level)}.</p>', figure_table(*_padded(*equal_table(results, group)))]
-    if not group and results.duels:
+    if results.duels_of(group):
         parts += [
-            f'<p class="soft">{escape(duel_sentence(results))}.</p>',
-            figure_table(*duel_table(results)),
+            f'<p class="soft">{escape(duel_sentence(results, group))}.</p>',
+            figure_table(*duel_table(results, group)),
         ]
     charts = "".join(
         f'<figure class="chart"><figcaption>{escape(figure.drawing.title)}</figcaption>{inline_svg(figure.drawing)}'
@@ -244,26 +235,12 @@ def _tuning(results: Results) -> str:
     tuning = results.protocol.tuning
     if tuning is None or not results.choices:
         return ""
-    rows = []
-    for name, choice in results.choices.items():
-        for index, row in enumerate(choice.rows):
-            reward = "-" if row["reward"] is None else f"{row['reward']:.3f}"
-            kept = ", ".join(f"{label(score)} {share:.0%}" for score, share in row["kept"].items())
-            state = "" if row["kept_enough"] else row.get("failure", "too little kept")
-            if index == choice.index:
-                state = f"chosen; {state}" if state else "chosen"
-            rows.append([name, _settings(row["settings"]), reward, kept or "-", state])
     kept = " and ".join(f"{share:.0%} of the base model's {label(name)}" for name, share in tuning.keep.items())
     text = (
         f"{tuning.trials} trials a method, {_budget(tuning.budget)} each, seed {tuning.seed}. Chosen: the highest last "
         f"{label(tuning.reward)} of those that keep {kept}. The true reward has no say."
     )
-    heads = ["method", "settings", label(tuning.reward), "kept", ""]
-    return f'<h2>Tuning</h2><p class="soft">{escape(text)}</p>{figure_table(heads, rows)}'
-
-
-def _settings(settings: Settings) -> str:
-    return ", ".join(f"{key}={value}" for key, value in settings.items()) or "as they are"
+    return f'<h2>Tuning</h2><p class="soft">{escape(text)}</p>{figure_table(*tuning_table(results))}'
 
 
 def _environment(results: Results) -> str:

@@ -93,10 +93,12 @@ class Duel:
     """Two methods at the best proxy reward of the weaker one.
 
     Attributes:
-        one, other: names; level: the proxy reward; differences: of ``one`` less ``other``, by score.
+        group: of both, as ``Runs.group``.
+        one, other: labels; level: the proxy reward; differences: of ``one`` less ``other``, by score.
         costs: ratio of what ``one`` had spent there to what ``other`` had.
     """
 
+    group: str
     one: str
     other: str
     level: float
@@ -113,7 +115,7 @@ class Results:
         metrics: names of the scores, in the order to show.
         level: of the methods; levels: of each axis that was ablated.
         end, equal: by position in ``runs``: at the end of training, and at the level of its group.
-        duels: the ablated method (default: the first one) against every other.
+        duels: the ablated method (default: the first one) against every other and against its variants.
     """
 
     protocol: Protocol
@@ -126,6 +128,10 @@ class Results:
     duels: list[Duel]
     choices: dict[str, Choice]
     environment: dict[str, str]
+
+    def duels_of(self, group: str) -> list[Duel]:
+        """Those whose other side stands in a group."""
+        return [duel for duel in self.duels if duel.group == group]
 
     @property
     def groups(self) -> list[str]:
@@ -149,9 +155,8 @@ def make_results(
         for group in groups
     }
     places = [[_at(curve, levels[run.group]) for curve in run.curves] for run in runs]
-    methods = {run.name: run.curves for run in runs if not run.group and run.curves}
-    first = protocol.ablated if protocol.ablated in methods else next(iter(methods), "")
-    free = {run.name for run in runs if run.free}
+    methods = [run for run in runs if not run.group and run.curves]
+    first = next((run for run in methods if run.name == protocol.ablated), methods[0] if methods else None)
     return Results(
         protocol=protocol,
         runs=list(runs),
@@ -160,11 +165,7 @@ def make_results(
         end=[_standing(run, [curve.last for curve in run.curves], metrics, draws) for run in runs],
         equal=[_standing(run, found, metrics, draws) for run, found in zip(runs, places, strict=True)],
         places=places,
-        duels=[
-            _duel((first, methods[first]), (name, curves), metrics, draws, first not in free and name not in free)
-            for name, curves in methods.items()
-            if name != first
-        ],
+        duels=[_duel(first, run, metrics, draws) for run in runs if first and run.curves and run.name != first.name],
         choices=dict(choices),
         environment=dict(environment),
     )
@@ -201,28 +202,22 @@ def _rows(there: Sequence[tuple[Curve, Place]], name: str) -> list[Array]:
     return [row for curve, place in there if (row := score_at(curve, place, name)) is not None]
 
 
-def _duel(
-    one: tuple[str, list[Curve]],
-    other: tuple[str, list[Curve]],
-    metrics: Sequence[str],
-    draws: Draws,
-    comparable: bool,
-) -> Duel:
-    level = min(best_of_all(one[1]), best_of_all(other[1]))
+def _duel(one: Runs, other: Runs, metrics: Sequence[str], draws: Draws) -> Duel:
+    level = min(best_of_all(one.curves), best_of_all(other.curves))
     sides = [
-        [(curve, place) for curve in curves if (place := crossing(curve, level)) is not None]
-        for _, curves in (one, other)
+        [(curve, place) for curve in run.curves if (place := crossing(curve, level)) is not None]
+        for run in (one, other)
     ]
     differences = {}
     for name in metrics:
         if (found := difference(_rows(sides[0], name), _rows(sides[1], name), draws)) is not None:
             differences[name] = found
     costs = {}
-    for name in COSTS if comparable else ():
+    for name in COSTS if not (one.free or other.free) else ():
         spent = [[value for side in there if (value := cost_at(*side, name)) is not None] for there in sides]
         if all(spent) and np.mean(spent[1]) > 0:
             costs[name] = float(np.mean(spent[0]) / np.mean(spent[1]))
-    return Duel(one[0], other[0], level, differences, costs)
+    return Duel(other.group, one.label, other.label, level, differences, costs)
 
 
 def write_results(results: Results, folder: Path) -> Path:
@@ -295,6 +290,7 @@ def _standing_dict(standing: Standing) -> dict[str, Any]:
 
 def _duel_dict(duel: Duel) -> dict[str, Any]:
     return {
+        "group": duel.group or "methods",
         "method": duel.one,
         "against": duel.other,
         "proxy_reward": duel.level,

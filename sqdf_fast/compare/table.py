@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sqdf_fast.compare.curves import Estimate
 from sqdf_fast.compare.results import Duel, Results, Standing
@@ -24,8 +25,8 @@ def as_text(results: Results) -> str:
         sentence = level_sentence(results, group)
         if sentence:
             parts.append(f"{sentence}\n{_aligned(*equal_table(results, group))}")
-    if results.duels:
-        parts.append(f"{duel_sentence(results)}\n{_aligned(*duel_table(results))}")
+        if results.duels_of(group):
+            parts.append(f"{duel_sentence(results, group)}\n{_aligned(*duel_table(results, group))}")
     return "\n\n".join(parts)
 
 
@@ -57,17 +58,49 @@ def level_sentence(results: Results, group: str) -> str:
     return text
 
 
-def duel_sentence(results: Results) -> str:
-    """What the table of differences holds."""
-    name = results.duels[0].one
-    return f"{name} less each other method, where both have the best proxy reward of the weaker of the two"
+def duel_sentence(results: Results, group: str) -> str:
+    """What a group's table of differences holds."""
+    name, others = results.duels_of(group)[0].one, "variant" if group else "other method"
+    return f"{name} less each {others}, where both have the best proxy reward of the weaker of the two"
 
 
-def duel_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Column heads and rows: differences at the weaker method's best proxy reward, with intervals."""
-    scores = [name for name in DUEL_SCORES if any(name in duel.differences for duel in results.duels)]
+def duel_table(results: Results, group: str) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows: differences at the weaker side's best proxy reward, with intervals."""
+    duels = results.duels_of(group)
+    scores = [name for name in DUEL_SCORES if any(name in duel.differences for duel in duels)]
     heads = ["against", "proxy reward", *map(label, scores), "UNet evals, ratio"]
-    return heads, [_duel_row(duel, scores) for duel in results.duels]
+    return heads, [_duel_row(duel, scores) for duel in duels]
+
+
+def tuning_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows: every trial, what it reached and kept, and which was chosen."""
+    rows = []
+    for name, choice in results.choices.items():
+        for index, row in enumerate(choice.rows):
+            reward = "-" if row["reward"] is None else f"{row['reward']:.3f}"
+            kept = ", ".join(f"{label(score)} {share:.0%}" for score, share in row["kept"].items())
+            state = "" if row["kept_enough"] else row.get("failure", "too little kept")
+            if index == choice.index:
+                state = f"chosen; {state}" if state else "chosen"
+            rows.append([name, _settings(row["settings"]), reward, kept or "-", state])
+    tuning = results.protocol.tuning
+    return ["method", "settings", label(tuning.reward) if tuning else "", "kept", ""], rows
+
+
+def missing_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows: runs that did not end, and methods without settings to run with."""
+    rows = [
+        [f"{run.name} seed {seed}", reason]
+        for run in results.runs
+        for seed, reason in run.unfinished.items()
+        if not run.group or run.name != results.protocol.ablated
+    ]
+    without = [name for name, choice in results.choices.items() if choice.index is None]
+    return ["run", "why"], [*rows, *([name, "none of its tuning trials ended"] for name in without)]
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items()) or "as they are"
 
 
 def _duel_row(duel: Duel, scores: Sequence[str]) -> list[str]:

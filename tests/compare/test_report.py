@@ -131,7 +131,7 @@ def test_scores_and_costs_at_equal_reward(results):
 
 
 def test_duels_are_at_the_weaker_ones_best(results):
-    against = {duel.other: duel for duel in results.duels}
+    against = {duel.other: duel for duel in results.duels_of("")}
     assert set(against) == {"draft-1", "asleep"}
     assert against["draft-1"].level == 2.0
     assert against["draft-1"].differences["true_reward"].mean == pytest.approx(0.5)
@@ -143,6 +143,12 @@ def test_duels_are_at_the_weaker_ones_best(results):
     )
 
 
+def test_an_ablation_has_duels_with_its_variants(results):
+    (duel,) = results.duels_of("gamma")
+    assert (duel.one, duel.other, duel.level) == ("sqdf", "gamma-1", 3.0)
+    assert duel_table(results, "gamma")[1][0][0] == "gamma-1"
+
+
 def test_tables(results):
     heads, rows = end_table(results, "")
     assert heads[:4] == ["method", "proxy reward", "true reward", "diversity"]
@@ -151,7 +157,7 @@ def test_tables(results):
     assert rows[3] == ["gone", "failed: no <light>"]
     assert equal_table(results, "")[1][2] == ["asleep", "reached by 0 of 2 seeds (best 0.100)"]
     assert equal_table(results, "gamma")[1][0][0] == "gamma-0.9 (sqdf itself)"
-    assert duel_table(results)[1][0][:3] == ["draft-1", "2.000", "+0.500 [+0.500, +0.500]"]
+    assert duel_table(results, "")[1][0][:3] == ["draft-1", "2.000", "+0.500 [+0.500, +0.500]"]
     text = as_text(results)
     assert "At equal proxy reward 2.000, the best that every seed of draft-1 reached (not set by asleep" in text
     assert "ablation of gamma" in text

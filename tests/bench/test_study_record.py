@@ -1,0 +1,38 @@
+"""The study's page, of a comparison of which nothing has run yet, and of an empty folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from study import record
+
+from sqdf_fast.compare.command import Comparison
+from sqdf_fast.compare.protocol import dump_protocol, make_protocol
+
+
+@pytest.fixture
+def folder(tmp_path):
+    found = tmp_path / "runs"
+    found.mkdir()
+    protocol = make_protocol({"preset": "shapes", "budget": 64, "seeds": [0], "methods": {"sqdf": {}, "draft-1": {}}})
+    Comparison(protocol, found)
+    (found / "protocol.yaml").write_text(dump_protocol(protocol))
+    return found
+
+
+def test_what_has_not_run_is_said(folder, tmp_path, capsys):
+    assert record.main([str(folder), "--docs", str(tmp_path / "docs")]) == 0
+    assert "Fewer than two methods have finished runs." in capsys.readouterr().out
+    text = (tmp_path / "docs" / "study_results.md").read_text()
+    assert "| draft-1 seed 0 | not run yet |" in text
+    assert "64 UNet evaluations a run, seeds 0." in text
+    assert "](images/" not in text
+    figures = json.loads((tmp_path / "docs" / "study_results.json").read_text())
+    assert [method["name"] for method in figures["methods"]] == ["sqdf", "draft-1"]
+
+
+def test_a_folder_without_a_comparison_is_refused_in_one_line(tmp_path, capsys):
+    assert record.main([str(tmp_path), "--docs", str(tmp_path / "docs")]) == 2
+    assert "is no comparison" in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists()
