@@ -45,6 +45,14 @@ def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[st
     return found
 
 
+def last_level(sizes: dict[str, str]) -> tuple[str, int] | None:
+    """Name and bytes of the last of `caches()`, None where there are none; a virtual machine may see its host's."""
+    if not sizes:
+        return None
+    name = max(sizes)  # "L3 Unified" comes after "L2 Unified"
+    return name, int(sizes[name].removesuffix("K")) * 1024
+
+
 def device_name(info: dict[str, Any], device: str) -> str:
     """The name of a device's file of results, such as "cpu-amd-epyc-2-cores"."""
     text = info["gpu"] if device == "cuda" else f"cpu {info['cpu']} {info['cores']} cores"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fused_ops.summary import Row, by_op, duration
+from fused_ops.machine import last_level
+from fused_ops.summary import Row, by_op, duration, noise
 
 MARKS = ("<!-- results: written by bench/plots.py -->", "<!-- end of results -->")
 
@@ -42,7 +43,22 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 def _targets(result: dict[str, Any]) -> str:
-    return "\n".join(f"- {target['text']}" for target in result["targets"])
+    """The verdicts, and under them what they are worth: how busy the machine was, how far beyond its cache they are."""
+    lines = [*(target["text"] for target in result["targets"]), noise(result["rows"]), *_beyond_cache(result)]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _beyond_cache(result: dict[str, Any]) -> list[str]:
+    """How far beyond the machine's cache the largest size is; nothing for a device whose caches are not recorded."""
+    last = last_level(result["machine"]["caches"]) if result["device"] == "cpu" else None
+    moved = [row["bytes_moved"] for row in result["rows"] if row["size"] == "beyond-cache"]
+    if last is None or not moved:
+        return []
+    name, size = last
+    return [
+        f"beyond-cache moves up to {max(moved) / 1e6:.0f} MB a call, {max(moved) / size:.1f} times the last-level "
+        f"cache that this machine reports ({name}, {size / 1e6:.0f} MB; a virtual machine may report its whole host's)"
+    ]
 
 
 def _tables(rows: list[Row]) -> list[str]:

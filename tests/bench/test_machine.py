@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fused_ops.machine import caches, device_name, machine_info
+from fused_ops.machine import caches, device_name, last_level, machine_info
 
 
 def test_what_is_kept_of_a_machine():
@@ -22,6 +22,14 @@ def test_caches_are_read_by_name(tmp_path):
             (folder / name).write_text(f"{text}\n")
     assert caches(tmp_path) == {"L1 Data": "32K", "L3 Unified": "32768K"}
     assert caches(tmp_path / "missing") == {}
+
+
+def test_the_last_level_is_the_one_behind_all_others():
+    assert last_level({"L1 Data": "48K", "L3 Unified": "107520K", "L2 Unified": "2048K"}) == (
+        "L3 Unified",
+        107520 * 1024,
+    )
+    assert last_level({}) is None
 
 
 def test_a_device_names_its_file(recorded):

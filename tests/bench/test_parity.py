@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from fused_ops import measure, parity, setups
+from fused_ops import baselines, measure, parity, setups
 from fused_ops.cases import Case, Problem, implementations
 
 SHAPES = {"discounted_loss": (4, 64)}
@@ -39,6 +41,17 @@ def test_every_implementation_that_runs_here_is_inside_the_budget(setup):
     for name in [*names, "reference"]:
         own = setup.problem.noise == "drawn" and name == "eager"
         assert check(setup, setups.forward(setup, name), own_noise=own) is None, name
+
+
+def test_the_baseline_that_draws_inside_is_inside_the_budget(monkeypatch):
+    """What eager runs for drawn noise on CUDA, here on tensors of the CPU."""
+    setup = setups.make(Problem("denoise_step", "sd15", (2, 4, 32, 32), torch.float32, "cpu", "drawn"))
+    on_cuda = replace(setup, problem=replace(setup.problem, device="cuda"))
+    drawing = setups.forward(on_cuda, "eager")
+    assert check(setup, drawing, own_noise=True) is None
+    assert not torch.equal(drawing()[0], drawing()[0])
+    monkeypatch.setattr(baselines.torch, "randn_like", lambda x: 2 * torch.randn(x.shape))
+    assert "variance" in check(setup, drawing, own_noise=True)
 
 
 def test_a_result_ten_times_the_budget_off_is_seen(setup):

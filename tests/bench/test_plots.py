@@ -105,6 +105,25 @@ def test_the_page_keeps_its_text_and_gets_the_recorded_figures(results, docs):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_under_the_targets_stands_what_they_are_worth(results, docs):
+    """How busy the machine was and, for a CPU, how far beyond its cache the largest size is."""
+    plots.main([*map(str, results), "--docs", str(docs)])
+    cpu, cuda = (docs / "benchmarks.md").read_text().split("\n### ")[1:]
+    for text in (cpu, cuda):
+        assert "\n- spread (interquartile range over median): 5% in the middle, above 20% in 0 of " in text
+    assert "\n- beyond-cache moves up to 175 MB a call, 5.2 times the last-level cache that this machine reports" in cpu
+    assert "(L3 Unified, 34 MB;" in cpu
+    assert "last-level" not in cuda
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_machine_that_does_not_tell_its_caches_is_filed_all_the_same(tmp_path, recorded, docs):
+    recorded["machine_info"] = {**recorded["machine_info"], "caches": {}}
+    plots.main([str(record.record(recorded, tmp_path / "results")[0]), "--docs", str(docs)])
+    assert "last-level" not in (docs / "benchmarks.md").read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_without_a_recorded_gpu_the_page_says_so(results, docs):
     plots.main([str(results[0]), "--docs", str(docs)])
     assert "No result of a GPU has been recorded yet." in (docs / "benchmarks.md").read_text()
