@@ -218,3 +218,60 @@ def test_gradient_of_the_policy(model, consistency_lora, kind, mask_nonpositive)
         expected = leaves[name.replace(".policy", "")].grad
         assert expected.abs().max() > 0
         assert (parameter.grad - expected).abs().max() <= 1e-10 * largest, name
+
+
+def test_gradient_of_a_policy_on_the_consistency_model(model, consistency_lora):
+    """Policy and reference are the consistency model with and without a LoRA; a step is LCMScheduler's."""
+    steps, index = 4, torch.tensor([0, 1, 2, 2, 0, 1])
+    family = load_family(str(model), device=torch.device("cpu"), dtype=torch.float64)
+    backbone = Backbone(family, rank=4, consistency_lora=str(consistency_lora), base="consistency")
+    stir(backbone, seed=0, scale=0.1)
+    latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    seeds = torch.arange(6) * 7 - 3
+    engine = JointExecutor(
+        backbone,
+        DenoisingSchedule.consistency_sampling(family.scheduler, steps),
+        lambda images, prompts: published_reward(images),
+        Objective(alpha=ALPHA, gamma=GAMMA, lookahead="consistency"),
+        guidance_scale=1.0,
+        execution=Execution(executor="joint", micro_batch=4),
+    )
+    result = engine.accumulate(ReplayBatch(latents, index, PROMPTS, torch.arange(6)), seeds)
+
+    truth = Published(model, consistency_lora)
+    lcm = LCMScheduler.from_config(truth.pipe.scheduler.config)
+    lcm.set_timesteps(steps)
+    embeds = truth.embed(PROMPTS)
+
+    def jump(weights, x, t):
+        eps, alpha_prod = truth.unet(weights, x, t, embeds), truth.alphas_cumprod[t].view(-1, 1, 1, 1)
+        original = (x - (1 - alpha_prod).sqrt() * eps) / alpha_prod.sqrt()
+        scaled = t.double().view(-1, 1, 1, 1) * 10.0
+        return scaled / (scaled**2 + 0.25).sqrt() * original + 0.25 / (scaled**2 + 0.25) * x
+
+    leaves = {
+        name.replace(".policy", ""): parameter.detach().clone().requires_grad_()
+        for name, parameter in backbone.policy_parameters.items()
+    }
+    truth.base = truth.consistency  # what the policy's LoRA is merged into
+    policy = truth.merge(leaves)
+    t, next_t = lcm.timesteps[index], lcm.timesteps[index + 1]
+    alpha_next = truth.alphas_cumprod[next_t].view(-1, 1, 1, 1)
+    mean, reference_mean = (alpha_next.sqrt() * jump(weights, latents, t) for weights in (policy, truth.consistency))
+    kl = ((mean - reference_mean) ** 2 / (1 - alpha_next)).flatten(1).mean(1)
+    x_prev = mean + (1 - alpha_next).sqrt() * philox_normal(seeds, (4, 8, 8), dtype=torch.float64)
+    x_0 = jump(truth.consistency, x_prev, next_t)
+    images = truth.pipe.vae.decode(x_0 / truth.pipe.vae.config.scaling_factor, return_dict=False)[0]
+    assert images.abs().max() < 1
+    rewards = published_reward(images * 0.5 + 0.5)
+    loss = (-(GAMMA ** (steps - 1 - index).double()) * rewards + ALPHA * kl).mean()
+    loss.backward()
+
+    torch.testing.assert_close(result.reward, rewards.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result.kl, kl.detach(), rtol=1e-10, atol=0)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-10)
+    largest = max(leaf.grad.abs().max() for leaf in leaves.values())
+    assert largest > 1e-3
+    for name, parameter in backbone.policy_parameters.items():
+        expected = leaves[name.replace(".policy", "")].grad
+        assert (parameter.grad - expected).abs().max() <= 1e-10 * largest, name

@@ -77,10 +77,6 @@ def kernel_distance(terms: Tensor, prompts: list[str]) -> Measurement | None:
     return Measurement(float(sums.sum() / sizes.sum()), *percentile_interval(resampled))
 
 
-def _kernel(pictures: Pictures, a: Tensor, b: Tensor) -> Tensor:
-    return (1 + pictures.embedding.similarities(a, b)) ** 3
-
-
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of embeddings [n, F] and [m, F], float64, n, m >= 2.
 

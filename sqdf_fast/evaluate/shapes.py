@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sqdf_fast.evaluate.bootstrap import percentile_interval, resampled_means
 from sqdf_fast.evaluate.diversity import Vendi, VendiOfAll
 from sqdf_fast.evaluate.embedding import Coordinates
-from sqdf_fast.evaluate.judge import Judge, Measurement, PictureJudge, Pictures, PromptJudge
+from sqdf_fast.evaluate.judge import Judge, Measurement, PictureJudge, Pictures, PromptJudge, Values
 
 if TYPE_CHECKING:
     from sqdf_fast.shapes.judge import Judge as Networks
@@ -76,12 +78,17 @@ class AttributeAccuracy(Judge):
         resampled = resampled_means(right_shape.tolist(), pictures.prompts)
         coloured = torch.tensor([name.colour is not None for name in named])
         if not coloured.any():
-            return Measurement(float(right_shape.mean()), *percentile_interval(resampled))
+            return self._measurement(right_shape, resampled, pictures)
         colours = torch.tensor([list(COLOURS).index(name.colour) if name.colour else -1 for name in named])
         right_colour = (seen[:, 1] == colours).double()
         colour_means = resampled_means(right_colour.tolist(), pictures.prompts, coloured.double().tolist())
-        value = (right_shape.mean() + right_colour[coloured].mean()) / 2
-        return Measurement(float(value), *percentile_interval((resampled + colour_means) / 2))
+        # Each picture's share of the mean of the two fractions: only the coloured ones have one of the second.
+        shares = (right_shape + right_colour * coloured / coloured.double().mean()) / 2
+        return self._measurement(shares, (resampled + colour_means) / 2, pictures)
+
+    def _measurement(self, shares: Tensor, resampled: NDArray[np.float64], pictures: Pictures) -> Measurement:
+        of_prompts = Values(shares.tolist(), pictures.prompts).by_prompt
+        return Measurement(float(shares.mean()), *percentile_interval(resampled), of_prompts)
 
     def _seen(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         shape, colour, _ = self.networks.attributes(images.cpu().float())

@@ -72,6 +72,15 @@ def test_accuracy_without_a_fault_leaves_nothing_open(found, wrong):
     assert wrong["eval_attribute_accuracy"] < wrong["eval_attribute_accuracy_high"] <= 1
 
 
+def test_accuracy_of_prompts_has_the_mean_of_all(images):
+    by_prompt = {}
+    found = evaluate_images(images.roll(9, 0), PROMPTS, load_reward("taste"), judges(), by_prompt=by_prompt)
+    of_prompts = by_prompt["attribute_accuracy"]
+    assert len(of_prompts) == len(set(PROMPTS))
+    assert sum(of_prompts) / len(of_prompts) == pytest.approx(found["eval_attribute_accuracy"], abs=1e-12)
+    assert min(of_prompts) == 0.0 < max(of_prompts)
+
+
 @pytest.mark.parametrize("name", ["true_reward", "alignment", "diversity", "vendi"])
 def test_intervals_hold_the_means(found, name):
     assert found[f"eval_{name}_low"] < found[f"eval_{name}"] < found[f"eval_{name}_high"]

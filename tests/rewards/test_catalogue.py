@@ -62,8 +62,7 @@ def test_documented_table_agrees():
     table = document.split("## What there is")[1].split("## Weights")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
     documented = {row[0].strip("`"): row for row in rows}
-    assert set(documented) <= set(CATALOGUE)
-    assert len(documented) >= 9
+    assert set(documented) == set(CATALOGUE)
     for name, row in documented.items():
         card = CATALOGUE[name]
         assert row[2] == ("yes" if card.reads_prompt else "no")
@@ -72,6 +71,9 @@ def test_documented_table_agrees():
             assert row[4] == f"{card.parameters / 1e6:.0f} M"
             assert row[5] == f"{2 * card.parameters / 2**30:.2f} GiB"
             assert row[6].startswith(f"{card.download:.2f} GB")
+        named = [licence for licence in ("AGPL-3.0", "Apache-2.0", "MIT", "BSD-3-Clause") if licence in card.licence]
+        assert all(licence in row[7] for licence in named)
+        assert bool(named) != (row[7] == "as the package")
 
 
 def test_options_of_a_sum_in_a_configuration_file(tmp_path):
