@@ -35,7 +35,13 @@ from sqdf_fast.engine import Parts, StepResult
 from sqdf_fast.engine.budget import EnergyMeter, StageMeter
 from sqdf_fast.engine.ladder import one_memory_error
 from sqdf_fast.engine.noise import Stream, sample_seeds
-from sqdf_fast.engine.optimizers import clip_grad_norm, load_state_tensors, make_optimizer, state_tensors
+from sqdf_fast.engine.optimizers import (
+    allocate_states,
+    clip_grad_norm,
+    load_state_tensors,
+    make_optimizer,
+    state_tensors,
+)
 from sqdf_fast.engine.rollouts import Rollouts
 from sqdf_fast.errors import UserError
 from sqdf_fast.evaluate import evaluate_images, load_judges
@@ -345,14 +351,12 @@ class Trainer:
         self._collected += cost()
         cost = self._meter_cost()
         self.progress.phase("training")
-        result = self._gradient()
-        norm = clip_grad_norm(self.optimizer, self.config.optimizer.max_grad_norm)
+        result, norm = self._gradient()
         if not math.isfinite(norm):
             raise UserError(
                 f"step {self.step + 1}: the gradient is not finite; the weights are untouched. "
                 "Lower optimizer.lr, raise objective.alpha, or check the reward's backward pass"
             )
-        self.meter("optimizer")
         self._updating = True
         self.optimizer.step()
         self._updating = False
@@ -391,15 +395,22 @@ class Trainer:
 
         return spent
 
-    def _gradient(self) -> StepResult:
-        """The step's gradient; out of memory, the whole batch again with a smaller execution: nothing counts twice."""
+    def _gradient(self) -> tuple[StepResult, float]:
+        """The step's gradient, clipped, and its norm; after it the update itself needs no more memory.
+
+        Out of memory, the whole batch again with a smaller execution: nothing counts twice.
+        """
         evaluations, scored = self.backbone.evaluations, self.rollouts.reward_evaluations
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             self.backbone.evaluations, self.rollouts.reward_evaluations = evaluations, scored
             try:
                 with one_memory_error():
-                    return self.algorithm.accumulate(self.step)
+                    result = self.algorithm.accumulate(self.step)
+                    self.rollouts.enter("optimizer")
+                    norm = clip_grad_norm(self.optimizer, self.config.optimizer.max_grad_norm)
+                    allocate_states(self.optimizer)
+                    return result, norm
             except torch.OutOfMemoryError:
                 pass
             self.rollouts.smaller(self.rollouts.stage, self.step + 1, staged=self.algorithm.takes_apart)

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from tiny import write_pipeline
 
 from sqdf_fast import trainer
+from sqdf_fast.backbone import Backbone
 from sqdf_fast.checkpoint import read_checkpoint
 from sqdf_fast.config import make_config
-from sqdf_fast.engine import Executor, rollouts
+from sqdf_fast.engine import Executor, optimizers, rollouts
+from sqdf_fast.engine.optimizers import allocate_states, clip_grad_norm
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.errors import UserError
 from sqdf_fast.inference import draw
@@ -324,26 +326,42 @@ def final(run: Path) -> torch.Tensor:
     return torch.cat([tensor.flatten().double() for _, tensor in sorted(lora(run).items())])
 
 
-def out_of_memory_once(monkeypatch, stage: str, at: int = 2):
-    """The executor runs out of memory when it begins `stage` for the second time."""
-    begin, seen = Executor.begin, []
+def out_of_memory_once(monkeypatch, owner, name: str, counts=lambda *given: True) -> None:
+    """``owner.name`` runs out of memory at the end of its second call among those that count."""
+    whole, calls = getattr(owner, name), []
 
-    def failing(self, name, *needed):
-        begin(self, name, *needed)
-        seen.append(name)
-        if name == stage and seen.count(stage) == at:
-            raise torch.OutOfMemoryError("no room")
+    def failing(*given, **options):
+        result = whole(*given, **options)
+        if counts(*given):
+            calls.append(1)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("no room")
+        return result
 
-    monkeypatch.setattr(Executor, "begin", failing)
+    monkeypatch.setattr(owner, name, failing)
 
 
-@pytest.mark.parametrize("stage", ["transition", "look-ahead", "reward", "look-ahead vjp", "policy vjp", "backward"])
-def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder, monkeypatch, stage):
+def chunk_of_the_policy_vjp(backbone, rows) -> bool:
+    return torch.is_grad_enabled() and not rows.x.requires_grad
+
+
+STAGES = ("transition", "look-ahead", "reward", "look-ahead vjp", "policy vjp", "forward", "backward")
+PLACES = {
+    **{stage: (stage, Executor, "begin", lambda _, name, *needed, stage=stage: name == stage) for stage in STAGES},
+    "policy vjp, second chunk": ("policy vjp", Backbone, "run", chunk_of_the_policy_vjp),
+    "clipping": ("optimizer", trainer, "clip_grad_norm"),
+    "states of the optimizer": ("optimizer", optimizers, "_fresh_adamw"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder, monkeypatch, place):
+    stage, *failing = PLACES[place]
     settings = {"steps": 3, "dtype": "float64"}
-    if stage != "backward":
+    if stage not in ("forward", "backward"):
         settings["execution"] = STAGED
     new_run(config(model, **settings), folder / "plain")
-    out_of_memory_once(monkeypatch, stage)
+    out_of_memory_once(monkeypatch, *failing)
     new_run(config(model, **settings), folder / "squeezed")
     truth, found = final(folder / "plain"), final(folder / "squeezed")
     assert (found - truth).norm() / truth.norm() < 1e-9
@@ -355,6 +373,27 @@ def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder
     assert [line["reward_mean"] for line in two] == pytest.approx([line["reward_mean"] for line in one], rel=1e-9)
     (event,) = (line["budget_event"] for line in two if "budget_event" in line)
     assert f"out of memory in stage {stage!r}" in event
+
+
+@pytest.mark.parametrize(("called", "step"), [(allocate_states, 0), (clip_grad_norm, 1)], ids=["states", "clipping"])
+def test_out_of_memory_before_every_update_saves_the_last_whole_step(model, folder, monkeypatch, called, step):
+    calls = []
+
+    def failing(*given):
+        calls.append(1)
+        if len(calls) > step:
+            raise torch.OutOfMemoryError("no room")
+        return called(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, called.__name__, failing)
+        with pytest.raises(UserError, match=r"'optimizer' of step .*optimizer\.states=cpu"):
+            new_run(config(model, steps=2, dtype="float64"), folder / "run")
+    assert [path.name for path in sorted((folder / "run" / "checkpoints").glob("step_*"))] == [f"step_{step:06d}"]
+    continue_run(folder / "run")
+    new_run(config(model, steps=2, dtype="float64"), folder / "whole")
+    truth, found = final(folder / "whole"), final(folder / "run")
+    assert (found - truth).norm() / truth.norm() < 1e-9
 
 
 def test_running_out_of_memory_while_sampling_halves_the_batch(model, folder, monkeypatch):

@@ -59,26 +59,33 @@ def step_down(execution: Execution, stage: str) -> tuple[Execution, str] | None:
 
     Args:
         stage: as the executors name them: "transition", "look-ahead", "reward", "look-ahead vjp", "policy vjp" of the
-            staged one, "forward", "backward" of the joint one.
+            staged one, "forward", "backward" of the joint one, "optimizer" of the trainer: no graph is alive there.
     """
     return next(_rungs(execution, stage), None)
 
 
 def _rungs(execution: Execution, stage: str) -> Iterator[tuple[Execution, str]]:
+    if stage != "optimizer":
+        yield from _smaller_graphs(execution, stage)
     if execution.executor == "joint":
-        yield from _halved(execution, "micro_batch")
-        yield from _recomputed(execution, ("network", "decoder", "reward"))
         # The chunks of the staged executor were chosen for another one.
         smallest = {"executor": "staged", "forward_rows": 2, "network_rows": 1, "decode_images": 1}
         yield execution.model_copy(update=smallest), "joint graph -> staged"
+    if execution.residency == "resident" and execution.quantization != "int8":
+        yield execution.model_copy(update={"residency": "staged"}), "frozen weights -> on the device by stage"
+
+
+def _smaller_graphs(execution: Execution, stage: str) -> Iterator[tuple[Execution, str]]:
+    if execution.executor == "joint":
+        yield from _halved(execution, "micro_batch")
+        yield from _recomputed(execution, ("network", "decoder", "reward"))
+        return
     chunk = {"transition": "forward_rows", "look-ahead": "forward_rows", "reward": "decode_images"}
     yield from _halved(execution, chunk.get(stage, "network_rows"))
     if stage == "reward":
         yield from _recomputed(execution, ("decoder", "reward"))
     elif stage.endswith("vjp"):
         yield from _recomputed(execution, ("network",))
-    if execution.residency == "resident" and execution.quantization != "int8":
-        yield execution.model_copy(update={"residency": "staged"}), "frozen weights -> on the device by stage"
 
 
 def _halved(execution: Execution, name: str) -> Iterator[tuple[Execution, str]]:

@@ -88,6 +88,17 @@ def gradient_norm(gradients: list[Tensor]) -> float:
     return math.sqrt(sum_of_squares([_flat(g, _memory_format(g) or torch.contiguous_format) for g in gradients]))
 
 
+def allocate_states(optimizer: torch.optim.Optimizer) -> None:
+    """Make what the next step would make of states, so that memory runs out here, before a parameter changes."""
+    if isinstance(optimizer, BlockwiseAdamW):
+        optimizer.allocate()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and not optimizer.state.get(parameter):
+                _fresh_state(optimizer, parameter)
+
+
 def state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """The state of a parameter as tensors for a checkpoint; empty before the first step."""
     state = optimizer.state[parameter]
@@ -106,10 +117,8 @@ def load_state_tensors(
         optimizer.state.pop(parameter, None)
     elif isinstance(optimizer, BlockwiseAdamW):
         optimizer.load_state(parameter, tensors)
-    elif isinstance(optimizer, torch.optim.AdamW):
-        _fill(_fresh_adamw(optimizer, parameter), tensors)
     else:
-        _fill(_fresh_bitsandbytes(optimizer, parameter), tensors)
+        _fill(_fresh_state(optimizer, parameter), tensors)
 
 
 class BlockwiseAdamW(torch.optim.Optimizer):
@@ -162,8 +171,16 @@ class BlockwiseAdamW(torch.optim.Optimizer):
                 loss = closure()
         scale, self.gradient_scale = self.gradient_scale, 1.0
         if math.isfinite(scale):
-            self._update([p for p in self._numbered() if p.grad is not None], scale)
+            self.allocate()
+            self._update(self._to_update(), scale)
         return loss
+
+    def allocate(self) -> None:
+        """States of all parameters that have a gradient, and room for those that the CPU updates."""
+        parameters = self._to_update()
+        for parameter in parameters:
+            self._state_of(parameter)
+        self._staging.make_room([p for p in parameters if p.device != self._home(p)])
 
     def load_state(self, parameter: nn.Parameter, tensors: Mapping[str, Any]) -> None:
         """Copy a state of these names, from any device and in any memory layout; bitsandbytes' maps are ignored.
@@ -187,6 +204,9 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         """Every parameter with its group and its number among all."""
         pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         return {parameter: (group, number) for number, (parameter, group) in enumerate(pairs)}
+
+    def _to_update(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._numbered() if parameter.grad is not None]
 
     def _update(self, parameters: list[nn.Parameter], scale: float) -> None:
         numbered = self._numbered()
@@ -270,7 +290,6 @@ class _Staging:
 
     def run(self, work: list[tuple[_Job, Tensor, Tensor]]) -> None:
         """Every job on copies of its values and gradient, both [n]; the values are copied back."""
-        self._make_room(work)
         device = work[0][1].device
         with self._ordered(device):
             arrived = self._fetch(work[0], 0)
@@ -292,10 +311,11 @@ class _Staging:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         return torch.cuda.stream(self._stream)
 
-    def _make_room(self, work: list[tuple[_Job, Tensor, Tensor]]) -> None:
-        size = max(_aligned(values.nbytes) + gradient.nbytes for _, values, gradient in work)
-        if not self._places or self._places[0].numel() < size:
-            pinned = work[0][1].device.type == "cuda"
+    def make_room(self, parameters: list[nn.Parameter]) -> None:
+        """Two places, each enough for any of these parameters and its gradient."""
+        size = max((_aligned(p.nbytes) + p.grad.nbytes for p in parameters if p.grad is not None), default=0)
+        if size > (self._places[0].numel() if self._places else 0):
+            pinned = parameters[0].device.type == "cuda"
             self._places = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
 
     def _fetch(self, work: tuple[_Job, Tensor, Tensor], place: int) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
@@ -353,6 +373,13 @@ def _fill(state: dict[str, Any], tensors: Mapping[str, Any]) -> None:
             place.copy_(given)
 
 
+def _fresh_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """The state with which torch.optim.AdamW or bitsandbytes begins, put in place."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return _fresh_adamw(optimizer, parameter)
+    return _fresh_bitsandbytes(optimizer, parameter)
+
+
 def _fresh_adamw(optimizer: torch.optim.AdamW, parameter: nn.Parameter) -> dict[str, Any]:
     """The state with which torch.optim.AdamW begins; a fused step counts on the parameter's device."""
     group = optimizer.param_groups[_place(optimizer, parameter)[0]]
@@ -368,9 +395,14 @@ def _fresh_adamw(optimizer: torch.optim.AdamW, parameter: nn.Parameter) -> dict[
 def _fresh_bitsandbytes(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
     """The state with which bitsandbytes begins, in paged memory where it is paged."""
     group, position = _place(optimizer, parameter)
-    optimizer.state[parameter].clear()
-    optimizer.init_state(optimizer.param_groups[group], parameter, group, position)
     state: dict[str, Any] = optimizer.state[parameter]
+    state.clear()
+    try:
+        optimizer.init_state(optimizer.param_groups[group], parameter, group, position)
+    except BaseException:
+        # Half a state would pass for a whole one.
+        state.clear()
+        raise
     return state
 
 

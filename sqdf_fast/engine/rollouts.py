@@ -194,9 +194,10 @@ class Rollouts:
         """
         lower = step_down(self.execution, stage)
         if lower is None or (not staged and lower[0].executor != self.execution.executor):
+            wanted = "optimizer.states=cpu" if stage == "optimizer" else "a smaller model, execution.quantization=nf4"
             raise UserError(
                 f"out of memory in stage {stage!r} of step {step} with the smallest settings; "
-                "a smaller model, execution.quantization=nf4 or a larger GPU is needed"
+                f"{wanted} or a larger GPU is needed"
             )
         self.execution, given_up = lower
         self.parts.apply(self.execution)

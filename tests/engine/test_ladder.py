@@ -29,6 +29,10 @@ def test_every_stage_gives_up_what_is_its_own_first():
     ]
     assert descent(execution, "reward") == ["decode_images 2 -> 1", "recompute decoder and reward", away]
     assert descent(execution, "policy vjp") == ["network_rows 2 -> 1", "recompute network", away]
+    # Only weights can make room for the update.
+    assert descent(execution, "optimizer") == [away]
+    joint = execution.model_copy(update={"executor": "joint"})
+    assert descent(joint, "optimizer") == ["joint graph -> staged", away]
 
 
 def test_a_joint_graph_is_taken_apart_last():
@@ -43,7 +47,7 @@ def test_a_joint_graph_is_taken_apart_last():
     assert (below.executor, below.forward_rows, below.network_rows, below.decode_images) == ("staged", 2, 1, 1)
 
 
-@pytest.mark.parametrize("stage", ["transition", "reward", "policy vjp"])
+@pytest.mark.parametrize("stage", ["transition", "reward", "policy vjp", "optimizer"])
 def test_the_bottom(stage):
     smallest = Execution(
         forward_rows=1, network_rows=1, decode_images=1, recompute=("network", "decoder", "reward"), residency="staged"

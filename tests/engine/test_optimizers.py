@@ -13,6 +13,7 @@ from sqdf_fast.config import Optimizer as Settings
 from sqdf_fast.engine import optimizers
 from sqdf_fast.engine.optimizers import (
     BlockwiseAdamW,
+    allocate_states,
     clip_grad_norm,
     gradient_norm,
     load_state_tensors,
@@ -291,6 +292,39 @@ def test_a_parameter_without_gradient_stays_and_groups_have_their_own_settings()
     optimizer.step()
     assert [torch.equal(p, b) for p, b in zip(parameters, before, strict=True)] == [True, False, True, False]
     assert parameters[2] not in optimizer.state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_step_after_its_states_allocates_none_and_is_the_same_step(kind: str, monkeypatch) -> None:
+    parameters, twin = parameters_of(), parameters_of()
+    optimizer, other = every_kind(parameters, kind), every_kind(twin, kind)
+    give_gradients(parameters, 0)
+    parameters[3].grad = None
+    whole, calls = torch.zeros_like, []
+
+    def fails_within_the_second_state(*given, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("no room")
+        return whole(*given, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros_like", fails_within_the_second_state)
+        with pytest.raises(torch.OutOfMemoryError):
+            allocate_states(optimizer)
+    allocate_states(optimizer)
+    before = [state_tensors(optimizer, parameter) for parameter in parameters]
+    assert [bool(tensors) for tensors in before] == [True, True, True, False]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros_like", None)
+        optimizer.step()
+    for parameter, tensors in zip(parameters, before, strict=True):
+        for name, tensor in state_tensors(optimizer, parameter).items():
+            assert name == "step" or tensor is tensors[name]
+    give_gradients(twin, 0)
+    twin[3].grad = None
+    other.step()
+    assert same(parameters, twin)
 
 
 def test_the_seed_decides_the_rounding() -> None:
