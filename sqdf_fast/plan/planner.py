@@ -19,7 +19,7 @@ from sqdf_fast.plan import cache
 from sqdf_fast.plan.device import CPU, GIB, Device, find_device, reserve_bytes
 from sqdf_fast.plan.fake import only_new_garbage
 from sqdf_fast.plan.memory import StageCount, scaled
-from sqdf_fast.plan.search import Choice, Profile, choices, fastest, ladder, profile, whole
+from sqdf_fast.plan.search import Choice, Profile, choices, fastest, profile, whole
 from sqdf_fast.plan.simulate import Simulation, Steps
 from sqdf_fast.plan.switches import Switch, explained
 from sqdf_fast.plan.workspace import on_cpu
@@ -59,15 +59,6 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
-class Rung:
-    """A step down: settings that need less memory, estimated."""
-
-    settings: dict[str, Any]
-    peak_gib: float
-    predicted_seconds: float
-
-
-@dataclass(frozen=True)
 class Plan:
     """How to run a configuration inside a budget.
 
@@ -79,7 +70,7 @@ class Plan:
         flops_per_step, predicted_seconds: of one optimizer step with its share of the sampling; the time is a model
             of `device`, no measurement.
         replay_ratio: optimizer steps a refill that the time is of; it changes the result, so no plan sets it.
-        switches: of speed, each with its reason; ladder: what to step down to, by estimate.
+        switches: of speed, each with its reason.
     """
 
     fits: bool
@@ -97,7 +88,6 @@ class Plan:
     advice: str = ""
     replay_ratio: int = 1
     switches: tuple[Switch, ...] = field(default=())
-    ladder: tuple[Rung, ...] = field(default=())
 
     def as_json(self) -> str:
         """Everything, readable back with `from_json`."""
@@ -109,7 +99,6 @@ class Plan:
         values = json.loads(text)
         values["stages"] = tuple(PlannedStage(**stage) for stage in values["stages"])
         values["switches"] = tuple(Switch(**switch) for switch in values.get("switches", ()))
-        values["ladder"] = tuple(Rung(**rung) for rung in values["ladder"])
         return Plan(**values)
 
     def as_text(self) -> str:
@@ -214,13 +203,13 @@ class Planner:
         while (choice := fastest(found, budget)) is not None:
             steps = self._whole(choice)
             if steps.peak_bytes <= budget:
-                return self._plan(choice, steps, vram_bytes, device, found, "")
+                return self._plan(choice, steps, vram_bytes, device)
             found.remove(choice)
         every = self.choices(device)
         smallest = min(every, key=lambda choice: (choice.peak_bytes, choice.total_seconds))
         steps = self._whole(smallest)
         advice = self._advice(steps, budget)
-        return self._plan(smallest, steps, vram_bytes, device, [], advice)
+        return self._plan(smallest, steps, vram_bytes, device, advice)
 
     def smallest(self, device: Device) -> Plan:
         """The plan of the least peak, whatever it costs."""
@@ -229,7 +218,7 @@ class Planner:
         steps = self._whole(choice)
         # A budget in which it just fits.
         vram = steps.peak_bytes + reserve_bytes(steps.peak_bytes, device)
-        return self._plan(choice, steps, vram, device, [], "")
+        return self._plan(choice, steps, vram, device)
 
     def batch_cost(self, choice: Choice) -> int:
         """Bytes that the optimizer step of the whole batch holds above that of a single sample."""
@@ -302,7 +291,7 @@ class Planner:
             cache.write(key, {"values": made.as_values()})
         return made
 
-    def _plan(self, choice: Choice, steps: Steps, vram: int, device: Device, found: list[Choice], advice: str) -> Plan:
+    def _plan(self, choice: Choice, steps: Steps, vram: int, device: Device, advice: str = "") -> Plan:
         replay, batch = self.config.replay, self.config.optimizer.batch_size
         share = replay.refill / replay.steps_per_refill / steps.sampled
         stages, settings = [], choice.settings
@@ -325,7 +314,6 @@ class Planner:
             advice=advice,
             replay_ratio=replay.steps_per_refill,
             switches=explained(self.config, settings, self.keep, self.on_cpu),
-            ladder=tuple(Rung(c.settings, c.peak_bytes / GIB, c.total_seconds) for c in ladder(found, choice)),
         )
 
     def _advice(self, steps: Steps, budget: int) -> str:

@@ -180,15 +180,6 @@ def fastest(found: Iterable[Choice], budget: int) -> Choice | None:
     return min(alike, key=lambda choice: (choice.peak_bytes, choice.total_seconds))
 
 
-def ladder(found: list[Choice], start: Choice) -> list[Choice]:
-    """What to step down to on running out of memory: each needs at least a tenth less than the one before."""
-    rungs, here = [], start
-    while (here_next := fastest(found, int(here.peak_bytes * 0.9))) is not None:
-        rungs.append(here_next)
-        here = here_next
-    return rungs
-
-
 def _choices(profile: Profile, config: Config, device: Device, keep: Mapping[str, Any]) -> Iterator[Choice]:
     # bitsandbytes holds int8 weights twice: they cannot come and go, and the configuration refuses it. CUDA graphs hold
     # the addresses of weights.
