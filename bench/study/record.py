@@ -26,6 +26,7 @@ from sqdf_fast.compare.table import (
     label,
     level_sentence,
     missing_table,
+    tuning_sentence,
     tuning_table,
 )
 from sqdf_fast.errors import UserError
@@ -72,7 +73,7 @@ def page(results: Results, command: str, pictures: Sequence[str]) -> str:
             lines += ["", f"{duel_sentence(results, group)}:", "", *table(*duel_table(results, group))]
         if not group:
             lines += ["", *(f"![{Path(name).stem.replace('_', ' ')}](images/{name})" for name in pictures)]
-    lines += ["", "## Tuning", "", "Chosen by the proxy reward; the true reward has no say.", ""]
+    lines += ["", "## Tuning", "", tuning_sentence(results), ""]
     lines += table(*tuning_table(results))
     heads, rows = missing_table(results)
     if rows:

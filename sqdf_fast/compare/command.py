@@ -206,7 +206,7 @@ class Comparison:
             curve = _curve(job) if job.ended else None
             if curve is None or len(curve.points) < 2:
                 state = last_line(job.log) if job.log.exists() else "not run yet"
-                unfinished[job.seed] = failed.get(job.name, state)
+                unfinished[job.seed] = f"failed: {failed[job.name]}" if job.name in failed else state
             else:
                 curves.append(curve)
                 folders.append(job.folder)

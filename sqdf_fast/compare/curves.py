@@ -40,7 +40,7 @@ class Curve:
     """A run's evaluations in order.
 
     Attributes:
-        peak_bytes: the most that a step held; None where no step was made.
+        peak_bytes: the run's peak, evaluations included; None where no step was made.
     """
 
     seed: int

@@ -22,7 +22,7 @@ LABEL_SIZE, LABEL_HEIGHT = 11.5, 14.0
 # Mean width of a letter in the sizes used; a little wide, so that names keep clear of each other.
 LETTER = 0.58
 # Less of these is better.
-LOWER = ("kl", "distance_to_base")
+LOWER = ("kl", "distance_to_base", "frechet_to_base")
 COST_LABELS = {"unet_evaluations": "UNet evaluations", "seconds": "training seconds", "reward_evaluations": "rewards"}
 
 

@@ -14,7 +14,7 @@ from sqdf_fast.compare.curves import Estimate
 from sqdf_fast.compare.drawing import inline_svg, save, stylesheet
 from sqdf_fast.compare.figures import Figure, figures
 from sqdf_fast.compare.protocol import dump_protocol
-from sqdf_fast.compare.results import Results
+from sqdf_fast.compare.results import Duel, Results
 from sqdf_fast.compare.table import (
     duel_sentence,
     duel_table,
@@ -23,6 +23,7 @@ from sqdf_fast.compare.table import (
     label,
     level_sentence,
     missing_table,
+    tuning_sentence,
     tuning_table,
 )
 from sqdf_fast.report import save_png
@@ -30,6 +31,7 @@ from sqdf_fast.report.elements import figure_table
 from sqdf_fast.report.html import STYLE, data_uri
 from sqdf_fast.report.samples import read_samples
 
+VERDICT_SCORES = ("true_reward", "attribute_accuracy", "alignment", "diversity")
 GRID_COLUMNS = 8
 _TILE, _NAME_WIDTH = 96, 190
 _STYLE = """
@@ -67,7 +69,7 @@ def render_page(results: Results, drawn: dict[str, list[Figure]]) -> str:
     """The page as text. It asks the network for nothing."""
     config = results.protocol
     methods = [results.runs[index].label for index in results.of("")]
-    title = f"{len(methods)} methods under one budget"
+    title = f"{len(methods)} method{'s' * (len(methods) > 1)} under one budget"
     facts = f"{_budget(config.budget)} a run · seeds {', '.join(map(str, config.seeds))}"
     sections = [
         f'<h1>{escape(title)}</h1><div class="soft">{escape(facts)}</div>'
@@ -92,19 +94,23 @@ def _budget(text: str) -> str:
 
 
 def verdict(results: Results) -> str:
-    """One sentence: against whom the first method stands clearly better or worse at equal reward."""
-    score = next((name for name in ("true_reward", "alignment") if name in results.metrics), None)
-    known = [duel for duel in results.duels_of("") if score in duel.differences]
-    if score is None or not known:
+    """A sentence for each score: than whose the first method's is clearly higher or lower at equal reward."""
+    duels = results.duels_of("")
+    if not duels:
         return "Fewer than two methods have finished runs."
-    signs = [(duel, _sign(duel.differences[score])) for duel in known]
+    found = [(score, standing) for score in VERDICT_SCORES if (standing := _standing_words(duels, score))]
+    if not found:
+        return "No score but the proxy reward was measured."
+    (score, standing), *others = found
+    first = f"At equal proxy reward, the {label(score)} of {duels[0].one} is {standing}."
+    return " ".join([first, *(f"Its {label(score)} is {standing}." for score, standing in others)])
+
+
+def _standing_words(duels: Sequence[Duel], score: str) -> str:
+    signs = {duel.other: _sign(duel.differences[score]) for duel in duels if score in duel.differences}
     words = {1: "higher than", -1: "lower than", 0: "not clearly different from"}
-    parts = []
-    for sign, word in words.items():
-        names = [duel.other for duel, found in signs if found == sign]
-        if names:
-            parts.append(f"{word} {', '.join(names)}")
-    return f"At equal proxy reward, the {label(score)} of {known[0].one} is {'; '.join(parts)}."
+    names = {word: [name for name, found in signs.items() if found == sign] for sign, word in words.items()}
+    return "; ".join(f"{word} {', '.join(there)}" for word, there in names.items() if there)
 
 
 def _sign(found: Estimate) -> int:
@@ -235,12 +241,9 @@ def _tuning(results: Results) -> str:
     tuning = results.protocol.tuning
     if tuning is None or not results.choices:
         return ""
-    kept = " and ".join(f"{share:.0%} of the base model's {label(name)}" for name, share in tuning.keep.items())
-    text = (
-        f"{tuning.trials} trials a method, {_budget(tuning.budget)} each, seed {tuning.seed}. Chosen: the highest last "
-        f"{label(tuning.reward)} of those that keep {kept}. The true reward has no say."
-    )
-    return f'<h2>Tuning</h2><p class="soft">{escape(text)}</p>{figure_table(*tuning_table(results))}'
+    effort = f"{tuning.trials} trials a method, {_budget(tuning.budget)} each, seed {tuning.seed}."
+    text = escape(f"{effort} {tuning_sentence(results)}")
+    return f'<h2>Tuning</h2><p class="soft">{text}</p>{figure_table(*tuning_table(results))}'
 
 
 def _environment(results: Results) -> str:

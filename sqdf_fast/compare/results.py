@@ -75,12 +75,14 @@ class Standing:
     Attributes:
         scores, costs: mean over seeds; peak_bytes: the most of any seed.
         reached: of how many seeds the curves come to that place; seeds: how many there are.
+        untrained: the place is every curve's first evaluation, before training.
     """
 
     scores: dict[str, Estimate]
     costs: dict[str, float]
     reached: int
     seeds: int
+    untrained: bool
 
     @property
     def complete(self) -> bool:
@@ -96,6 +98,7 @@ class Duel:
         group: of both, as ``Runs.group``.
         one, other: labels; level: the proxy reward; differences: of ``one`` less ``other``, by score.
         costs: ratio of what ``one`` had spent there to what ``other`` had.
+        untrained: labels of those that stand there before training.
     """
 
     group: str
@@ -104,6 +107,7 @@ class Duel:
     level: float
     differences: dict[str, Estimate]
     costs: dict[str, float]
+    untrained: list[str]
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,11 @@ def _standing(run: Runs, places: Sequence[Place | None], metrics: Sequence[str],
     peaks = [curve.peak_bytes for curve, _ in there if curve.peak_bytes]
     if peaks:
         costs["peak_bytes"] = max(peaks)
-    return Standing(scores, costs, len(there), len(run.curves))
+    return Standing(scores, costs, len(there), len(run.curves), _untrained(run, there))
+
+
+def _untrained(run: Runs, there: Sequence[tuple[Curve, Place]]) -> bool:
+    return not run.free and bool(there) and all(place == Place(0, 0.0) for _, place in there)
 
 
 def _rows(there: Sequence[tuple[Curve, Place]], name: str) -> list[Array]:
@@ -217,7 +225,8 @@ def _duel(one: Runs, other: Runs, metrics: Sequence[str], draws: Draws) -> Duel:
         spent = [[value for side in there if (value := cost_at(*side, name)) is not None] for there in sides]
         if all(spent) and np.mean(spent[1]) > 0:
             costs[name] = float(np.mean(spent[0]) / np.mean(spent[1]))
-    return Duel(other.group, one.label, other.label, level, differences, costs)
+    untrained = [run.label for run, there in zip((one, other), sides, strict=True) if _untrained(run, there)]
+    return Duel(other.group, one.label, other.label, level, differences, costs, untrained)
 
 
 def write_results(results: Results, folder: Path) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sqdf_fast.compare.curves import Estimate
-from sqdf_fast.compare.results import Duel, Results, Standing
+from sqdf_fast.compare.results import KNOWN, Duel, Results, Standing
 from sqdf_fast.report.progress import format_bytes, format_seconds
 
 COST_HEADS = ("UNet evals", "rewards", "time", "peak memory")
@@ -67,9 +67,24 @@ def duel_sentence(results: Results, group: str) -> str:
 def duel_table(results: Results, group: str) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows: differences at the weaker side's best proxy reward, with intervals."""
     duels = results.duels_of(group)
-    scores = [name for name in DUEL_SCORES if any(name in duel.differences for duel in duels)]
+    # What is not known by name is a judge that the user asked for.
+    asked_for = [name for name in results.metrics if name not in KNOWN]
+    scores = [name for name in (*DUEL_SCORES, *asked_for) if any(name in duel.differences for duel in duels)]
     heads = ["against", "proxy reward", *map(label, scores), "UNet evals, ratio"]
     return heads, [_duel_row(duel, scores) for duel in duels]
+
+
+def tuning_sentence(results: Results) -> str:
+    """By what the settings were chosen; without tuning, empty."""
+    tuning = results.protocol.tuning
+    if tuning is None:
+        return ""
+    ended = [row["kept"] for choice in results.choices.values() for row in choice.rows if row["reward"] is not None]
+    # A score that this model has no judge for guards nothing.
+    guarding = {name: share for name, share in tuning.keep.items() if not ended or any(name in kept for kept in ended)}
+    kept = " and ".join(f"{share:.0%} of the base model's {label(name)}" for name, share in guarding.items())
+    guard = f"of those that keep {kept}" if kept else "of all; nothing could be guarded"
+    return f"Chosen: the highest last {label(tuning.reward)} {guard}. The true reward has no say."
 
 
 def tuning_table(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -106,7 +121,8 @@ def _settings(settings: Mapping[str, Any]) -> str:
 def _duel_row(duel: Duel, scores: Sequence[str]) -> list[str]:
     ratio = duel.costs.get("unet_evaluations")
     cells = [_signed(duel.differences.get(name)) for name in scores]
-    return [duel.other, f"{duel.level:.3f}", *cells, "-" if ratio is None else f"{ratio:.2f}"]
+    untrained = f" ({' and '.join(duel.untrained)} before training)" if duel.untrained else ""
+    return [duel.other + untrained, f"{duel.level:.3f}", *cells, "-" if ratio is None else f"{ratio:.2f}"]
 
 
 def _table(results: Results, group: str, standings: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
@@ -119,15 +135,15 @@ def _table(results: Results, group: str, standings: Sequence[Standing]) -> tuple
 def _row(results: Results, index: int, standing: Standing, scores: Sequence[str]) -> list[str]:
     run = results.runs[index]
     if not run.curves:
-        reason = next(iter(run.unfinished.values()), "no run")
-        return [run.label, f"failed: {reason}"]
+        return [run.label, next(iter(run.unfinished.values()), "no run")]
     if not standing.complete:
         best = f"best {max(curve.best for curve in run.curves):.3f}"
         return [run.label, f"reached by {standing.reached} of {standing.seeds} seeds ({best})"]
     costs = standing.costs
     cells = [_with_interval(standing.scores.get(name)) for name in scores]
+    seeds = f" ({len(run.curves)} seeds)" if run.unfinished else ""
     return [
-        run.label + (f" ({len(run.curves)} seeds)" if run.unfinished else ""),
+        run.label + seeds + (" (before training)" if standing.untrained else ""),
         *cells,
         *_costs(costs, " a picture" if run.free else ""),
         format_bytes(costs["peak_bytes"]) if "peak_bytes" in costs else "-",

@@ -12,12 +12,14 @@ from PIL import Image
 
 from sqdf_fast.compare.curves import Curve, Point
 from sqdf_fast.compare.drawing import Drawing, Mark, Stroke, Text, inline_svg, render, save
-from sqdf_fast.compare.figures import Series, pareto_front, plot
+from sqdf_fast.compare.figures import LOWER, Series, pareto_front, plot
 from sqdf_fast.compare.page import verdict, write_page
 from sqdf_fast.compare.protocol import make_protocol
 from sqdf_fast.compare.results import Results, Runs, make_results, write_results
-from sqdf_fast.compare.table import as_text, duel_table, end_table, equal_table
+from sqdf_fast.compare.table import as_text, duel_table, end_table, equal_table, tuning_sentence
 from sqdf_fast.compare.tuning import Trial, choose
+from sqdf_fast.evaluate.distance import FrechetDistance, KernelDistance
+from sqdf_fast.evaluate.diversity import EmbeddingDiversity, Vendi
 from sqdf_fast.report import save_samples
 
 VOID = frozenset({"meta", "link", "img", "br"})
@@ -139,8 +141,24 @@ def test_duels_are_at_the_weaker_ones_best(results):
     assert against["draft-1"].costs["unet_evaluations"] == pytest.approx(0.5)
     assert against["asleep"].level == pytest.approx(0.1)
     assert verdict(results) == (
-        "At equal proxy reward, the true reward of sqdf is higher than draft-1; lower than asleep."
+        "At equal proxy reward, the true reward of sqdf is higher than draft-1; lower than asleep. "
+        "Its diversity is higher than draft-1; lower than asleep."
     )
+
+
+def test_the_verdict_is_of_the_scores_that_were_measured(results):
+    def only(*scores: str) -> Results:
+        def judged(curve: Curve) -> Curve:
+            return replace(
+                curve, points=[replace(one, scores={name: one.scores[name] for name in scores}) for one in curve.points]
+            )
+
+        runs = [replace(run, curves=[judged(curve) for curve in run.curves]) for run in results.runs]
+        return make_results(results.protocol, runs, {}, {})
+
+    said = "At equal proxy reward, the diversity of sqdf is higher than draft-1; lower than asleep."
+    assert verdict(only("proxy_reward", "diversity")) == said
+    assert verdict(only("proxy_reward")) == "No score but the proxy reward was measured."
 
 
 def test_an_ablation_has_duels_with_its_variants(results):
@@ -154,13 +172,55 @@ def test_tables(results):
     assert heads[:4] == ["method", "proxy reward", "true reward", "diversity"]
     assert rows[0][2] == "3.000 [2.990, 3.010]"
     assert rows[0][-4:] == ["2,000", "200", "0:20", "1.0 MiB"]
-    assert rows[3] == ["gone", "failed: no <light>"]
+    assert rows[3] == ["gone", "no <light>"]
     assert equal_table(results, "")[1][2] == ["asleep", "reached by 0 of 2 seeds (best 0.100)"]
     assert equal_table(results, "gamma")[1][0][0] == "gamma-0.9 (sqdf itself)"
     assert duel_table(results, "")[1][0][:3] == ["draft-1", "2.000", "+0.500 [+0.500, +0.500]"]
     text = as_text(results)
     assert "At equal proxy reward 2.000, the best that every seed of draft-1 reached (not set by asleep" in text
     assert "ablation of gamma" in text
+
+
+def test_what_stands_at_the_level_before_training_says_so(results):
+    ahead = Runs("ahead", "ahead", "", {}, [curve(0, 3.0, 0.0)], [Path()], {})
+    points = [replace(one, scores={**one.scores, "proxy_reward": 5.0}) for one in ahead.curves[0].points]
+    ahead = replace(ahead, curves=[replace(ahead.curves[0], points=points)])
+    found = make_results(results.protocol, [*results.runs[:2], ahead, replace(ahead, free=True)], {}, {})
+    assert [row[0] for row in equal_table(found, "")[1]] == ["sqdf", "draft-1", "ahead (before training)", "ahead"]
+    assert [row[0] for row in end_table(found, "")[1]] == ["sqdf", "draft-1", "ahead", "ahead"]
+    assert [row[0] for row in duel_table(found, "")[1]] == ["draft-1", "ahead (ahead before training)", "ahead"]
+
+
+def test_differences_have_the_judges_that_were_asked_for(results):
+    def judged(run: Runs) -> Runs:
+        more = {"sharpness": 1.0, "lpips_diversity": 2.0, "vendi": 3.0}
+        points = [[replace(one, scores={**one.scores, **more}) for one in found.points] for found in run.curves]
+        return replace(run, curves=[replace(old, points=new) for old, new in zip(run.curves, points, strict=True)])
+
+    found = make_results(results.protocol, [judged(run) for run in results.runs], {}, {})
+    heads = ["against", "proxy reward", "true reward", "diversity", "sharpness", "lpips diversity", "UNet evals, ratio"]
+    assert duel_table(found, "")[0] == heads
+
+
+def test_tuning_says_what_it_guarded(results):
+    def said(**scores: list[float]) -> str:
+        points = [
+            Point(step, {"proxy_reward": 1.0, **{name: both[step] for name, both in scores.items()}}, {}, {})
+            for step in (0, 1)
+        ]
+        choices = {"sqdf": choose([Trial({}, Curve(0, points)), Trial({}, None)], results.protocol.tuning)}
+        return tuning_sentence(replace(results, choices=choices))
+
+    guarded = "Chosen: the highest last proxy reward of those that keep 90% of the base model's alignment. The true"
+    assert said(alignment=[1.0, 1.0]).startswith(guarded)
+    assert said().startswith("Chosen: the highest last proxy reward of all; nothing could be guarded. The true")
+    # No trial has ended yet.
+    assert tuning_sentence(replace(results, choices={})).startswith(guarded)
+
+
+def test_plots_know_which_judges_scores_are_better_low():
+    judges = [KernelDistance, FrechetDistance, EmbeddingDiversity, Vendi]
+    assert {"kl", *(judge.name for judge in judges if judge.better == "lower")} == set(LOWER)
 
 
 def test_json_holds_it_all(results, folder):
@@ -188,6 +248,7 @@ def test_the_page_nests_and_asks_the_network_for_nothing(results, folder):
     assert sum(address.startswith("data:image") for address in page.addresses) == 2 * (3 + 3)
     assert "Ablation: gamma" in text
     assert "no <light>" in text
+    assert "4 methods under one budget" in text
     assert "The true reward has no say." in text
     sheet = Image.open(folder / "plots" / "methods_pictures_at_equal_reward.png")
     # Rows: the base model's pictures are black, sqdf's at equal reward grey, draft-1's, at its end, white.
@@ -199,7 +260,7 @@ def test_a_page_without_any_finished_run(results, folder):
     found = make_results(results.protocol, empty, {}, {})
     page = Page(write_page(found, folder).read_text(encoding="utf-8"))
     assert "Fewer than two methods have finished runs." in " ".join(page.words)
-    assert "failed: not run yet" in as_text(found)
+    assert "sqdf     not run yet\n" in as_text(found)
 
 
 def test_the_front_is_what_nothing_beats():
