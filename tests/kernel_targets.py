@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sqdf_fast.kernels import native
+
+OPS = tuple(sorted(path.parent.name for path in Path(native.__file__).parent.glob("*/triton.py")))
+"""The fused ops: the folders of kernels/ with a Triton implementation. Lists of tests and benchmarks are held to it."""
 
 BUDGET = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative L2 error of a sample that a dtype is allowed; a fused kernel also twice what the reference errs."""

@@ -16,8 +16,8 @@ DIRECTIONS = ("forward", "backward", "both")
 GUIDANCE_SCALE = 7.5
 
 _LATENTS = {"sd15": (8, 4, 64, 64), "sdxl": (4, 4, 128, 128), "video": (1, 16, 13, 60, 90)}
-# Beyond the last-level cache in all (page.py says how far), yet every tensor below the 32 MiB from which glibc returns a block
-# to the system when it is freed and faults it in anew when it is allocated.
+# Beyond the last-level cache in all (page.py says how far), yet every tensor below the 32 MiB from which glibc returns
+# a block to the system when it is freed and faults it in anew when it is allocated.
 _BEYOND_CACHE = {"cpu": (3, 16, 13, 60, 90), "cuda": (32, 16, 13, 60, 90)}
 _BATCHES = {"batch64": (64,), "4x64": (4, 64)}
 _TOY = {

@@ -1,13 +1,31 @@
 from __future__ import annotations
 
+import importlib.util
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from fused_ops import cases
+from fused_ops import cases, setups
 from fused_ops.traffic import bytes_moved
+from kernel_targets import OPS
+from record import FUSED_OPS
 
 from sqdf_fast.errors import UserError
+
+BENCH = Path(cases.__file__).parents[1]
+
+
+def test_every_fused_op_is_measured_reported_and_filed():
+    spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "conftest.py")
+    spec.loader.exec_module(conftest := importlib.util.module_from_spec(spec))
+    files = "".join(path.read_text(encoding="utf-8") for path in BENCH.glob("test_*.py"))
+    for listed in (FUSED_OPS, conftest.OPS, re.findall(r'^OP = "(\w+)"$', files, re.MULTILINE)):
+        assert sorted(listed) == sorted(OPS)
+    for op in OPS:
+        problem = next(cases.cases(op, ["cpu"], toy=True)).problem
+        assert setups.make(problem).problem.op == op
 
 
 def test_rows_and_their_names():

@@ -3,6 +3,7 @@
 # ruff: noqa: N803 (compile-time constants of a kernel are capitals everywhere in this field)
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_targets import OPS
+
+from sqdf_fast.kernels import native
 
 triton = pytest.importorskip("triton", reason="no Triton wheel for this platform")
 tl = triton.language
 
 GATE = Path(__file__).with_name("gate.py")
+KERNELS = Path(native.__file__).parent
 BLOCK = 1024
 
 
@@ -32,7 +37,36 @@ def test_every_kernel_dtype_and_architecture_passes():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, GATE, "--quick"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "182 compiled: 26 kernels on 7 architectures\n"
+    assert done.stdout == "210 compiled: 30 kernels on 7 architectures\n"
+
+
+def launches_in_source():
+    """(op, kernel) of every launch, `kernel[grid](...)`, in the Triton implementations."""
+    found = set()
+    for op in OPS:
+        tree = ast.parse((KERNELS / op / "triton.py").read_text(encoding="utf-8"))
+        calls = (node.func.value for node in ast.walk(tree) if isinstance(node, ast.Call) and is_subscript(node.func))
+        found |= {(op, kernel.id) for kernel in calls}
+    return found
+
+
+def is_subscript(node):
+    return isinstance(node, ast.Subscript)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_gate_compiles_every_kernel_that_is_launched(gate, quick, monkeypatch):
+    """A kernel that `calls` misses would be compiled by nobody."""
+    launched = set()
+
+    def note(kernel, *arguments, grid, warmup, **keywords):
+        launched.add((kernel.fn.__module__.split(".")[-2], kernel.fn.__name__))
+
+    monkeypatch.setattr(gate.JITFunction, "run", note)
+    for call in gate.calls(quick):
+        call()
+    assert launched == launches_in_source()
+    assert {op for op, _ in launched} == set(OPS)
 
 
 def copy(x, out, n_elements, BLOCK: tl.constexpr):

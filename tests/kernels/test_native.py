@@ -178,18 +178,20 @@ def test_instruction_sets_give_the_same_bits(
 @pytest.mark.usefixtures("threads", "cached_traffic")
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 16), (3, 1, 17), (2, 2, 8208), (3, 2, 12001)])
+@pytest.mark.parametrize("shape", [(2, 16), (3, 1, 272), (2, 2, 8208), (3, 2, 12000)])
 def test_past_the_cache_go_the_same_bits(
-    shape: tuple[int, ...], dtype: torch.dtype, guidance_scale: float, count: int, instruction_sets: list[str]
+    shape: tuple[int, ...], guidance_scale: float, count: int, instruction_sets: list[str]
 ) -> None:
+    """Of float32 rows that are whole cache lines: no others are written past the cache."""
     torch.set_num_threads(count)
     for name in instruction_sets:
         native.limit_instruction_set(name)
         native.limit_cached_traffic(2**62)
-        cached = every_result(shape, guidance_scale, dtype)
+        cached = every_result(shape, guidance_scale, torch.float32)
         native.limit_cached_traffic(0)
-        assert_same_bits(every_result(shape, guidance_scale, dtype), cached)
+        streamed = every_result(shape, guidance_scale, torch.float32)
+        assert all(t.data_ptr() % 64 == 0 and t[0].numel() % 16 == 0 for t in streamed.values() if t.ndim > 1)
+        assert_same_bits(streamed, cached)
 
 
 @needs_native

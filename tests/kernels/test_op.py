@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_targets import OPS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,6 +62,21 @@ def calls(impl, device):
 
 
 CASES = list(calls("native", "cpu"))
+
+
+def test_memory_is_poisoned():
+    """What the tests of this folder rely on: an element that an op forgets to write is not a number."""
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(1).new_empty(3).isnan().all()
+    assert torch.empty_like(torch.ones(3, dtype=HALF)).isnan().all()
+
+
+def test_every_operator_has_cases():
+    """Those of the optimizer's CPU step apart: they change their arguments and have tests of their own."""
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sqdf_fast::")}
+    registered = {name.split("::")[1].split(".")[0] for name in registered} - {"adamw_8bit", "adamw_32bit"}
+    assert {op._qualified_op_name.split("::")[1] for op, _ in calls("reference", "cpu").values()} == registered
+    assert {name.removesuffix("_backward").removesuffix("_normal") for name in registered} == set(OPS)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -152,6 +168,39 @@ def test_compiled_once_for_every_batch_size(fused):
         for a, b in zip(compiled(*inputs), step(*inputs), strict=True):
             assert torch.equal(a, b)
     assert len(graphs) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_cuda_graph_replays_with_new_inputs():
+    """Forward and backward captured once; what is copied into the inputs, seeds included, is what a replay computes."""
+
+    def step(x, policy, reference, table, index, _, seed):
+        inputs = x.requires_grad_(), policy.requires_grad_()
+        outputs = denoise_step(*inputs, reference, table, index, guidance_scale=5.0, seed=seed, impl="triton")
+        cotangents = torch.ones_like(outputs[0]), torch.ones_like(outputs[1])
+        return [t.detach() for t in (*outputs, *torch.autograd.grad(outputs, inputs, cotangents))]
+
+    placed = tensors("cuda")
+    side = torch.cuda.Stream()  # what is compiled, allocated once or loaded lazily must not fall into the capture
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            first = step(*placed)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*placed)
+
+    x, policy, reference, table, index, noise, seed = tensors("cuda")
+    others = [x + 1, policy - 1, 2 * reference, 0.5 * table, 1 - index, noise, seed - 12345]
+    with torch.no_grad():
+        for place, other in zip(placed, others, strict=True):
+            place.copy_(other)
+    graph.replay()
+    expected = step(*others)
+    for found, fresh, before in zip(captured, expected, first, strict=True):
+        assert torch.equal(found, fresh)
+        assert not torch.equal(found, before)
 
 
 def test_fake_tensors_run_a_whole_step(fused):

@@ -56,9 +56,10 @@ def check(target, dtype, shape, g, **keywords):
     truth = differentiate(lambda x, output: define(x, output, index, g), x.double(), output.double(), grad.double())
     found = run(target, x, output, index, g, grad)
     plain = run(Target("cpu", "reference"), x, output, index, g, grad)
-    # what is added up may cancel: an error is then relative to the terms
+    # of one element or a few, what is added up may cancel: an error is relative to the terms there
     sizes = output.abs() if g <= 1 else torch.cat([-output.abs()[: len(x)], output.abs()[len(x) :]])
     terms = define(x.abs(), sizes, index, g, POSTERIOR.abs()).flatten(1).norm(dim=1, keepdim=True)
+    terms = terms if x[0].numel() < 100 else None
     for value, expected, reference in zip(found, truth, plain, strict=True):
         assert value.dtype == dtype
         assert_within_budget(value, expected, dtype, reference if target.impl != "reference" else None, terms)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_targets import targets
+from kernel_targets import OPS, targets
 
 from sqdf_fast.kernels import denoise_step, discounted_loss, philox_normal
 from sqdf_fast.kernels import triton as shared
@@ -18,8 +18,7 @@ from sqdf_fast.kernels.philox import philox_uint32
 from sqdf_fast.kernels.philox.reference import philox_4x32
 
 HERE = Path(__file__).parent
-INTERPRETED = ("denoise_step", "posterior_mean", "discounted_loss", "op", "triton")
-OPS = ("denoise_step", "posterior_mean", "discounted_loss", "philox")
+INTERPRETED = (*OPS, "op", "triton")
 CPU = torch.device("cpu")
 
 
