@@ -13,7 +13,7 @@ from sqdf_fast.config import Config
 from sqdf_fast.engine.noise import Stream, sample_seeds
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.errors import UserError
-from sqdf_fast.families import Family, load_family
+from sqdf_fast.families import Family, load_family, set_attention
 from sqdf_fast.kernels.philox import derive_seed
 from sqdf_fast.prompts import load_prompts
 from sqdf_fast.schedule import DenoisingSchedule
@@ -58,8 +58,8 @@ def load_backbone(config: Config, policy: str | None = None) -> Backbone:
         dtype=pick_dtype(config.dtype, device),
         resolution=config.resolution,
         quantization=config.execution.quantization,
-        attention=config.execution.attention,
     )
+    set_attention(family, config.execution.attention, device)
     if not family.guided and config.sampling.guidance_scale != 1:
         raise UserError(
             f"model {config.model!r} is guidance-distilled and sampling.guidance_scale is "

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from sqdf_fast.families.family import Conditioning, Defaults, Family
-from sqdf_fast.families.loading import KNOWN_MODELS, family_from_configs, known_model, load_family
+from sqdf_fast.families.loading import KNOWN_MODELS, family_from_configs, known_model, load_family, set_attention
 
-__all__ = ["KNOWN_MODELS", "Conditioning", "Defaults", "Family", "family_from_configs", "known_model", "load_family"]
+__all__ = [
+    "KNOWN_MODELS",
+    "Conditioning",
+    "Defaults",
+    "Family",
+    "family_from_configs",
+    "known_model",
+    "load_family",
+    "set_attention",
+]

@@ -56,7 +56,6 @@ def load_family(
     dtype: torch.dtype,
     resolution: int | None = None,
     quantization: Quantization = "none",
-    attention: Attention = "auto",
 ) -> PipelineFamily:
     """Load ``model``: 'shapes', a name in KNOWN_MODELS, a diffusers folder, or a hub id.
 
@@ -64,11 +63,10 @@ def load_family(
         device, dtype: of the frozen weights of network and VAE; text encoders go there while they run, if they fit.
         resolution: side of the square pictures in pixels; default: what the network was trained for.
         quantization: of the network's linear layers, by bitsandbytes; needs a CUDA device.
-        attention: see `set_attention`.
 
     Raises:
         UserError: there is no such model, a file of it is damaged, its pipeline is of no supported family, or the
-            quantization, the attention or the resolution cannot be had.
+            quantization or the resolution cannot be had.
     """
     options: dict[str, Any] = {"resolution": resolution}
     source = KNOWN_MODELS.get(model, model)
@@ -96,8 +94,7 @@ def load_family(
         raise UserError(
             f"model {model!r} cannot be loaded ({_reason(error)}); check the folder or id, and the network"
         ) from None
-    loaded = family(pipeline, **options)
-    set_attention(loaded, attention)
+    loaded: PipelineFamily = family(pipeline, **options)
     return loaded
 
 
@@ -139,20 +136,21 @@ def family_from_configs(
         raise UserError(f"model {model!r} has a configuration that cannot be read ({_reason(error)})") from None
 
 
-def set_attention(family: PipelineFamily, attention: Attention) -> None:
+def set_attention(family: PipelineFamily, attention: Attention, device: torch.device) -> None:
     """Choose the attention implementation of the network.
 
     Args:
         attention: "auto": diffusers' default. "native": torch's scaled_dot_product_attention. "xformers".
+        device: where the network will run, wherever its weights are now.
 
     Raises:
-        UserError: xformers is not installed, or does not run on the family's device.
+        UserError: xformers is not installed, or does not run on the device.
     """
     if attention == "auto":
         return
     try:
-        if attention == "xformers" and family.device.type != "cuda":
-            raise RuntimeError(f"xformers runs on CUDA devices, this one is {family.device}")
+        if attention == "xformers" and device.type != "cuda":
+            raise RuntimeError(f"xformers runs on CUDA devices, this one is {device}")
         family.network.set_attention_backend(attention)
         if attention == "xformers":
             # The processors of UNets and Stable Diffusion 3 know no backends; they have a switch of their own.

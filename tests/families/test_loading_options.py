@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
+from tiny_families import WRITERS
 
+from sqdf_fast import assembly
+from sqdf_fast.config import make_config
 from sqdf_fast.errors import UserError
-from sqdf_fast.families import load_family
+from sqdf_fast.families import load_family, set_attention
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def refused(model, **options):
@@ -59,16 +65,58 @@ def test_quantisation_without_cuda_is_refused_before_anything_is_loaded(models, 
     assert not requested
 
 
-@pytest.mark.parametrize("name", ["stable-diffusion", "flux"])
-def test_attention_backends(models, name):
-    family = load_family(str(models[name]), device=CPU, dtype=torch.float32, resolution=32, attention="native")
-    backends = {
-        str(getattr(module.processor, "_attention_backend", "native"))
-        for module in family.network.modules()
-        if hasattr(module, "processor")
-    }
-    assert {backend.lower().rpartition(".")[2] for backend in backends} == {"native"}
-    assert "runs on CUDA devices" in refused(models[name], attention="xformers")
+def processors(network) -> list:
+    return [module.processor for module in network.modules() if hasattr(module, "processor")]
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3"])
+def test_native_attention_of_unets_and_stable_diffusion_3_is_torchs(models, name):
+    family = load_family(str(models[name]), device=CPU, dtype=torch.float32)
+    set_attention(family, "native", CPU)
+    # Processors of these classes call scaled_dot_product_attention and nothing else.
+    assert {type(processor) for processor in processors(family.network)} <= {AttnProcessor2_0, JointAttnProcessor2_0}
+
+
+def test_native_attention_of_flux_is_a_backend(models):
+    family = load_family(str(models["flux"]), device=CPU, dtype=torch.float32)
+    set_attention(family, "native", CPU)
+    assert {processor._attention_backend for processor in processors(family.network)} == {"native"}
+
+
+@pytest.mark.parametrize("residency", ["resident", "staged"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_xformers_reaches_every_attention_layer_wherever_the_weights_wait(models, monkeypatch, name, residency):
+    switched, backends = [], []
+    monkeypatch.setattr(
+        Attention,
+        "set_use_memory_efficient_attention_xformers",
+        lambda layer, use: switched.append((id(layer), use)),
+    )
+    monkeypatch.setattr(ModelMixin, "set_attention_backend", lambda network, backend: backends.append(backend))
+    # The run's device is a GPU that is not here: weights to be moved there stay.
+    monkeypatch.setattr(assembly, "pick_device", lambda name: CUDA)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *device, **options: module)
+    monkeypatch.setattr(
+        assembly, "Backbone", lambda family, **options: SimpleNamespace(family=family, policy_parameters={})
+    )
+    config = make_config(
+        "shapes",
+        assignments={
+            "model": str(models[name]),
+            "dtype": "float32",
+            "objective": {"lookahead": "tweedie"},
+            "sampling": {"guidance_scale": 1},
+            "execution": {"attention": "xformers", "residency": residency},
+        },
+    )
+    family = assembly.load_backbone(config).family
+    assert family.device == CUDA
+    assert backends == ["xformers"]
+    layers = [module for module in family.network.modules() if isinstance(module, Attention)]
+    assert switched == [(id(layer), True) for layer in layers]
+    assert len(layers) == (0 if name == "flux" else len(processors(family.network)))
+    with pytest.raises(UserError, match="runs on CUDA devices, this one is cpu"):
+        set_attention(family, "xformers", CPU)
 
 
 def test_short_names_stand_for_hub_ids(monkeypatch):
