@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,18 @@ class _Part:
 def _frozen(modules: Iterable[nn.Module], seen: set[int]) -> list[Tensor]:
     tensors = []
     for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in (*module.parameters(), *module.buffers(), *_scales(module)):
             if not tensor.requires_grad and id(tensor) not in seen:
                 seen.add(id(tensor))
                 tensors.append(tensor)
     return tensors
+
+
+def _scales(module: nn.Module) -> Iterator[Tensor]:
+    """Scales and code books of bitsandbytes' 4-bit weights, which are neither parameters nor buffers."""
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            yield from (state.absmax, state.code)
+            # Where the scales are quantised themselves.
+            state = state.state2

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
@@ -54,6 +55,33 @@ def test_what_is_trained_stays():
         adapter.weight.fill_(2)
     residency.use("network")
     assert (adapter.weight == 2).all()
+
+
+def tensors_of(layer: bitsandbytes.nn.Linear4bit) -> list[torch.Tensor]:
+    """Everything of a 4-bit layer that grows with its weight, and its code books."""
+    outer = layer.weight.quant_state
+    states = [outer] if outer.state2 is None else [outer, outer.state2]
+    return [layer.weight, layer.bias, *(tensor for state in states for tensor in (state.absmax, state.code))]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["float32 scales", "quantised scales"])
+def test_of_a_4_bit_layer_nothing_stays_and_its_output_comes_back(nested):
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(
+        512, 256, quant_type="nf4", compress_statistics=nested, compute_dtype=torch.float32
+    ).to(CPU)
+    layer.requires_grad_(False)
+    x = torch.randn(3, 512, requires_grad=True)
+    before = layer(x)
+    (slope,) = torch.autograd.grad(before.square().sum(), x)
+    assert len(tensors_of(layer)) == (6 if nested else 4)
+    residency = make({"network": layer, "decoder": nn.Linear(2, 2).requires_grad_(False)})
+    residency.use("decoder")
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(layer)) == 0
+    residency.use("network")
+    assert torch.equal(layer(x), before)
+    (again,) = torch.autograd.grad(layer(x).square().sum(), x)
+    assert torch.equal(again, slope)
 
 
 def test_a_shared_tensor_belongs_to_the_first_part():
