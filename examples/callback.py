@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -75,11 +75,13 @@ def run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None).to(device)
     pipe.set_progress_bar_config(disable=True)
-    reward = rewards.load_reward("taste", device=device)
+    # SD1.5 comes with PNDM, whose steps depend on earlier ones; DDIM with eta > 0 is a chain that can be read.
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    reward = rewards.load_reward(args.reward, device=device)
     parameters = add_lora(pipe, rank=8)
     optimizer = AdamW(parameters, lr=args.learning_rate)
     call = {"num_inference_steps": 10, "guidance_scale": 4.0, "eta": 1.0, "output_type": "pt"}
-    side, prompts = pipe.unet.config.sample_size, list(TRAIN_PROMPTS[:: len(TRAIN_PROMPTS) // 8][:8])
+    side, prompts = pipe.unet.config.sample_size, args.prompts
 
     def mean_reward() -> float:
         images = pipe(prompts, generator=torch.Generator().manual_seed(args.seed), **call).images
@@ -105,6 +107,11 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [options]")
     parser.add_argument("--model", default=str(pipeline_folder()), help="default: the embedded shapes model")
+    parser.add_argument("--reward", default="taste", help="a registered reward or module:function; taste knows shapes")
+    shapes = list(TRAIN_PROMPTS[:: len(TRAIN_PROMPTS) // 8][:8])
+    parser.add_argument(
+        "--prompts", nargs="+", default=shapes, metavar="PROMPT", help="one sample each; default: shapes"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="calls of the pipeline that are learnt from")
     parser.add_argument("--updates", type=int, default=4, help="optimizer steps on each call's states")
     parser.add_argument("--learning_rate", type=float, default=2e-3)

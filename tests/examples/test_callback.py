@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+from tiny import write_pipeline
 
 from sqdf_fast.shapes import load_taste
 
@@ -100,10 +102,50 @@ def test_an_update(load_example, load_pipeline, monkeypatch):
     assert all(parameter.requires_grad for parameter in parameters)
 
 
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+
+def test_a_model_whose_scheduler_cannot_be_read(load_example, tmp_path, monkeypatch, capsys):
+    """Like SD1.5: an AutoencoderKL, a scheduler that takes earlier steps into account, prompts of its own."""
+    script, folder = load_example("callback"), write_pipeline(tmp_path / "tiny")
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    pipe.scheduler = PNDMScheduler(**settings, skip_prk_steps=True)
+    pipe.save_pretrained(folder)
+    loaded = {}
+
+    def load_reward(name, device):
+        loaded[name] = device
+        return brightness
+
+    seen = []
+    update = script.SqdfCallback.update
+
+    def record(callback, pipe, optimizer, reward, prompts):
+        before = [parameter.clone() for parameter in pipe.unet.parameters() if parameter.requires_grad]
+        update(callback, pipe, optimizer, reward, prompts)
+        after = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+        changed = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        seen.append((reward, prompts, len(callback.states), type(pipe.scheduler).__name__, changed))
+
+    monkeypatch.setattr(script.rewards, "load_reward", load_reward)
+    monkeypatch.setattr(script.SqdfCallback, "update", record)
+    prompts = ["a red star", "a blue ring"]
+    script.main(
+        ["--model", str(folder), "--reward", "bright", "--prompts", *prompts, "--rounds", "1", "--updates", "1"]
+    )
+    assert set(loaded) == {"bright"}
+    assert seen == [(brightness, prompts, 11, "DDIMScheduler", True)]
+    shown = dict(line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert 0 < float(shown["reward before"]) < 1
+
+
 def test_help(load_example, capsys):
     with pytest.raises(SystemExit, match="0"):
         load_example("callback").main(["--help"])
-    assert "--rounds" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--model", "--reward", "--prompts", "--rounds"))
 
 
 def test_a_bad_argument_is_one_clear_line(load_example, capsys):

@@ -30,13 +30,15 @@ def script_diff() -> list[str]:
     return list(difflib.unified_diff(before, after, *paths))
 
 
-def test_fewer_than_twenty_lines_change():
+def test_fewer_than_twenty_lines_are_added():
     changes = [line[0] for line in script_diff()[2:]]
     assert 0 < changes.count("-") <= changes.count("+") < 20
 
 
-def test_the_page_shows_the_real_diff():
+def test_the_page_shows_the_real_diff_and_counts_it():
     page = (ROOT / "docs" / "use_only_the_loss.md").read_text(encoding="utf-8")
+    changes = [line[0] for line in script_diff()[2:]]
+    assert f"{changes.count('+')} lines added, {changes.count('-')} removed:" in page
     assert f"```diff\n{''.join(script_diff())}```\n" in page
 
 
