@@ -15,6 +15,9 @@ from pathlib import Path
 
 from sqdf_fast import __version__
 
+CPU_OPS = ("adamw_8bit",)
+"""Ops that nothing takes on a GPU: there the 8-bit optimizer is bitsandbytes'."""
+
 
 @dataclass(frozen=True)
 class Package:
@@ -86,7 +89,7 @@ def facts() -> Facts:
         gpu_reason=gpu_reason,
         native=f"{native.instruction_set()}, ABI {native.ABI_VERSION}" if native.available() else None,
         native_reason=native.unavailable_reason(),
-        choices=[choose(op, device) for device in devices for op in ops()],
+        choices=[choose(op, device) for device in devices for op in ops() if device == "cpu" or op not in CPU_OPS],
     )
 
 

@@ -27,6 +27,17 @@ def test_every_op_is_listed_with_the_implementation_it_takes() -> None:
     assert choice.implementation not in choice.reasons
 
 
+def test_the_optimizer_s_op_is_listed_for_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the engine takes bitsandbytes."""
+    card = info.Gpu(0, "Card", (9, 0), 2**30, 2**30, None, None)
+    monkeypatch.setattr(info, "_gpus", lambda: ([card], None))
+    listed = [(choice.op, choice.device) for choice in info.facts().choices]
+    assert listed == [
+        *((op, "cpu") for op in ("adamw_8bit", "denoise_step", "discounted_loss", "philox", "posterior_mean")),
+        *((op, "cuda") for op in ("denoise_step", "discounted_loss", "philox", "posterior_mean")),
+    ]
+
+
 def test_the_report_says_which_implementation_and_why() -> None:
     found = info.facts()
     text = info.report(found)
