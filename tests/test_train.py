@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from fake_gpu import CUDA, Cuda, fake_cuda, fake_nvml
 from safetensors.torch import load_file
 from tiny import write_pipeline
 
-from sqdf_fast import trainer
+from sqdf_fast import train, trainer
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.checkpoint import read_checkpoint
 from sqdf_fast.config import make_config
@@ -25,7 +27,8 @@ from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.errors import UserError
 from sqdf_fast.inference import draw
 from sqdf_fast.kernels.denoise_step import native as denoise_step_native
-from sqdf_fast.plan import Planner
+from sqdf_fast.plan import Plan, Planner
+from sqdf_fast.plan.device import CONTEXT_BYTES, GIB
 from sqdf_fast.report import read_metrics
 from sqdf_fast.train import continue_run, new_run
 from sqdf_fast.trainer import Interrupted
@@ -473,6 +476,73 @@ def test_executors_train_the_same_lora(model, folder, execution):
     new_run(config(model, dtype="float64", steps=3, execution=execution), folder / "staged")
     truth, found = final(folder / "joint"), final(folder / "staged")
     assert (found - truth).norm() / truth.norm() < 1e-9
+
+
+PLANNED = {"execution.executor": "staged", "execution.network_rows": 1}
+
+
+@pytest.fixture
+def held(monkeypatch) -> Cuda:
+    """A GPU of 24 GiB, of which others hold one. Runs on it are planned, capped, begun and do nothing.
+
+    Its ``asked`` are budget and card of every plan, its ``begun`` configuration and planned bytes of every run.
+    """
+    cuda, nvml = fake_cuda(monkeypatch), fake_nvml(monkeypatch)
+    cuda.nvml, cuda.asked, cuda.begun = nvml, [], []
+    nvml.used, nvml.computing = 4 * GIB, [(os.getpid(), 3 * GIB), (-7, GIB)]
+
+    def plan(config, vram, *, device_name, **options):
+        cuda.asked.append((vram, device_name))
+        numbers = {"vram_gib": vram / GIB, "peak_gib": 14.0, "reserve_gib": 2.0}
+        return Plan(True, config.model, device_name, *numbers.values(), "staged", 1, PLANNED, (), 1.0, 1.0)
+
+    def begin(config, run, progress, interrupted):
+        cuda.begun.append((config, progress.planned_bytes))
+        return SimpleNamespace(preflight=lambda: None, resume=lambda: None)
+
+    monkeypatch.setattr(train, "pick_device", lambda name: CUDA)
+    monkeypatch.setattr(train, "make_plan", plan)
+    monkeypatch.setattr(train, "Trainer", begin)
+    monkeypatch.setattr(train, "_finish", lambda trainer: "done")
+    return cuda
+
+
+@pytest.mark.parametrize(("vram", "budget", "allowed"), [("24G", 24, 23), ("80%", 19.2, 19.2), ("18G", 18, 18)])
+def test_a_run_and_its_continuation_are_held_to_their_budget(model, folder, held, capsys, vram, budget, allowed):
+    run = folder / "run"
+    new_run(config(model, vram=vram, dtype="bfloat16"), run)
+    assert held.asked == [(int(budget * GIB), "NVIDIA GeForce RTX 4090")]
+    # The share of the whole card that is left to the allocator: what others hold and the context are not.
+    fraction = (allowed - CONTEXT_BYTES / GIB) / 24
+    assert held.fractions == [pytest.approx(fraction, rel=1e-9)]
+    (begun,) = held.begun
+    assert (begun[0].execution.executor, begun[0].execution.network_rows) == ("staged", 1)
+    assert begun[1] == 14 * GIB
+    said = "cuda:0: 10.0 of 24.0 GiB free; 1 other process holds 1.0 GiB"
+    assert said in capsys.readouterr().err
+    continue_run(run)
+    assert len(held.asked) == 1
+    assert held.fractions == [pytest.approx(fraction, rel=1e-9)] * 2
+    assert held.begun[1] == begun
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_that_others_leave_no_room_is_refused_again_and_again(model, folder, held):
+    run = folder / "run"
+    new_run(config(model, vram="24G", dtype="bfloat16"), run)
+    held.nvml.used, held.nvml.computing = 13 * GIB, [(os.getpid(), 3 * GIB), (-7, 10 * GIB)]
+    for again in (
+        lambda: continue_run(run),
+        lambda: new_run(config(model, vram="24G", dtype="bfloat16"), folder / "other"),
+    ):
+        with pytest.raises(UserError, match=r"16\.0 GiB of cuda:0 cannot be had: 1 other process holds 10\.0"):
+            again()
+    assert len(held.begun) == 1
+
+
+def test_without_a_budget_a_run_is_not_capped(model, folder, held):
+    new_run(config(model), folder / "run")
+    assert (held.asked, held.fractions, held.begun[0][1]) == ([], [], None)
 
 
 def test_half_the_joint_peak_is_enough_and_gives_the_same_weights(folder, monkeypatch):
