@@ -50,7 +50,7 @@ def app() -> None:
     "--preset", help="Named hyperparameters: shapes, aesthetic, sdxl, sd35, flux, hpsv2, hpsv2-script, black-box."
 )
 @click.option("--model", help="'shapes', a diffusers folder, or a hub id. Default: SD1.5 with a CUDA GPU, else shapes.")
-@click.option("--reward", help="A registered reward (taste, aesthetic, ...) or module:function of your own.")
+@click.option("--reward", help="A registered one (taste, ...), module:function, or a sum: aesthetic*1.0 + clip*0.5.")
 @click.option("--prompts", help="A named set (shapes, animals) or a text file, one prompt a line.")
 @click.option("--output", type=click.Path(path_type=Path), help="New run folder. Default: runs/MODEL-REWARD-NNN.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Run folder to continue; takes no other settings.")
@@ -273,7 +273,7 @@ def rewards(as_json: bool) -> None:
 @click.option("--protocol", "file", type=click.Path(path_type=Path), help="YAML file of a study; docs/compare.md.")
 @click.option("--preset", help="Named hyperparameters, as for train.")
 @click.option("--model", help="'shapes', a diffusers folder, or a hub id.")
-@click.option("--reward", help="What is trained on.")
+@click.option("--reward", help="What is trained on: a registered one, module:function, or a sum, as for train.")
 @click.option("--prompts", help="A named set or a text file, one prompt a line.")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, for all methods.")
@@ -295,8 +295,8 @@ def compare(
 ) -> None:
     """Train several methods on several seeds under one budget, and report them side by side; docs/compare.md.
 
-    Killed at any time, the same command goes on: finished runs stay, a broken-off one loses at most the work since its
-    last evaluation. Exit status 1 when a run failed.
+    Killed at any time, --resume FOLDER (or the same command with --output FOLDER) goes on: finished runs stay, a
+    broken-off one loses at most the work since its last evaluation. Exit status 1 when a run failed.
     """
     from sqdf_fast.compare.command import compare as run_comparison
     from sqdf_fast.compare.command import protocol_of, stored_protocol
@@ -318,7 +318,6 @@ def compare(
         names = _names(methods) or ([] if file else _names("sqdf" if ablate else "sqdf,draft-1,refl,ddpo"))
         protocol = protocol_of(values, layers, names, **whole)
         folder = output or RunFolder.next_free(Path("runs"), "compare")
-    click.echo(f"Comparing in {folder}", err=True)
     try:
         table, failed = run_comparison(protocol, folder, jobs)
     except Stopped:
@@ -327,7 +326,8 @@ def compare(
     click.echo(f"{table}\n\n{folder / 'report.html'}")
     if failed:
         first, reason = next(iter(failed.items()))
-        click.echo(f"{len(failed)} runs failed; {first}: {reason}. The same command tries them again.", err=True)
+        again = f"Try them again with: sqdf-fast compare --resume {folder}"
+        click.echo(f"{len(failed)} runs failed; {first}: {reason}. {again}", err=True)
         click.get_current_context().exit(1)
 
 

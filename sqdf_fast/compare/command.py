@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sqdf_fast.algorithms import ALGORITHMS
 from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.compare.curves import Curve, read_curve
 from sqdf_fast.compare.jobs import Free, Job, check_settings, job_config
 from sqdf_fast.compare.methods import ablation, method_config
+from sqdf_fast.compare.names import look_up
 from sqdf_fast.compare.page import write_page
 from sqdf_fast.compare.pool import make_places, run_jobs
 from sqdf_fast.compare.progress import CompareProgress
-from sqdf_fast.compare.protocol import Protocol, dotted, dump_protocol, make_protocol, read_protocol, refuse_other
+from sqdf_fast.compare.protocol import Protocol, dotted, dump_protocol, grown, make_protocol, read_protocol
 from sqdf_fast.compare.results import Results, Runs, make_results, write_results
 from sqdf_fast.compare.table import as_text
 from sqdf_fast.compare.tuning import Choice, Trial, choose
@@ -46,7 +48,7 @@ class Variant:
 
 
 class Comparison:
-    """A folder and its protocol.
+    """A folder and its protocol; where the folder has one already, that one and what is new in the given one.
 
     protocol.yaml, tuning/METHOD/trial-N/ and runs/METHOD/seed-N/ (run folders, a log beside each), results.json,
     report.html, plots/.
@@ -56,6 +58,11 @@ class Comparison:
     """
 
     def __init__(self, protocol: Protocol, folder: Path) -> None:
+        known = folder / PROTOCOL
+        if known.exists():
+            protocol = grown(make_protocol(read_protocol(known)), protocol, folder)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and holds no comparison; choose another --output")
         self.protocol, self.folder = protocol, folder
         self.base = protocol.base()
         self.own = {name: protocol.settings_of(name) for name in protocol.methods}
@@ -65,11 +72,6 @@ class Comparison:
             for trial in method.tried:
                 method_config(self.base, name, {**self.own[name], **trial})
         self._expand({name: {} for name in protocol.methods})
-        known = folder / PROTOCOL
-        if known.exists():
-            refuse_other(make_protocol(read_protocol(known)), protocol, folder)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and holds no comparison; choose another --output")
 
     def run(self, jobs: int | None = None) -> tuple[Results, dict[str, str]]:
         """Run what is not there yet and write results and report.
@@ -81,17 +83,20 @@ class Comparison:
             the results, and of the runs that failed, name and reason.
 
         Raises:
-            UserError: another process works in the folder; the disk refuses. Stopped: by the user; what is finished
-                stays finished.
+            UserError: something that the runs need is not there; another process works in the folder; the disk
+                refuses. Stopped: by the user; what is finished stays finished.
         """
+        trials = self._trials()
+        later = [job for variant in self._expand({name: {} for name in self.own}) for job in self._jobs(variant)]
+        if not all(job.ended for job in (*trials, *later)):
+            look_up(self.base, [name for name in self.own if self._follows_the_gradient(name)])
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with _alone(self.folder):
             _write(self.folder / PROTOCOL, dump_protocol(self.protocol))
-            trials = self._trials()
             places = make_places(jobs, self.base.device)
-            later = [job for variant in self._expand({name: {} for name in self.own}) for job in self._jobs(variant)]
             with CompareProgress(len(trials) + len(later)) as progress:
+                progress.message(f"Comparing in {self.folder}")
                 progress.known([job for job in trials if job.ended])
                 failed = run_jobs(trials, places, progress)
                 choices = self._choices(failed)
@@ -194,6 +199,11 @@ class Comparison:
 
     def _kind(self, name: str) -> str:
         return self.protocol.methods[name].like or name
+
+    def _follows_the_gradient(self, name: str) -> bool:
+        if self.protocol.strengths_of(name):
+            return self._kind(name) == "guided"
+        return ALGORITHMS[method_config(self.base, name, self.own[name]).algorithm].needs_gradient
 
     def _place_of(self, seed: int) -> int:
         return (*self.protocol.seeds, *(self.protocol.ablate_seeds or ())).index(seed)

@@ -55,6 +55,7 @@ SHARED = (
     "steps",
     "limits",
     "evaluation",
+    "monitor",
     "checkpoint_every",
 )
 
@@ -89,16 +90,21 @@ ABLATIONS: dict[str, Callable[[Config], dict[str, Settings]]] = {
 }
 
 
-def builtin(name: str) -> Settings:
-    """The settings of a method of the table. Raises UserError for an unknown name."""
-    if name in TRAINING_FREE:
-        return dict(_BLIND)
-    if name not in METHODS:
+def builtin(name: str, base: str = "network") -> Settings:
+    """The settings of a method of the table.
+
+    Args:
+        base: ``policy.base`` that all methods share; a consistency model looks ahead itself, whatever the algorithm.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name not in METHODS and name not in TRAINING_FREE:
         close = difflib.get_close_matches(name, [*METHODS, *TRAINING_FREE], n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         known = ", ".join([*METHODS, *TRAINING_FREE])
         raise UserError(f"method {name!r} is unknown; {hint}known: {known}; a protocol file may define others")
-    return dict(METHODS[name])
+    return {key: value for key, value in METHODS.get(name, _BLIND).items() if base == "network" or key not in _BLIND}
 
 
 def method_config(base: Config, name: str, settings: Mapping[str, Any]) -> Config:

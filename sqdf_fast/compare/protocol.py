@@ -117,15 +117,26 @@ class Protocol(Section):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"method name {name!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
             builtin(method.like or name)
-            if method.strengths and (method.like or name) not in TRAINING_FREE:
-                raise ValueError(f"method {name!r} has strengths; only {' and '.join(TRAINING_FREE)} have any")
+            _check_strengths(name, method)
         for axis in self.ablate:
             if axis not in ABLATIONS:
                 raise ValueError(f"ablate: {axis!r} is unknown; allowed: {', '.join(ABLATIONS)}")
-        if self.ablate and self.ablated not in self.methods:
-            raise ValueError(f"ablate varies the method {self.ablated!r}, which is none of the methods; add it")
+        self._check_ablated()
         self._check_tuning()
         return self
+
+    def _check_ablated(self) -> None:
+        name, method = self.ablated, self.methods.get(self.ablated)
+        # Where nothing is ablated the default need not be there.
+        if method is None and (self.ablate or name != type(self).model_fields["ablated"].default):
+            raise ValueError(f"ablated = {name!r} is none of the methods ({', '.join(self.methods)}); add it")
+        if method is None or not self.ablate:
+            return
+        if {**builtin(method.like or name), **method.settings}.get("algorithm") != "sqdf":
+            raise ValueError(
+                f"ablate varies settings of SQDF, which the method {name!r} does not read; name a method that is SQDF "
+                "as `ablated`, or leave ablate out"
+            )
 
     def _check_tuning(self) -> None:
         if self.tuning is None:
@@ -152,9 +163,9 @@ class Protocol(Section):
         return with_settings(make_config(self.preset), self.settings)
 
     def settings_of(self, name: str) -> Settings:
-        """A method's own settings, without what tuning chooses."""
+        """A method's own settings, without what tuning chooses. Raises UserError."""
         method = self.methods[name]
-        return {**builtin(method.like or name), **method.settings}
+        return {**builtin(method.like or name, self.base().policy.base), **method.settings}
 
     def strengths_of(self, name: str) -> tuple[float, ...]:
         """Of a method that trains nothing; empty for all others."""
@@ -166,6 +177,18 @@ def _refuse_repeated(key: str, values: tuple[Any, ...]) -> None:
     for value in values:
         if values.count(value) > 1:
             raise ValueError(f"{key}: {value} is given twice; give it once")
+
+
+def _check_strengths(name: str, method: Method) -> None:
+    kind = method.like or name
+    if method.strengths and kind not in TRAINING_FREE:
+        raise ValueError(f"method {name!r} has strengths; only {' and '.join(TRAINING_FREE)} have any")
+    _refuse_repeated(f"methods.{name}.strengths", method.strengths)
+    for strength in method.strengths:
+        if kind == "best-of-n" and (strength < 1 or strength % 1):
+            raise ValueError(f"methods.{name}.strengths: {strength:g} candidates; give whole numbers from 1 on")
+        if strength < 0:
+            raise ValueError(f"methods.{name}.strengths: a guidance scale of {strength:g}; give numbers >= 0")
 
 
 def parse_budget(text: str) -> Limits:
@@ -205,11 +228,11 @@ def dump_protocol(protocol: Protocol) -> str:
     return yaml.safe_dump(protocol.model_dump(mode="json"), sort_keys=False)
 
 
-def refuse_other(known: Protocol, given: Protocol, folder: Path) -> None:
-    """A folder's protocol may grow by seeds and methods; anything else would mix figures.
+def grown(known: Protocol, given: Protocol, folder: Path) -> Protocol:
+    """A folder's protocol with the seeds, methods and ablations of another; anything else new would mix figures.
 
     Raises:
-        UserError: names the first difference.
+        UserError: names the first other difference.
     """
     may_grow = ("seeds", "methods", "ablate", "ablate_seeds")
     for key in type(known).model_fields:
@@ -218,6 +241,14 @@ def refuse_other(known: Protocol, given: Protocol, folder: Path) -> None:
     for name in known.methods.keys() & given.methods.keys():
         if known.methods[name] != given.methods[name]:
             raise _other(folder, f"methods.{name}", known.methods[name], given.methods[name])
+    union: dict[str, Any] = {
+        key: tuple(dict.fromkeys((*getattr(known, key), *getattr(given, key)))) for key in ("seeds", "ablate")
+    }
+    of_variants = [one.ablate_seeds for one in (known, given) if one.ablate] or [known.ablate_seeds]
+    # None is all seeds.
+    every = None in of_variants
+    union["ablate_seeds"] = None if every else tuple(dict.fromkeys(itertools.chain(*filter(None, of_variants))))
+    return known.model_copy(update={**union, "methods": {**known.methods, **given.methods}})
 
 
 def _other(folder: Path, key: str, known: Any, given: Any) -> UserError:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from sqdf_fast.compare.command import protocol_of
+from sqdf_fast.compare.command import Comparison, protocol_of
 from sqdf_fast.compare.methods import ABLATIONS, METHODS, ablation, builtin, method_config
-from sqdf_fast.compare.protocol import dotted, dump_protocol, make_protocol, parse_budget, read_protocol, refuse_other
+from sqdf_fast.compare.names import look_up
+from sqdf_fast.compare.protocol import dotted, dump_protocol, grown, make_protocol, parse_budget, read_protocol
 from sqdf_fast.config import make_config
 from sqdf_fast.errors import UserError
 
@@ -86,7 +88,13 @@ def test_written_and_read_back(tmp_path):
         (changed(SMALL, seeds=[]), "seeds"),
         (changed(SMALL, points=1), "points = 1"),
         (changed(SMALL, ablate=["gama"]), "'gama' is unknown; allowed: gamma"),
-        (changed(SMALL, ablate=["gamma"], methods=["draft-1"]), "varies the method 'sqdf'"),
+        (changed(SMALL, ablate=["gamma"], methods=["draft-1"]), "ablated = 'sqdf' is none of the methods"),
+        (changed(SMALL, ablated="mine"), r"ablated = 'mine' is none of the methods \(sqdf, draft-1\); add it"),
+        (changed(SMALL, ablate=["gamma"], ablated="draft-1"), "which the method 'draft-1' does not read"),
+        (changed(SMALL, methods={"best-of-n": {"strengths": [1, 1.5]}}), "1.5 candidates; give whole numbers from 1"),
+        (changed(SMALL, methods={"best-of-n": {"strengths": [0]}}), "0 candidates; give whole numbers from 1"),
+        (changed(SMALL, methods={"guided": {"strengths": [0, -1]}}), "a guidance scale of -1; give numbers >= 0"),
+        (changed(SMALL, methods={"guided": {"strengths": [2, 2]}}), "methods.guided.strengths: 2.0 is given twice"),
         (changed(SMALL, sedes=[1]), "'sedes' is unknown; did you mean 'seeds'"),
         (changed(TUNED, tuning=None), "method 'sqdf' has trials but the protocol has no tuning"),
         (changed(TUNED, tuning={"budget": 300, "trials": 3}), "has 2 tuning trials and every method gets 3"),
@@ -125,14 +133,73 @@ def test_the_command_lines_settings_win_over_the_files():
     assert (list(found.methods), found.budget, found.seeds) == (["draft-1"], "2s", (5,))
 
 
-def test_a_folder_grows_by_seeds_and_methods_only():
+def test_a_folder_grows_by_seeds_methods_and_ablations_and_forgets_none():
+    known = make_protocol(changed(SMALL, ablate=["gamma"], ablate_seeds=[0]))
+    assert grown(known, known, Path("out")) == known
+    more = grown(known, make_protocol(changed(SMALL, seeds=[3, 0], methods=["sqdf", "awm"])), Path("out"))
+    assert list(more.methods) == ["sqdf", "draft-1", "awm"]
+    assert (more.seeds, more.ablate, more.ablate_seeds) == ((0, 1, 2, 3), ("gamma",), (0,))
+    ablated = make_protocol(changed(SMALL, ablate=["alpha"], ablate_seeds=[1]))
+    more = grown(known, ablated, Path("out"))
+    assert (more.ablate, more.ablate_seeds) == (("gamma", "alpha"), (0, 1))
+    assert grown(make_protocol(SMALL), ablated, Path("out")).ablate_seeds == (1,)
+    assert grown(ablated, make_protocol(changed(SMALL, ablate=["gamma"])), Path("out")).ablate_seeds is None
+
+
+def test_a_folder_refuses_anything_else():
     known = make_protocol(SMALL)
-    refuse_other(known, make_protocol(changed(SMALL, seeds=[0, 1, 2, 3], methods=["sqdf", "refl"])), Path("out"))
     with pytest.raises(UserError, match=r"^out is of another comparison: its budget is 1000, not 2000; choose another"):
-        refuse_other(known, make_protocol(changed(SMALL, budget=2000)), Path("out"))
+        grown(known, make_protocol(changed(SMALL, budget=2000)), Path("out"))
     other = {"sqdf": {"settings": {"policy.rank": 2}}}
     with pytest.raises(UserError, match=r"its methods\.sqdf is"):
-        refuse_other(known, make_protocol(changed(SMALL, methods=other)), Path("out"))
+        grown(known, make_protocol(changed(SMALL, methods=other)), Path("out"))
+
+
+def test_a_method_that_is_added_to_a_folder_joins_the_others(tmp_path):
+    (tmp_path / "protocol.yaml").write_text(dump_protocol(make_protocol(SMALL)))
+    found = Comparison(make_protocol(changed(SMALL, methods=["awm"])), tmp_path)
+    assert list(found.protocol.methods) == ["sqdf", "draft-1", "awm"]
+    assert [run.name for run in found.report().runs] == ["sqdf", "draft-1", "awm"]
+
+
+def test_on_a_consistency_model_every_algorithm_looks_ahead_by_it(tmp_path):
+    settings = {"policy.base": "consistency", "sampling.guidance_scale": 1}
+    found = Comparison(make_protocol(changed(SMALL, settings=settings, methods=["sqdf", "draft-1"])), tmp_path)
+    assert found.own["draft-1"] == {"algorithm": "draft", "baseline.truncation": 1}
+    # What is set on purpose is refused all the same.
+    looking = changed(SMALL, settings=settings, methods={"sqdf": {"settings": {"objective.lookahead": "tweedie"}}})
+    with pytest.raises(UserError, match=r"method 'sqdf': objective\.lookahead = tweedie does not go with"):
+        Comparison(make_protocol(looking), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"device": "gpu"}, "device 'gpu' cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"model": "nomodel"}, "model 'nomodel' is unknown; allowed: 'shapes', 'sd15'"),
+        ({"prompts": "gone.txt"}, "prompts 'gone.txt': neither a file nor a named set"),
+        ({"evaluation.prompts": "shape"}, "prompts 'shape': neither a file nor a named set; did you mean 'shapes'"),
+        ({"reward": "tast"}, "reward 'tast' is unknown; did you mean 'taste'"),
+        ({"reward": "taste + gone:reward"}, "reward module 'gone' cannot be imported"),
+        ({"evaluation.judges": ["lpip"]}, "judge 'lpip' is unknown; did you mean 'lpips'"),
+        ({"evaluation.held_out": ["nope"]}, "reward 'nope' is unknown"),
+        ({"reward": "jpeg"}, "reward 'jpeg' has no gradient for sqdf, guided to follow; choose among the methods ddpo"),
+        ({"reward": "taste + jpeg*0.1"}, "reward 'jpeg' has no gradient for sqdf, guided to follow"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_the_first_run(tmp_path, settings, said):
+    methods = ["sqdf", "ddpo", "best-of-n", "guided"]
+    found = Comparison(make_protocol(changed(SMALL, settings=settings, methods=methods)), tmp_path / "out")
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        found.run()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_without_a_gradient_is_for_methods_that_need_none():
+    look_up(make_config("shapes", flags={"reward": "jpeg"}), [])
+    look_up(make_config("sdxl", flags={"model": "owner/name"}), ["sqdf"])
 
 
 def test_dotted():
@@ -150,7 +217,7 @@ def test_every_method_of_the_table_is_a_configuration(name):
 
 
 def test_settings_that_have_to_be_alike():
-    for key in ("reward", "evaluation.num_prompts", "seed", "limits.seconds"):
+    for key in ("reward", "evaluation.num_prompts", "seed", "limits.seconds", "monitor.action"):
         with pytest.raises(UserError, match=f"method 'x' sets {key}, which has to be alike"):
             method_config(BASE, "x", {key: 1})
     with pytest.raises(UserError, match=r"method 'x': setting 'objective.alpa' is unknown; did you mean"):

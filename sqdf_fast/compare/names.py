@@ -1,0 +1,68 @@
+"""What a comparison names is looked up before its first run: every run would fail by the same mistake in turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sqdf_fast.assembly import pick_device
+from sqdf_fast.config import Config
+from sqdf_fast.errors import UserError
+from sqdf_fast.evaluate.judges import _judge_class
+from sqdf_fast.families import KNOWN_MODELS, known_model
+from sqdf_fast.prompts import load_prompts
+from sqdf_fast.rewards.registry import _find
+from sqdf_fast.rewards.weighted import is_sum, parse_sum
+
+
+def look_up(config: Config, followers: Sequence[str]) -> None:
+    """Look up device, model, prompts, rewards and judges. No weights are read.
+
+    Args:
+        config: what all methods share.
+        followers: names of the methods that follow the reward's gradient.
+
+    Raises:
+        UserError: one of them is not there, or the reward is known to have no gradient.
+    """
+    _look_up_device(config.device)
+    _look_up_model(config.model)
+    load_prompts(config.prompts)
+    evaluation = config.evaluation
+    if evaluation.prompts is not None:
+        load_prompts(evaluation.prompts)
+    for judge in evaluation.judges:
+        _judge_class(judge)
+    for spec in evaluation.held_out:
+        _rewards(spec)
+    blind = [name for name, found in _rewards(config.reward).items() if not getattr(found, "differentiable", True)]
+    if blind and followers:
+        raise UserError(
+            f"reward {' and '.join(map(repr, blind))} has no gradient for {', '.join(followers)} to follow; choose "
+            "among the methods ddpo, dpok, awm and best-of-n, which need none"
+        )
+
+
+def _rewards(spec: str) -> dict[str, Any]:
+    """Functions and classes of a reward, or of the parts of a sum, by name."""
+    names = [term.name for term in parse_sum(spec)] if is_sum(spec) else [spec]
+    return {name: _find(name) for name in names}
+
+
+def _look_up_device(name: str) -> None:
+    here = torch.cuda.device_count()
+    # A GPU that is here is left alone: a context of this process would take memory from the runs.
+    if name not in ("auto", *("cuda",) * (here > 0), *(f"cuda:{index}" for index in range(here))):
+        pick_device(name)
+
+
+def _look_up_model(name: str) -> None:
+    hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if known_model(name) is None and not hub_id and not os.path.exists(name):
+        raise UserError(
+            f"model {name!r} is unknown; allowed: 'shapes', {', '.join(map(repr, KNOWN_MODELS))}, "
+            "an existing diffusers folder, or a hub id owner/name"
+        )
