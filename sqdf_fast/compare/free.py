@@ -14,11 +14,14 @@ from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.compare.jobs import Free, Job, check_settings
 from sqdf_fast.engine.rollouts import decode_images
 from sqdf_fast.evaluate import evaluate_images, load_judges
-from sqdf_fast.guided_sampling import training_free
+from sqdf_fast.guided_sampling import TrainingFree, training_free
 from sqdf_fast.report import MetricsLog, read_metrics, save_samples
 from sqdf_fast.report.metrics import Record
 from sqdf_fast.rewards import checked_reward, load_reward
 from sqdf_fast.run_folder import RunFolder
+
+# At this strength each of them is plain sampling.
+PLAIN = {"best-of-n": 1.0, "guided": 0.0}
 
 
 class SamplingStopped(Exception):
@@ -61,30 +64,19 @@ class _Sampled:
         self.judges = load_judges(
             config.model, self.reward, evaluation.judges, evaluation.held_out, evaluation.judge_options, dtype
         )
+        self._base: Tensor | None = None
 
     def evaluate(self, number: int) -> Record:
         """The record of one strength, its pictures saved."""
         started = time.monotonic()
-        prompts, seeds = self.held_out.prompts, self.held_out.seeds
-        strength = self.free.strengths[number]
-        options: dict[str, Any] = (
-            {"candidates": int(strength)} if self.free.kind == "best-of-n" else {"scale": strength}
-        )
-        found = training_free(
-            self.free.kind,
-            self.backbone,
-            self.sampler,
-            self._score,
-            prompts,
-            seeds,
-            on_progress=lambda done, total: self._stop_if_asked(),
-            **options,
-        )
+        prompts, strength = self.held_out.prompts, self.free.strengths[number]
+        found = self._sample(strength)
         seconds = time.monotonic() - started
-        images = decode_images(self.backbone.family, found.x0, self.job.config.sampling.batch_size)
-        by_prompt: dict[str, list[float]] = {}
+        images = self._decode(found)
         there = images.to(self.backbone.family.device)
-        scores = evaluate_images(there, prompts, self.reward, self.judges, by_prompt=by_prompt)
+        base = self._base_embeddings(strength, there)
+        by_prompt: dict[str, list[float]] = {}
+        scores = evaluate_images(there, prompts, self.reward, self.judges, base=base, by_prompt=by_prompt)
         self._save(number, images)
         return {
             "kind": "evaluation",
@@ -96,6 +88,32 @@ class _Sampled:
             "spent_reward_evaluations": found.cost.reward_evaluations / len(prompts),
             "spent_seconds": seconds / len(prompts),
         }
+
+    def _sample(self, strength: float) -> TrainingFree:
+        kind = self.free.kind
+        options: dict[str, Any] = {"candidates": int(strength)} if kind == "best-of-n" else {"scale": strength}
+        return training_free(
+            kind,
+            self.backbone,
+            self.sampler,
+            self._score,
+            self.held_out.prompts,
+            self.held_out.seeds,
+            on_progress=lambda done, total: self._stop_if_asked(),
+            **options,
+        )
+
+    def _decode(self, found: TrainingFree) -> Tensor:
+        return decode_images(self.backbone.family, found.x0, self.job.config.sampling.batch_size)
+
+    def _base_embeddings(self, strength: float, there: Tensor) -> Tensor:
+        """Of the base model's own pictures: those of the plain strength, or drawn once for strengths without it."""
+        if self._base is None:
+            plain = PLAIN[self.free.kind]
+            if strength != plain:
+                there = self._decode(self._sample(plain)).to(there.device)
+            self._base = self.judges.embed(there)
+        return self._base
 
     def _save(self, number: int, images: Tensor) -> None:
         evaluation = self.job.config.evaluation

@@ -46,6 +46,7 @@ def model(tmp_path_factory) -> Path:
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
     return tmp_path
@@ -146,6 +147,38 @@ def test_methods_that_train_nothing_have_a_point_for_each_strength(model, folder
     assert proxies[0] < proxies[-1]
     assert "64 a picture" in capsys.readouterr().out
 
+    # Broken off after two strengths: those stay as they are, the others are drawn again.
+    metrics = folder / "out" / "runs" / "best-of-n" / "seed-3" / "metrics.jsonl"
+    before = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join(before[:2]))
+    assert main(["compare", "--resume", "out"]) == 0
+    after = metrics.read_bytes().splitlines(keepends=True)
+    assert after[:2] == before[:2]
+    kinds = [json.loads(line)["kind"] for line in after]
+    assert kinds == ["evaluation"] * 4 + ["end"]
+    old, new = ([judged(json.loads(line)) for line in lines] for lines in (before, after))
+    assert new == old
+    # One candidate is the base model itself.
+    assert new[0]["eval_distance_to_base"] == 0
+    assert new[3]["eval_distance_to_base"] != 0
+
+
+def judged(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key.startswith("eval_")}
+
+
+def test_guided_sampling_follows_the_reward_more_at_a_larger_scale(model, folder):
+    (folder / "protocol.yaml").write_text("budget: 240\nmethods: {guided: {strengths: [2, 8]}}\n")
+    assert main(arguments(model, "--protocol", "protocol.yaml")) == 0
+    found = evaluations(folder / "out" / "runs" / "guided" / "seed-0")
+    assert [record["strength"] for record in found] == [2.0, 8.0]
+    # Four guided steps of each picture.
+    assert [record["spent_unet_evaluations"] for record in found] == [8.0, 8.0]
+    low, high = (record["eval_proxy_reward"] for record in found)
+    assert low < high
+    near, far = (record["eval_distance_to_base"] for record in found)
+    assert 0 < near < far
+
 
 def test_ctrl_c_saves_the_runs_under_way_and_leaves_no_process(model, folder, capsys):
     run = folder / "out" / "runs" / "sqdf" / "seed-0"
@@ -178,10 +211,11 @@ def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
     assert main(command) == 1
     captured = capsys.readouterr()
     assert "2 runs failed; sqdf seed 0: " in captured.err
+    assert "Try them again with: sqdf-fast compare --resume out" in captured.err
     assert "no more light" in captured.err
     assert "failed: " in captured.out
     (folder / "broken").unlink()
-    assert main(command) == 0
+    assert main(["compare", "--resume", "out"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -196,6 +230,8 @@ def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
         (["--protocol", "gone.yaml"], "protocol gone.yaml: cannot be read"),
         (["--resume", "out"], "leave out everything but --jobs"),
         (["--output", "full"], "full exists and holds no comparison"),
+        (["--reward", "tast"], "reward 'tast' is unknown; did you mean 'taste'"),
+        (["--prompts", "gone.txt"], "prompts 'gone.txt': neither a file nor a named set"),
     ],
 )
 def test_bad_input_is_one_line(model, folder, capsys, more, said):
@@ -204,5 +240,6 @@ def test_bad_input_is_one_line(model, folder, capsys, more, said):
     assert main(arguments(model, *more)) == 2
     captured = capsys.readouterr()
     assert said in captured.err
+    assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert not (folder / "out").exists()
