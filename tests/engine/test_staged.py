@@ -100,13 +100,22 @@ def test_equals_the_joint_executor(model, consistency_lora, objective, chunks):
         assert torch.allclose(getattr(two, name), getattr(one, name), rtol=1e-12, atol=0)
 
 
-@pytest.fixture(scope="module")
-def world() -> tuple[Backbone, Reward]:
-    """The embedded world in float32, its policy away from the reference."""
-    family = load_family("shapes", device=torch.device("cpu"), dtype=torch.float32)
+def make_world(dtype: torch.dtype) -> tuple[Backbone, Reward]:
+    """The embedded world, its policy away from the reference."""
+    family = load_family("shapes", device=torch.device("cpu"), dtype=dtype)
     backbone = Backbone(family, rank=8, consistency_lora=family.default_consistency_lora())
     stir(backbone, 0.02)
-    return backbone, load_reward("taste", device="cpu", dtype=torch.float32)
+    return backbone, load_reward("taste", device="cpu", dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[Backbone, Reward]:
+    return make_world(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def exact_world() -> tuple[Backbone, Reward]:
+    return make_world(torch.float64)
 
 
 def in_the_world(world, execution: Execution, guidance_scale: float = 4.0, **objective) -> torch.Tensor:
@@ -123,9 +132,18 @@ def in_the_world(world, execution: Execution, guidance_scale: float = 4.0, **obj
     for parameter in backbone.policy_parameters.values():
         parameter.grad = None
     x = torch.randn(3, *backbone.family.latent_shape, generator=torch.Generator().manual_seed(1))
+    x = x.to(backbone.family.precision)
     prompts = ["a red circle", "a blue square", "a green star"]
     executor.accumulate(ReplayBatch(x, torch.tensor([2, 9, 15]), prompts, torch.arange(3)), SEEDS[:3])
     return gradients(executor).double()
+
+
+@pytest.mark.parametrize("lookahead", ["tweedie", "consistency"])
+def test_in_float64_every_chunking_of_the_embedded_world_is_the_joint_executor(exact_world, lookahead):
+    joint = in_the_world(exact_world, Execution(executor="joint", micro_batch=3), lookahead=lookahead)
+    for chunks in CHUNKS:
+        staged = in_the_world(exact_world, Execution(**chunks), lookahead=lookahead)
+        assert relative(staged, joint) < 1e-12, chunks
 
 
 @pytest.mark.parametrize(
