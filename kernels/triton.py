@@ -1,7 +1,8 @@
 """What the Triton implementations share: availability, the block of a program, how a tensor enters a kernel.
 
-Importing this module works without Triton. Every kernel that streams samples takes the same block, 1024 elements
-of one row: for four warps a thread then holds 16 bytes of a 16-bit tensor, or twice 16 bytes of a float32 one.
+Importing this module works without Triton. `BLOCK` and `WARPS` are all there is of a configuration: every kernel that
+streams samples takes them as they are, whatever the GPU. They were chosen by the code that the compiler makes of them
+(docs/kernel_registers.md), not by time on a GPU.
 """
 
 # A kernel's arguments have no Python types.
@@ -37,6 +38,12 @@ __all__ = [
 ]
 
 BLOCK = 1024
+"""Elements of one row that a program handles: with four warps a thread holds 16 bytes of a 16-bit tensor, or twice 16
+bytes of a float32 one."""
+
+WARPS = {"aligned": 4, "ragged": 8}
+"""Of a program, for rows of a multiple of 16 elements and for others: those are read element by element, which takes
+registers, so that each thread gets fewer."""
 
 
 def jit(function: Any = None, **options: Any) -> Any:
@@ -79,8 +86,8 @@ def pieces(elements: int) -> int:
 
 
 def warps(elements: int) -> int:
-    """Warps of a program. Rows of a ragged length are read element by element, which takes registers: fewer each."""
-    return 4 if elements % 16 == 0 else 8
+    """Warps of a program that handles rows of so many elements."""
+    return WARPS["aligned" if elements % 16 == 0 else "ragged"]
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from kernel_targets import OPS
 
 from sqdf_fast import info
 from sqdf_fast.kernels import native
@@ -33,8 +34,8 @@ def test_the_optimizer_s_op_is_listed_for_the_cpu_alone(monkeypatch: pytest.Monk
     monkeypatch.setattr(info, "_gpus", lambda: ([card], None))
     listed = [(choice.op, choice.device) for choice in info.facts().choices]
     assert listed == [
-        *((op, "cpu") for op in ("adamw_8bit", "denoise_step", "discounted_loss", "philox", "posterior_mean")),
-        *((op, "cuda") for op in ("denoise_step", "discounted_loss", "philox", "posterior_mean")),
+        *((op, "cpu") for op in ("adamw_8bit", *OPS)),
+        *((op, "cuda") for op in OPS),
     ]
 
 
