@@ -327,7 +327,7 @@ def compare(
     if failed:
         first, reason = next(iter(failed.items()))
         again = f"Try them again with: sqdf-fast compare --resume {folder}"
-        click.echo(f"{len(failed)} runs failed; {first}: {reason}. {again}", err=True)
+        click.echo(f"{len(failed)} run{'s' * (len(failed) > 1)} failed; {first}: {reason}. {again}", err=True)
         click.get_current_context().exit(1)
 
 

@@ -192,7 +192,9 @@ def test_doctor_names_versions_and_implementations(capsys):
     assert "denoise_step" in said
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "report", "distill", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "plan", "sample", "evaluate", "rewards", "compare", "report", "distill", "doctor"]
+)
 def test_every_command_explains_itself(capsys, command):
     assert main([command, "--help"]) == 0
     assert "Usage: sqdf-fast" in capsys.readouterr().out
