@@ -141,6 +141,7 @@ class Trainer:
         )
         self.judges.encode_prompts(known_prompts)
         self.meter, self.energy = StageMeter(device), EnergyMeter(device)
+        progress.memory = self._memory
         self._given_up: list[str] = []
         self.rollouts = Rollouts(
             config,
@@ -369,7 +370,7 @@ class Trainer:
             **self._record(result),
             "grad_norm": norm,
             **asdict(whole),
-            "memory_bytes": self.meter.peak_bytes or _resident_memory(),
+            "memory_bytes": self._memory()[1],
             "stages": self.meter.finish(),
         }
         if (joules := self.energy.stop()) is not None:
@@ -378,9 +379,11 @@ class Trainer:
             record["budget_event"] = "; ".join(self._given_up)
             self._given_up.clear()
         log.append(record)
-        self.progress.update(
-            self.step, record["reward_mean"], record.get("kl_mean"), record["memory_bytes"], share=self.share
-        )
+        self.progress.update(self.step, record["reward_mean"], record.get("kl_mean"), share=self.share)
+
+    def _memory(self) -> tuple[int | None, int]:
+        """Bytes alive now, and the most so far."""
+        return self.meter.live_bytes, self.meter.peak_bytes or _resident_memory()
 
     def _meter_cost(self) -> Callable[[], Spent]:
         """What is spent from now on to the call of the result."""

@@ -22,6 +22,7 @@ from sqdf_fast.backbone import Backbone
 from sqdf_fast.checkpoint import read_checkpoint
 from sqdf_fast.config import make_config
 from sqdf_fast.engine import Executor, optimizers, rollouts
+from sqdf_fast.engine.budget import StageMeter
 from sqdf_fast.engine.optimizers import allocate_states, clip_grad_norm
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.errors import UserError
@@ -29,7 +30,7 @@ from sqdf_fast.inference import draw
 from sqdf_fast.kernels.denoise_step import native as denoise_step_native
 from sqdf_fast.plan import Plan, Planner
 from sqdf_fast.plan.device import CONTEXT_BYTES, GIB
-from sqdf_fast.report import read_metrics
+from sqdf_fast.report import TrainingProgress, read_metrics
 from sqdf_fast.train import continue_run, new_run
 from sqdf_fast.trainer import Interrupted
 
@@ -476,6 +477,19 @@ def test_executors_train_the_same_lora(model, folder, execution):
     new_run(config(model, dtype="float64", steps=3, execution=execution), folder / "staged")
     truth, found = final(folder / "joint"), final(folder / "staged")
     assert (found - truth).norm() / truth.norm() < 1e-9
+
+
+def test_memory_is_known_within_the_first_step(model, folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        TrainingProgress, "phase", lambda self, *phase: seen.append((self.step, phase[0], self.memory()))
+    )
+    monkeypatch.setattr(StageMeter, "live_bytes", 3)
+    monkeypatch.setattr(StageMeter, "peak_bytes", 5)
+    new_run(config(model, steps=1), folder / "run")
+    assert {(0, "sampling", (3, 5)), (0, "training", (3, 5))} <= set(seen)
+    (step,) = (line for line in read_metrics(folder / "run" / "metrics.jsonl") if line["kind"] == "step")
+    assert step["memory_bytes"] == 5
 
 
 PLANNED = {"execution.executor": "staged", "execution.network_rows": 1}

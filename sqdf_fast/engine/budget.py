@@ -166,6 +166,11 @@ class StageMeter:
         self._highest = 0
 
     @property
+    def live_bytes(self) -> int | None:
+        """What the CUDA allocator has given out and not got back; None on a CPU."""
+        return torch.cuda.memory_allocated(self._device) if self._cuda else None
+
+    @property
     def peak_bytes(self) -> int | None:
         """The most that was alive at once since the beginning, between the stages too; None where nothing counts."""
         if self._cuda:

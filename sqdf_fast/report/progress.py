@@ -28,6 +28,9 @@ class TrainingProgress:
         console: where to write; standard error by default. Live only if it is a terminal.
         clock: seconds; replaced in tests.
         planned_bytes: the plan's peak; memory is then shown against it.
+
+    Attributes:
+        memory: bytes that are alive now and the most so far, None where not known; asked whenever a line is drawn.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class TrainingProgress:
         self.phase_name = "starting"
         self.reward: float | None = None
         self.kl: float | None = None
-        self.memory_bytes: int | None = None
+        self.memory: Callable[[], tuple[int | None, int | None]] = lambda: (None, None)
         self.console = console or Console(stderr=True)
         self._clock = clock
         self._began = clock()
@@ -76,7 +79,6 @@ class TrainingProgress:
         step: int,
         reward: float,
         kl: float | None,
-        memory_bytes: int | None = None,
         share: float | None = None,
     ) -> None:
         """An optimizer step is finished: ``step`` of ``total_steps``, counted from 1.
@@ -84,7 +86,7 @@ class TrainingProgress:
         Args:
             share: of the run that is over, in (0, 1]; default: that of its steps. A limit may end it earlier.
         """
-        self.step, self.reward, self.kl, self.memory_bytes = step, reward, kl, memory_bytes
+        self.step, self.reward, self.kl = step, reward, kl
         self.share = step / self.total_steps if share is None else min(share, 1.0)
         if not self.console.is_terminal and self._plain_line_due():
             self._last_plain = self._clock()
@@ -116,10 +118,11 @@ class TrainingProgress:
             facts.append(f"reward {self.reward:.3f}")
         if self.kl is not None:
             facts.append(f"KL {self.kl:.3g}")
-        if self.memory_bytes is not None and self.planned_bytes:
-            facts.append(f"peak {format_share(self.memory_bytes, self.planned_bytes)} planned")
-        elif self.memory_bytes is not None:
-            facts.append(f"memory {format_bytes(self.memory_bytes)}")
+        now, peak = self.memory()
+        if peak is not None and self.planned_bytes:
+            facts.append(f"{format_against(now, peak, self.planned_bytes)} planned")
+        elif peak is not None:
+            facts.append(f"memory {format_bytes(peak)}")
         left = self._seconds_left()
         if left is not None:
             facts.append(f"{format_seconds(left)} left")
@@ -143,10 +146,11 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def format_share(count: float, of: float) -> str:
-    """``5.1e9`` of ``6e9`` as "4.7 of 5.6 GiB": both in the unit of the second, GiB or MiB."""
-    size, unit = (2**30, "GiB") if of >= 2**30 else (2**20, "MiB")
-    return f"{count / size:.1f} of {of / size:.1f} {unit}"
+def format_against(now: float | None, peak: float, limit: float) -> str:
+    """``2.3e9, 5.1e9, 6e9`` as "now 2.1, peak 4.7 of 5.6 GiB": all in the unit of the last, GiB or MiB."""
+    size, unit = (2**30, "GiB") if limit >= 2**30 else (2**20, "MiB")
+    live = "" if now is None else f"now {now / size:.1f}, "
+    return f"{live}peak {peak / size:.1f} of {limit / size:.1f} {unit}"
 
 
 def format_bytes(count: float) -> str:

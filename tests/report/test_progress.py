@@ -20,11 +20,12 @@ def run(terminal: bool, steps: int = 12, first: int = 0, seconds: float = 4.0) -
     clock, output = Clock(), io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=160)
     with TrainingProgress(steps, first, console=console, clock=clock) as progress:
+        progress.memory = lambda: (2**30, 3 * 2**30)
         for step in range(first + 1, steps + 1):
             progress.phase("sampling", 3, 20)
             progress.phase("training")
             clock.now += seconds
-            progress.update(step, reward=step / 10, kl=0.0123, memory_bytes=3 * 2**30)
+            progress.update(step, reward=step / 10, kl=0.0123)
         progress.message("evaluation: [bold] 1.5")
     return output.getvalue()
 
@@ -92,13 +93,28 @@ def test_time_left_does_not_count_what_precedes_the_first_step():
 @pytest.mark.parametrize(
     ("planned", "memory", "fact"),
     [
-        (56 * 2**30 // 10, 51 * 2**30 // 10, "peak 5.1 of 5.6 GiB planned"),
-        (60 * 2**20, 512 * 2**17, "peak 64.0 of 60.0 MiB planned"),
-        (None, 3 * 2**30, "memory 3.00 GiB"),
+        (56 * 2**30 // 10, (42 * 2**30 // 10, 51 * 2**30 // 10), "now 4.2, peak 5.1 of 5.6 GiB planned"),
+        (60 * 2**20, (None, 512 * 2**17), "peak 64.0 of 60.0 MiB planned"),
+        (None, (2**30, 3 * 2**30), "memory 3.00 GiB"),
     ],
 )
 def test_memory_is_shown_against_the_plan(planned, memory, fact):
     output = io.StringIO()
     with TrainingProgress(2, console=Console(file=output, width=120), clock=Clock(), planned_bytes=planned) as progress:
-        progress.update(1, 0.1, 0.01, memory)
+        progress.memory = lambda: memory
+        progress.update(1, 0.1, 0.01)
     assert output.getvalue().strip() == " · ".join(["step 1/2", "reward 0.100", "KL 0.01", fact, "0:00 left"])
+
+
+def test_a_first_step_that_takes_long_shows_memory_as_it_is_at_every_moment():
+    output, held = io.StringIO(), iter(range(1, 10**6))
+    console = Console(file=output, force_terminal=True, width=120)
+    with TrainingProgress(2, console=console, clock=Clock(), planned_bytes=9 * 2**30) as progress:
+        progress.memory = lambda: (next(held) * 2**30, 9 * 2**30)
+        progress.phase("training")
+        for _ in range(3):
+            progress._live.refresh()
+    shown = output.getvalue()
+    assert progress.step == 0
+    for now in (1, 2, 3):
+        assert f"now {now}.0, peak 9.0 of 9.0 GiB planned" in shown
