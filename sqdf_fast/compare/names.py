@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from sqdf_fast.assembly import pick_device
 from sqdf_fast.config import Config
 from sqdf_fast.errors import UserError
-from sqdf_fast.evaluate.judges import _judge_class
-from sqdf_fast.families import KNOWN_MODELS, known_model
+from sqdf_fast.evaluate.judges import find_judge
+from sqdf_fast.families import refuse_unknown_model
 from sqdf_fast.prompts import load_prompts
-from sqdf_fast.rewards.registry import _find
+from sqdf_fast.rewards.registry import find_reward
 from sqdf_fast.rewards.weighted import is_sum, parse_sum
 
 
@@ -29,13 +28,13 @@ def look_up(config: Config, followers: Sequence[str]) -> None:
         UserError: one of them is not there, or the reward is known to have no gradient.
     """
     _look_up_device(config.device)
-    _look_up_model(config.model)
+    refuse_unknown_model(config.model)
     load_prompts(config.prompts)
     evaluation = config.evaluation
     if evaluation.prompts is not None:
         load_prompts(evaluation.prompts)
     for judge in evaluation.judges:
-        _judge_class(judge)
+        find_judge(judge)
     for spec in evaluation.held_out:
         _rewards(spec)
     blind = [name for name, found in _rewards(config.reward).items() if not getattr(found, "differentiable", True)]
@@ -49,7 +48,7 @@ def look_up(config: Config, followers: Sequence[str]) -> None:
 def _rewards(spec: str) -> dict[str, Any]:
     """Functions and classes of a reward, or of the parts of a sum, by name."""
     names = [term.name for term in parse_sum(spec)] if is_sum(spec) else [spec]
-    return {name: _find(name) for name in names}
+    return {name: find_reward(name) for name in names}
 
 
 def _look_up_device(name: str) -> None:
@@ -57,12 +56,3 @@ def _look_up_device(name: str) -> None:
     # A GPU that is here is left alone: a context of this process would take memory from the runs.
     if name not in ("auto", *("cuda",) * (here > 0), *(f"cuda:{index}" for index in range(here))):
         pick_device(name)
-
-
-def _look_up_model(name: str) -> None:
-    hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if known_model(name) is None and not hub_id and not os.path.exists(name):
-        raise UserError(
-            f"model {name!r} is unknown; allowed: 'shapes', {', '.join(map(repr, KNOWN_MODELS))}, "
-            "an existing diffusers folder, or a hub id owner/name"
-        )

@@ -107,7 +107,7 @@ def load_judges(
     """
     given = options or {}
     own, embedding = _of_model(model, reward)
-    more = [_judge_class(name).load(dtype=dtype, **given.get(name, {})) for name in names]
+    more = [find_judge(name).load(dtype=dtype, **given.get(name, {})) for name in names]
     rewards = [held_out_judge(spec, dtype=dtype, **given.get(spec, {})) for spec in held_out]
     return Judges([*own, KernelDistance(), *more, *rewards], embedding)
 
@@ -122,7 +122,8 @@ def _of_model(model: str, reward: Reward) -> tuple[list[Judge], Embedding]:
     return shapes_judges(networks), ShapesEmbedding(networks)
 
 
-def _judge_class(name: str) -> type[Judge]:
+def find_judge(name: str) -> type[Judge]:
+    """The class that ``name`` means; no weights are read. Raises UserError when there is none."""
     address = _REGISTERED.get(name, name)
     module_name, colon, attribute = address.partition(":")
     if not colon:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from sqdf_fast.families.family import Conditioning, Defaults, Family
-from sqdf_fast.families.loading import KNOWN_MODELS, family_from_configs, known_model, load_family, set_attention
+from sqdf_fast.families.loading import (
+    KNOWN_MODELS,
+    family_from_configs,
+    known_model,
+    load_family,
+    refuse_unknown_model,
+    set_attention,
+)
 
 __all__ = [
     "KNOWN_MODELS",
@@ -13,5 +20,6 @@ __all__ = [
     "family_from_configs",
     "known_model",
     "load_family",
+    "refuse_unknown_model",
     "set_attention",
 ]

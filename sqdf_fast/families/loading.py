@@ -49,6 +49,16 @@ SUPPORTED = tuple(_FAMILIES)
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
+def refuse_unknown_model(model: str) -> None:
+    """Raises UserError for what is neither a known name nor a folder that exists nor of a hub id's form."""
+    hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    if not (model == "shapes" or model in KNOWN_MODELS or hub_id or os.path.exists(model)):
+        raise UserError(
+            f"model {model!r} is unknown; allowed: 'shapes', {', '.join(map(repr, KNOWN_MODELS))}, "
+            "an existing diffusers folder, or a hub id owner/name"
+        )
+
+
 def load_family(
     model: str,
     *,
@@ -73,11 +83,7 @@ def load_family(
     if model == "shapes":
         source = str(shapes.pipeline_folder())
         options["consistency_lora"] = str(shapes.consistency_lora_folder())
-    elif not os.path.exists(source) and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise UserError(
-            f"model {model!r} is unknown; allowed: 'shapes', {', '.join(map(repr, KNOWN_MODELS))}, "
-            "an existing diffusers folder, or a hub id owner/name"
-        )
+    refuse_unknown_model(model)
     # The index is one small file: a pipeline of another family is refused before its gigabytes are fetched.
     index = _index(model, source)
     family = _family_class(model, index)

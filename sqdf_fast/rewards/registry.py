@@ -51,7 +51,7 @@ def load_reward(
             for term, own in zip(terms, options_of(terms, options), strict=True)
         ]
         return WeightedSum(spec, parts, [term.weight for term in terms]).eval().requires_grad_(False)
-    target = _find(spec)
+    target = find_reward(spec)
     if inspect.isclass(target) and issubclass(target, Reward):
         constructor = _class_method(target, "load") or target
         if "dtype" in inspect.signature(constructor).parameters:
@@ -87,7 +87,7 @@ def reward_from_config(name: str, *, device: torch.device | str = "cpu", dtype: 
         terms = parse_sum(name)
         parts = [reward_from_config(term.name, device=device, dtype=dtype) for term in terms]
         return WeightedSum(name, parts, [term.weight for term in terms]).eval().requires_grad_(False)
-    target = _find(name)
+    target = find_reward(name)
     if from_config := _class_method(target, "from_config"):
         reward = _make(name, from_config, {"device": device, "dtype": dtype})
     elif name in CATALOGUE and CATALOGUE[name].differentiable:
@@ -102,7 +102,8 @@ def reward_from_config(name: str, *, device: torch.device | str = "cpu", dtype: 
     return reward.eval().requires_grad_(False)
 
 
-def _find(spec: str) -> Any:
+def find_reward(spec: str) -> Any:
+    """The function or class that ``spec`` names, no sum; no weights are read. Raises UserError when there is none."""
     if spec in CATALOGUE:
         return _resolve(CATALOGUE[spec].address)
     if ":" in spec:
