@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -363,6 +365,82 @@ def test_a_step_through_staging_is_the_same_step(dtype: torch.dtype, monkeypatch
     run(optimizer, staged, range(2, 3))
     assert len(optimizer._staging._places) == 2
     assert same(direct, staged)
+
+
+class FakeStream:
+    """Notes who waits for whom, and marks its events with what was on it last."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> SimpleNamespace:
+        last = self.log[-1]
+        return SimpleNamespace(synchronize=lambda: self.log.append(f"wait: {last}"))
+
+
+def test_copies_run_beside_the_update_in_an_order_that_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters and gradients say that they are on a GPU; copies, streams and places are noted."""
+    direct, remote = parameters_of()[:3], parameters_of()[:3]
+    give_gradients(direct, 0)
+    give_gradients(remote, 0)
+    every_kind(direct, "adamw8bit").step()
+    optimizer = make_optimizer(remote, settings(kind="adamw8bit", states="cpu"), "cuda", seed=7)
+    names = {p.data_ptr(): f"values {i}" for i, p in enumerate(remote)}
+    names |= {p.grad.data_ptr(): f"gradient {i}" for i, p in enumerate(remote)}
+    log: list[str] = []
+    main, side, running = FakeStream("main", log), FakeStream("side", log), []
+    device, copy, empty, update = torch.Tensor.device, torch.Tensor.copy_, torch.empty, optimizers._Job.update
+
+    def copied(there: torch.Tensor, here: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        for tensor, way in ((here, "down"), (there, "up")):
+            if tensor.data_ptr() in names:
+                assert non_blocking
+                assert running == [side]
+                log.append(f"{names[tensor.data_ptr()]} {way}")
+        return copy(there, here)
+
+    def updated(job, *given) -> None:
+        log.append(f"update {job.number}")
+        update(job, *given)
+
+    @contextmanager
+    def on(stream: FakeStream):
+        running.append(stream)
+        yield
+        running.remove(stream)
+
+    def pinned(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        log.append("pinned" if pin_memory else "pageable")
+        return empty(size, dtype=dtype)
+
+    cuda = torch.device("cuda", 0)
+    places = property(lambda tensor: cuda if tensor.data_ptr() in names else device.__get__(tensor))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "device", places)
+        patched.setattr(torch.Tensor, "copy_", copied)
+        patched.setattr(torch, "empty", pinned)
+        patched.setattr(optimizers._Job, "update", updated)
+        patched.setattr(torch.cuda, "Stream", lambda device: side)
+        patched.setattr(torch.cuda, "current_stream", lambda device: main)
+        patched.setattr(torch.cuda, "stream", on)
+        allocate_states(optimizer)
+        assert log == ["pinned", "pinned"]
+        log.clear()
+        optimizer.step()
+    assert log == [
+        "side waits for main",
+        *("values 0 down", "gradient 0 down", "values 1 down", "gradient 1 down"),
+        *("wait: gradient 0 down", "update 0", "values 0 up"),
+        # Into the place of 0, whose values are on their way up before.
+        *("values 2 down", "gradient 2 down"),
+        *("wait: gradient 1 down", "update 1", "values 1 up"),
+        *("wait: gradient 2 down", "update 2", "values 2 up"),
+        "main waits for side",
+    ]
+    assert same(direct, remote)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

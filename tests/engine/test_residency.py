@@ -7,7 +7,7 @@ from torch import nn
 
 from sqdf_fast.engine.residency import Residency
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def modules() -> dict[str, nn.Module]:
@@ -20,6 +20,37 @@ def modules() -> dict[str, nn.Module]:
         "network": nn.ModuleList([network, adapter]),
         "decoder": nn.Linear(7, 2, dtype=torch.bfloat16).requires_grad_(False),
     }
+
+
+def test_for_a_gpu_a_part_is_pinned_and_comes_in_one_asynchronous_copy(monkeypatch):
+    """The GPU's memory is the CPU's here; what is asked for is noted."""
+    parts, pinned, copies = modules(), [], []
+    before = {name: [tensor.clone() for tensor in part.state_dict().values()] for name, part in parts.items()}
+    new_empty, empty = torch.Tensor.new_empty, torch.empty
+
+    def on_the_host(like, size, *, dtype, pin_memory):
+        pinned.append((size, pin_memory))
+        return new_empty(like, size, dtype=dtype)
+
+    def to_the_device(host, device, **options):
+        copies.append((host.numel(), device, options))
+        return host.clone()
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", on_the_host)
+    monkeypatch.setattr(torch.Tensor, "to", to_the_device)
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **options: empty(*size, **options))
+    residency = Residency({name: [module] for name, module in parts.items()}, CUDA)
+    (network, decoder), (one, two) = zip(*pinned, strict=True)
+    assert one is two is True
+    assert residency.resident == frozenset()
+    at_once = {"copy": True, "non_blocking": True}
+    for name, size in (("network", network), ("decoder", decoder), ("network", network)):
+        copies.clear()
+        for _ in range(2):
+            residency.use(name)
+        assert copies == [(size, CUDA, at_once)]
+        found = zip(parts[name].state_dict().values(), before[name], strict=True)
+        assert all(torch.equal(one, two) for one, two in found)
 
 
 def make(parts: dict[str, nn.Module]) -> Residency:
