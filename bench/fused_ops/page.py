@@ -44,7 +44,8 @@ def _machine(result: dict[str, Any]) -> str:
 
 def _targets(result: dict[str, Any]) -> str:
     """The verdicts, and under them what they are worth: how busy the machine was, how far beyond its cache they are."""
-    lines = [*(target["text"] for target in result["targets"]), noise(result["rows"]), *_beyond_cache(result)]
+    busy = [noise(result["rows"])] if result["rows"] else []  # a file of other benchmarks has none of ours
+    lines = [*(target["text"] for target in result["targets"]), *busy, *_beyond_cache(result)]
     return "\n".join(f"- {line}" for line in lines)
 
 
