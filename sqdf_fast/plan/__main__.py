@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sqdf_fast.plan.table import memory_table, write_between_marks
+from sqdf_fast.plan.table import ROWS, memory_table, simulated, write_between_marks
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     table = commands.add_parser("table", help="the memory table, simulated")
     table.add_argument("--write", nargs="?", type=Path, const=Path("docs/memory.md"), help="page to write it into")
     given = parser.parse_args()
-    text = memory_table()
+    text = memory_table([simulated(row) for row in ROWS])
     if given.write is None:
         sys.stdout.write(text)
     else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sqdf_fast.config import with_settings
 from sqdf_fast.plan.device import GIB, find_device
+from sqdf_fast.plan.fake import only_new_garbage
 from sqdf_fast.plan.planner import Planner, paper_config
 from sqdf_fast.plan.search import Choice
 
@@ -43,29 +45,64 @@ ROWS = (
 )
 
 
-def memory_table() -> str:
-    """Markdown: the smallest plan of each row, and the fastest for 24 GB beside it."""
-    lines = [
+@dataclass(frozen=True)
+class Line:
+    """What simulation says of a row.
+
+    Attributes:
+        step_gib: peak of the optimizer step in the plan of the least peak; peak_gib: with the sampling that feeds it.
+        batch_bytes: what that step of the whole batch holds above the one of a single sample.
+        latent_bytes: of one sample's latents in float32.
+        seconds: predicted of a step with its sampling on a 24 GB card.
+        fast_gib, fast_seconds, executor: of the fastest plan for 24 GB; fits: whether there is one.
+    """
+
+    step_gib: float
+    peak_gib: float
+    batch_bytes: int
+    latent_bytes: int
+    seconds: float
+    fast_gib: float
+    fast_seconds: float
+    executor: str
+    fits: bool
+
+
+def simulated(row: Row, use_cache: bool = True) -> Line:
+    """Plan a row; minutes for a large model."""
+    config = with_settings(paper_config(row.model), {**row.settings, "execution.quantization": row.quantization})
+    planner, device = Planner(config, use_cache=use_cache), find_device(None, _CARD)
+    with only_new_garbage():
+        small, fast = planner.smallest(device), planner.plan(_CARD, device)
+        more = planner.batch_cost(Choice(small.settings, {}, {}))
+    return Line(
+        step_gib=max(stage.live_gib for stage in small.stages if not stage.name.startswith("sampl")),
+        peak_gib=small.peak_gib,
+        batch_bytes=more,
+        latent_bytes=4 * planner.profile(row.quantization).latent,
+        seconds=small.predicted_seconds,
+        fast_gib=fast.peak_gib,
+        fast_seconds=fast.predicted_seconds,
+        executor=fast.executor,
+        fits=fast.fits,
+    )
+
+
+def memory_table(lines: Sequence[Line]) -> str:
+    """Markdown: the smallest plan of each of ROWS, and the fastest for 24 GB beside it."""
+    head = [
         "| | smallest: optimizer step | with sampling | goal | 64 samples over 1 | s a step | fastest in 24 GB: peak | "
         "s a step | executor |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [row_line(row) for row in ROWS]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*head, *(_markdown(*pair) for pair in zip(ROWS, lines, strict=True))]) + "\n"
 
 
-def row_line(row: Row) -> str:
-    """One line of the table: GiB, and predicted seconds on a 24 GB card."""
-    config = with_settings(paper_config(row.model), {**row.settings, "execution.quantization": row.quantization})
-    planner, device = Planner(config), find_device(None, _CARD)
-    small = planner.smallest(device)
-    step = max(stage.live_gib for stage in small.stages if not stage.name.startswith("sampl"))
-    more = planner.batch_cost(Choice(small.settings, {}, {"optimizer": 0.0})) / 2**20
-    fast = planner.plan(_CARD, device)
+def _markdown(row: Row, line: Line) -> str:
     return (
-        f"| {row.title} | {step:.2f} GiB | {small.peak_gib:.2f} GiB | {row.target_gib:g} | {more:.0f} MiB | "
-        f"{small.predicted_seconds:.0f} | {fast.peak_gib:.2f} GiB{'' if fast.fits else ' (does not fit)'} | "
-        f"{fast.predicted_seconds:.0f} | {fast.executor} |"
+        f"| {row.title} | {line.step_gib:.2f} GiB | {line.peak_gib:.2f} GiB | {row.target_gib:g} | "
+        f"{line.batch_bytes / 2**20:.0f} MiB | {line.seconds:.0f} | "
+        f"{line.fast_gib:.2f} GiB{'' if line.fits else ' (does not fit)'} | {line.fast_seconds:.0f} | {line.executor} |"
     )
 
 

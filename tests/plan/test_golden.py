@@ -1,4 +1,8 @@
-"""Plans of every family for common cards, made again from nothing: simulations, search and whole peaks."""
+"""Plans of every family for common cards, made again from nothing: simulations, search and whole peaks.
+
+The memory table of docs/memory.md is held to its goals and to its recorded rows. Two of those are made again, one of
+each kind that no golden plan is of; all of them would take ten minutes.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,18 @@ import sys
 from dataclasses import replace
 
 import pytest
-from plan.write_golden import BUDGETS, FAMILIES, FOLDER
+from plan.write_golden import BUDGETS, FAMILIES, FOLDER, PAGE, TITLES, lines
 
 from sqdf_fast.plan import Plan, find_device, parse_memory, reserve_bytes
 from sqdf_fast.plan.device import GIB
 from sqdf_fast.plan.planner import paper_config
 from sqdf_fast.plan.search import Profile, choices, fastest
+from sqdf_fast.plan.table import ROWS, memory_table, write_between_marks
+
+ROWS_MADE_AGAIN = ("SD1.5 512 px, full", "FLUX.1-dev 1024 px, LoRA, NF4 base")
+# Of each sample of a step without a graph: x_t, x_{t-1}, delta, the gradients of a look-ahead's input and result, and
+# both halves of one by a network's output.
+LATENTS = 7
 
 
 def golden(family):
@@ -57,14 +67,44 @@ def test_estimates_are_near_what_the_whole_simulation_says(family):
         assert estimate.peak_bytes / GIB == pytest.approx(plan.peak_gib, rel=0.15)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_everything_is_simulated_again(family):
+@pytest.mark.parametrize("name", [*FAMILIES, *ROWS_MADE_AGAIN])
+def test_everything_is_simulated_again(name):
     # In a process of its own, as the command that plans is: what other tests left alive would be counted.
-    command = [sys.executable, "-P", str(FOLDER.parent / "write_golden.py"), family]
+    command = [sys.executable, "-P", str(FOLDER.parent / "write_golden.py"), name]
     environment = os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}
     made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     again = json.loads(made.stdout)
-    assert again == json.loads((FOLDER / f"{family}.json").read_text(encoding="utf-8"))
+    file = "table" if name in TITLES else name
+    recorded = json.loads((FOLDER / f"{file}.json").read_text(encoding="utf-8"))
+    assert again == (recorded[name] if name in TITLES else recorded)
+
+
+@pytest.mark.parametrize(("row", "line"), list(zip(ROWS, lines(), strict=True)), ids=list(TITLES))
+def test_a_row_of_the_memory_table_reaches_its_goal(row, line):
+    assert 0 < line.step_gib <= line.peak_gib + 5e-5  # rounded
+    assert line.peak_gib <= row.target_gib
+    # Of 63 further samples latents alone: no graph, no picture.
+    assert 0 < line.batch_bytes <= 63 * LATENTS * line.latent_bytes
+    assert line.fits
+    assert line.fast_gib * GIB <= 24 * GIB - reserve_bytes(24 * GIB)
+    assert line.fast_seconds < line.seconds
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd35-medium"])
+def test_rows_of_the_memory_table_agree_with_the_golden_plans(family):
+    plan = golden(family)[1]["24G"]
+    row = next(row for row in ROWS if (row.model, row.settings, row.quantization) == (family, {}, "none"))
+    line = dict(zip(TITLES, lines(), strict=True))[row.title]
+    assert (line.fast_gib, line.fast_seconds, line.executor) == (plan.peak_gib, plan.predicted_seconds, plan.executor)
+
+
+def test_the_page_shows_the_recorded_rows(tmp_path):
+    page = PAGE.read_text(encoding="utf-8")
+    again = tmp_path / "memory.md"
+    again.write_text(page, encoding="utf-8")
+    write_between_marks(again, memory_table(lines()))
+    assert again.read_text(encoding="utf-8") == page
+    assert "| SD1.5 512 px, LoRA | " in page
 
 
 def test_int8_weights_never_come_and_go():
