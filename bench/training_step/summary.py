@@ -12,6 +12,9 @@ Row = dict[str, Any]
 MOST_FLOPS = 1.2
 """A whole training step with the staged executor may take so many times the FLOPs that it takes with the joint one."""
 
+MOST_OFF = {"cpu": 0.02, "cuda": 0.05}
+"""Relative error that the predicted peak of a step may have."""
+
 HEADER = (
     *("way", "gradient error", "time", "spread", "x published", "FLOPs", "of published", "FLOP/s", "of the device's"),
     *("weights", "peak", "of published", "predicted"),
@@ -73,13 +76,19 @@ def stages(row: Row) -> str:
 
 
 def verdicts(rows: Iterable[Row]) -> list[tuple[str, bool]]:
-    """Whether a whole training step stays within `MOST_FLOPS`, at each replay ratio: what is printed, and if it is met.
+    """What a problem is held to: what is printed, and if it is met."""
+    rows = [row for row in rows if row["fault"] is None]
+    return [*_flops_verdicts(rows), *_prediction_verdicts(rows)]
+
+
+def _flops_verdicts(rows: list[Row]) -> list[tuple[str, bool]]:
+    """Whether a whole training step stays within `MOST_FLOPS`, at each replay ratio.
 
     Of the staged executor; what recomputation adds is a price paid for memory and printed without a verdict.
     """
     found = []
     for row in rows:
-        if row["implementation"] == "staged" and row["fault"] is None:
+        if row["implementation"] == "staged":
             for ratio, value in (row["training_step_of_joint"] or {}).items():
                 met = value <= MOST_FLOPS
                 text = (
@@ -87,6 +96,21 @@ def verdicts(rows: Iterable[Row]) -> list[tuple[str, bool]]:
                     f"{value:.3f} x the FLOPs of joint, at most {MOST_FLOPS:g}, {'met' if met else 'NOT MET'}"
                 )
                 found.append((text, met))
+    return found
+
+
+def _prediction_verdicts(rows: list[Row]) -> list[tuple[str, bool]]:
+    """Whether the peak of every way that is planned was predicted within `MOST_OFF`."""
+    found = []
+    for row in rows:
+        if row.get("predicted_bytes") is not None:
+            real, off, most = row["peak_bytes"], row["predicted_bytes"] - row["peak_bytes"], MOST_OFF[row["device"]]
+            met = abs(off) <= most * real
+            text = (
+                f"peak of {row['implementation']} on {row['size']}: predicted {off / real:+.1%}, "
+                f"at most {most:.0%} off, {'met' if met else 'NOT MET'}"
+            )
+            found.append((text, met))
     return found
 
 
