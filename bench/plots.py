@@ -1,4 +1,4 @@
-"""Draws recorded benchmark results and writes their tables into docs/benchmarks.md.
+"""Draws recorded benchmark results and writes their tables into docs/benchmarks.md and the pages of `pages.PAGES`.
 
     python bench/plots.py bench/results/*.json
 
@@ -25,6 +25,7 @@ from fused_ops.summary import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+from pages import write_pages
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -175,7 +176,7 @@ def _device(result: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="recorded results, bench/results/<device>.json")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder with benchmarks.md (default: %(default)s)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages (default: %(default)s)")
     given = parser.parse_args(arguments)
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in given.files}
     pictures = {name: draw(result, name, given.docs / "images") for name, result in results.items()}
@@ -183,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     page.write_text(before + results_section(results, pictures) + after, encoding="utf-8")
-    for path in (*(path for drawn in pictures.values() for path in drawn), page):
+    pages = [page, *write_pages(results, given.docs)]
+    for path in (*(path for drawn in pictures.values() for path in drawn), *pages):
         print(path)
     return 0
 

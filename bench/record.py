@@ -19,7 +19,9 @@ from sqdf_fast.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 FUSED_OPS = ("denoise_step", "posterior_mean", "discounted_loss", "philox")
-"""What the recorded page and its plots are of; the other benchmarks have pages of their own."""
+"""What docs/benchmarks.md and its plots are of."""
+OTHERS = ("training_step", "sampling", "adamw_8bit")
+"""Benchmarks with pages of their own."""
 
 
 def record(found: dict[str, Any], folder: Path) -> list[Path]:
@@ -30,13 +32,16 @@ def record(found: dict[str, Any], folder: Path) -> list[Path]:
     """
     if "parts" in found:
         found = _of_gpu(found)
-    rows = [row for benchmark in found["benchmarks"] if (row := benchmark["extra_info"]).get("op") in FUSED_OPS]
+    rows = [
+        row for benchmark in found["benchmarks"] if (row := benchmark["extra_info"]).get("op") in FUSED_OPS + OTHERS
+    ]
     if not rows or any(row["toy"] for row in rows):
         raise UserError("this run has no figures worth keeping: run the benchmarks without --toy")
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for device in dict.fromkeys(row["device"] for row in rows):
-        own = [row for row in rows if row["device"] == device]
+        own = [row for row in rows if row["device"] == device and row["op"] in FUSED_OPS]
+        others = [_without_samples(row) for row in rows if row["device"] == device and row["op"] in OTHERS]
         head = {
             "device": device,
             "machine": found["machine_info"],
@@ -45,21 +50,30 @@ def record(found: dict[str, Any], folder: Path) -> list[Path]:
             "targets": [{"text": str(verdict), "met": verdict.met} for verdict in verdicts(own)],
         }
         path = folder / f"{device_name(found['machine_info'], device)}.json"
-        lines = ",\n".join(json.dumps(row) for row in own)
-        path.write_text(f"{json.dumps(head, indent=1)[:-2]},\n" + f' "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        lists = f' "rows": {_lines(own)},\n "others": {_lines(others)}}}\n'
+        path.write_text(f"{json.dumps(head, indent=1)[:-2]},\n{lists}", encoding="utf-8")
         written.append(path)
     return written
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+
+
+def _without_samples(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "samples"}
 
 
 def _of_gpu(found: dict[str, Any]) -> dict[str, Any]:
     """The file of bench/gpu in the form of --benchmark-json."""
     parts = {name: part.get("result", {}) for name, part in found["parts"].items()}
     commit = found["commit"] or "unknown"
+    rows = [row for name in ("training step", "benchmarks") for row in parts.get(name, {}).get("rows", [])]
     return {
         "machine_info": parts.get("machine", {}),
         "commit_info": {"id": commit.removesuffix("+changes"), "dirty": commit.endswith("+changes")},
         "datetime": found["started"],
-        "benchmarks": [{"extra_info": row} for row in parts.get("benchmarks", {}).get("rows", [])],
+        "benchmarks": [{"extra_info": row} for row in rows],
     }
 
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -118,13 +119,14 @@ def _figures(problem: Problem, name: str, step: Step, samples: list[float], samp
     median, work = statistics.median(samples), flops(step)
     resident, stages = memory(step, problem.device)
     expected, unpredicted = _predicted(problem, name)
-    peak = prediction.peak_flops(problem)
+    peak = best_flops(problem)
     return {
         "median_seconds": median,
         "spread": spread(samples),
         "samples": samples,
         "flops": work,
         "flops_per_second": work / median,
+        "best_flops_per_second": peak,
         "utilisation": work / median / peak if peak else None,
         "resident_bytes": resident,
         "peak_bytes": max(stages.values()),
@@ -170,6 +172,26 @@ def whole_step_flops(step: int, trajectory: int, batch: int) -> dict[str, float]
         step: FLOPs of the gradient of `batch` samples; trajectory: of sampling one trajectory.
     """
     return {str(ratio): step + trajectory * batch / ratio for ratio in REPLAY_RATIOS}
+
+
+def best_flops(problem: Problem) -> float | None:
+    """What the device can do at best, in FLOP/s: a GPU's specified throughput, a CPU's fastest matrix product."""
+    if problem.device == "cuda":
+        return prediction.peak_flops(problem)
+    return product_flops(problem.dtype, problem.toy)
+
+
+@cache
+def product_flops(dtype: torch.dtype, toy: bool) -> float:
+    """FLOP/s of the fastest of ten products of square matrices, on the CPU with the threads that PyTorch has."""
+    size = 64 if toy else 1024
+    one, other = torch.randn(2, size, size).to(dtype)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        one @ other
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
 
 
 def sampling_flops(problem: Problem) -> int:
