@@ -2,7 +2,8 @@
 
 Two guided denoising steps of the embedded world's policy, every variant of a row in turn. The LoRA is merged before:
 "merging" is what that costs, once a refill. "eager" is the way without any switch, the LoRA as an adapter; "batch-N" is
-the merged sampler at another batch size. Ratios are a sample.
+the merged sampler at another batch size. "attention-scores" is the merged one with diffusers' older attention, which
+writes out the matrix of scores, in place of scaled_dot_product_attention. Ratios are a sample.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from fused_ops import summary
 from fused_ops.timing import TOY_PACE, Pace, Subject, interleave, peak_bytes, play, playback_time
 from torch import Tensor
@@ -26,10 +28,11 @@ from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.families import load_family
 
 STEPS, BATCH, RANK = 2, 4, 8
-BASELINE, MERGING = "adapter", "merging"
+BASELINE, MERGING, SCORES = "adapter", "merging", "attention-scores"
 SWITCHES: dict[str, dict[str, Any]] = {
     BASELINE: {},
     "merged": {},
+    SCORES: {},
     "channels_last": {"channels_last": True},
     "regional": {"compilation": "regional"},
     "cuda-graphs": {"compilation": "cuda-graphs"},
@@ -55,7 +58,7 @@ def _names(device: str, dtype: torch.dtype) -> list[str]:
         return names
     if dtype == torch.bfloat16:
         # Of interest where the LoRA is of another type than the network.
-        return [BASELINE, "merged", "channels_last", MERGING]
+        return [BASELINE, "merged", SCORES, "channels_last", MERGING]
     return [name for name in names if name != "cuda-graphs"]
 
 
@@ -153,6 +156,8 @@ def _call(device: str, dtype: torch.dtype, name: str) -> Callable[[], Tensor]:
         # A fresh LoRA adds zero: nothing would be compared.
         for parameter in backbone.policy_parameters.values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    if name == SCORES:
+        family.network.set_attn_processor(AttnProcessor())
     settings = SWITCHES.get(name, {})
     sampler = Sampler(
         backbone, family.schedule(STEPS, 1.0), guidance_scale=4.0, batch_size=_batch(name), merge_lora=False, **settings
