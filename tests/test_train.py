@@ -14,10 +14,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from fake_gpu import CUDA, Cuda, fake_cuda, fake_nvml
+from plan.conftest import allocated_peak
 from safetensors.torch import load_file
 from tiny import write_pipeline
 
 from sqdf_fast import train, trainer
+from sqdf_fast.algorithms.sqdf import Sqdf
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.checkpoint import read_checkpoint
 from sqdf_fast.config import make_config
@@ -577,7 +579,22 @@ def test_half_the_joint_peak_is_enough_and_gives_the_same_weights(folder, monkey
     peak = planner.simulation().run(plain.execution, 8).peak_bytes
     budget = f"{peak / 2 / 2**20:.3f}M"
     new_run(plain, folder / "joint")
-    new_run(plain.model_copy(update={"vram": budget}), folder / "half")
+    real = []
+    accumulate = Sqdf.accumulate
+
+    def measured(sqdf, step):
+        # The profiler does not know what was there before it began.
+        modules = [module for part in sqdf.rollouts.parts._modules.values() for module in part]
+        before = sum(t.untyped_storage().nbytes() for m in modules for t in (*m.parameters(), *m.buffers()))
+        results = []
+        real.append(before + allocated_peak(lambda: results.append(accumulate(sqdf, step))))
+        return results[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sqdf, "accumulate", measured)
+        new_run(plain.model_copy(update={"vram": budget}), folder / "half")
+    assert len(real) == 3
+    assert peak / 4 < max(real) <= peak / 2
     truth, found = final(folder / "joint"), final(folder / "half")
     assert (found - truth).norm() / truth.norm() < 1e-9
     plan = json.loads((folder / "half" / "plan.json").read_text())
