@@ -98,7 +98,7 @@ def parts(toy: bool) -> list[Part]:
         ]
     return [
         Part("machine", ("bench/fused_ops/machine.py",), 60, machine),
-        Part("tests", (*pytest, "tests/kernels", "-k", "cuda"), 150, outcomes),
+        Part("tests", (*pytest, "tests/kernels", "tests/engine", "-k", "cuda"), 150, outcomes),
         Part("training step", (*step, "--device=cuda", "sd15", "sdxl"), 190, training_steps),
         Part("benchmarks", (*bench, "--bench-device=cuda", "bench"), 420, benchmarks),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Problem:
     """What every way to run the step is given.
 
     Attributes:
-        model: "shapes" with its own weights, or a model of known architecture with random ones.
+        model: "shapes" with its own weights, or a model of known architecture with random ones; narrow if `toy`.
         reward: a registered name; random weights for a model with random weights.
         dtype: of the frozen weights; device: "cpu" or "cuda".
         batch: samples of the step, one micro-batch where there is one graph.
@@ -68,10 +68,11 @@ def problem(model: str, device: str, toy: bool = False) -> Problem:
         return Problem(
             model, "taste", torch.float32, device, **sizes, forward_rows=8, steps=20, guidance_scale=4.0, toy=toy
         )
-    batch = {"sd15": 4, "sdxl": 1}[model]
+    batch = 2 if toy else {"sd15": 4, "sdxl": 1}[model]
     return Problem(
         model,
-        "aesthetic",
+        # The published reward is a vision transformer of 300 million weights.
+        "taste" if toy else "aesthetic",
         torch.bfloat16,
         device,
         batch=batch,
@@ -82,3 +83,13 @@ def problem(model: str, device: str, toy: bool = False) -> Problem:
         guidance_scale=5.0,
         toy=toy,
     )
+
+
+def parity_problem(measured: Problem) -> Problem:
+    """Where the ways' gradients are compared: the model itself, or its architecture made narrow, in float64.
+
+    Random weights magnify rounding a thousand times: in bfloat16 nothing else is left, whichever way the step is run.
+    """
+    if measured.model == "shapes":
+        return measured
+    return replace(problem(measured.model, measured.device, toy=True), dtype=torch.float64)

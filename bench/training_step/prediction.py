@@ -9,7 +9,6 @@ import torch
 
 from sqdf_fast import shapes
 from sqdf_fast.config import make_config
-from sqdf_fast.families import family_from_configs
 from sqdf_fast.plan.device import DEVICES, find_device
 from sqdf_fast.plan.memory import CUDA_GRANULARITY
 from sqdf_fast.plan.simulate import Simulation
@@ -45,12 +44,13 @@ def _simulation(problem: Problem) -> Simulation:
         "objective": setups.OBJECTIVE.model_dump(),
         "policy": {"rank": setups.rank(problem)},
     }
-    family = family_from_configs(problem.model, device=torch.device("meta"), dtype=problem.dtype)
+    family = setups.architecture(problem, torch.device("meta"))
     return Simulation(
         make_config(flags=flags),
         family,
         reward_from_config(problem.reward, device="meta", dtype=problem.dtype),
         workspace=on_cuda if problem.device == "cuda" else on_cpu,
         granularity=CUDA_GRANULARITY if problem.device == "cuda" else 1,
-        consistency=str(shapes.consistency_lora_folder()) if own else family.default_consistency_lora(),
+        # Only the shape of a file that is here matters; of another, that of the published LoRAs is taken.
+        consistency=str(shapes.consistency_lora_folder()) if own else "published",
     )

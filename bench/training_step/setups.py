@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +20,11 @@ from sqdf_fast.families import Conditioning, Family, family_from_configs, load_f
 from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.rewards import Reward, load_reward, reward_from_config
+from training_step import narrow
 from training_step.cases import OURS, PUBLISHED, Problem
 from training_step.published import NO_QUIRKS, Published
 
 OBJECTIVE = Objective(alpha=2.0, gamma=0.9, lookahead="consistency")
-WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
 _PROMPTS = ("a red circle", "a blue square", "a green star", "a yellow triangle")
 _LORA_NOISE = 0.02
 # Of the published LCM-LoRAs: rank 64 on these layers.
@@ -203,7 +205,16 @@ def _family(problem: Problem) -> Family:
     if problem.model == "shapes":
         return load_family("shapes", device=device, dtype=problem.dtype)
     torch.manual_seed(0)
-    return family_from_configs(problem.model, device=device, dtype=problem.dtype)
+    return architecture(problem, device)
+
+
+def architecture(problem: Problem, device: torch.device) -> Family:
+    """The model with random weights, narrow in toy sizes."""
+    if not problem.toy or problem.model == "shapes":
+        return family_from_configs(problem.model, device=device, dtype=problem.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        path = narrow.write(problem.model, Path(folder))
+        return family_from_configs(str(path), device=device, dtype=problem.dtype)
 
 
 def _reward(problem: Problem) -> Reward:

@@ -118,6 +118,7 @@ def test_the_whole_run_stays_under_nine_minutes_and_measures_the_gpu():
     parts = {part.name: part for part in GPU["parts"](toy=False)}
     assert "--bench-device=cuda" in parts["benchmarks"].arguments
     assert "tests/kernels" in parts["tests"].arguments
+    assert "tests/engine" in parts["tests"].arguments
     step = parts["training step"]
     assert {"--device=cuda", "sd15", "sdxl"} <= set(step.arguments)
     # The fused ops get two minutes even when everything before them is stopped by its limit.
