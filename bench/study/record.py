@@ -47,7 +47,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *full)]
 
 
-def page(results: Results, command: str, pictures: Sequence[str]) -> str:
+def page(results: Results, pictures: Sequence[str]) -> str:
     """The Markdown page; `pictures` are names of files in docs/images."""
     protocol = results.protocol
     lines = [
@@ -56,7 +56,7 @@ def page(results: Results, command: str, pictures: Sequence[str]) -> str:
         "[Findings](study.md), in words. What was decided beforehand: [bench/study](../bench/study/README.md).",
         "",
         "    OMP_NUM_THREADS=1 sqdf-fast compare --protocol bench/study/protocol.yaml --output runs/study --jobs 2",
-        f"    {command}",
+        "    python bench/study/record.py runs/study",
         "",
         f"{protocol.budget} UNet evaluations a run, seeds {', '.join(map(str, protocol.seeds))}. In brackets 95 %",
         "bootstrap intervals, over seeds and held-out prompts where single prompts have scores, else over seeds.",
@@ -89,7 +89,7 @@ def record(folder: Path, docs: Path) -> Results:
         (docs / "images").mkdir(parents=True, exist_ok=True)
         for name, path in there.items():
             shutil.copyfile(path, docs / "images" / name)
-        text = page(results, f"python bench/study/record.py {folder}", list(there))
+        text = page(results, list(there))
         (docs / "study_results.md").write_text(text, encoding="utf-8")
         figures = json.dumps(as_dict(results, folder), separators=(",", ":"))
         (docs / "study_results.json").write_text(figures + "\n", encoding="utf-8")
