@@ -22,14 +22,14 @@ _SETTINGS = frozenset({type(None), bool, int, float, str, torch.dtype})
 """Known not to be tensors; asking `isinstance` of each takes longer than all else in `plain`."""
 
 
-def plain(*arguments: object) -> bool:
+def plain(*arguments: Any) -> bool:
     """Whether the tensors among the arguments hold their values, neither traced nor faked nor intercepted."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     for a in arguments:
         kind = type(a)
         if kind in _PLAIN_TENSORS:
-            if a.is_neg():  # type: ignore[attr-defined]
+            if a.is_neg():
                 return False
         elif kind not in _SETTINGS and isinstance(a, Tensor):
             return False
