@@ -311,6 +311,7 @@ class Trainer:
             "eval_kl": float(divergence.mean()),
             **_totals(self.spent),
             "diversity_measure": self.judges.diversity_measure,
+            "better": self.judges.better,
             "by_prompt": by_prompt,
             "seconds": time.monotonic() - started,
         }

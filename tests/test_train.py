@@ -126,6 +126,7 @@ def test_the_run_folder_is_complete(model, folder):
     expected = {"reward_mean", "reward_std", "kl_mean", "loss", "grad_norm", "seconds", "unet_evaluations"}
     assert all(expected <= line.keys() for line in steps)
     assert all("eval_proxy_reward" in line and "eval_diversity" in line for line in evaluations)
+    assert {line["better"]["distance_to_base"] for line in evaluations} == {"lower"}
     assert steps[0]["kl_mean"] == 0
     assert steps[-1]["kl_mean"] > 0
     # A refill is 4 trajectories of 4 guided steps; a step runs policy and reference guided on 4 states.

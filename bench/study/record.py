@@ -62,7 +62,7 @@ def page(results: Results, pictures: Sequence[str]) -> str:
         "bootstrap intervals, over seeds and held-out prompts where single prompts have scores, else over seeds.",
         ", ".join(f"{name} {value}" for name, value in results.environment.items()) + ".",
         "",
-        verdict(results),
+        *(f"- {line}" for line in verdict(results)),
     ]
     for group in results.groups:
         lines += ["", f"## Ablation: {label(group)}" if group else "## Methods", "", "At the end of training:", ""]
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"record: {error}", file=sys.stderr)
         return 2
-    print(verdict(results))
+    print("\n".join(verdict(results)))
     return 0
 
 

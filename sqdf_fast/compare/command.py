@@ -22,7 +22,7 @@ from sqdf_fast.compare.protocol import Protocol, dotted, dump_protocol, grown, m
 from sqdf_fast.compare.results import Results, Runs, make_results, write_results
 from sqdf_fast.compare.table import as_text
 from sqdf_fast.compare.tuning import Choice, Trial, choose
-from sqdf_fast.compare.worker import last_line
+from sqdf_fast.compare.worker import FAILURE, failure
 from sqdf_fast.config import Config
 from sqdf_fast.errors import UserError
 from sqdf_fast.report import environment, read_run
@@ -145,7 +145,7 @@ class Comparison:
         for job in self._trials():
             tried = self.protocol.methods[job.method].tried[job.trial or 0]
             curve = _curve(job) if job.ended else None
-            trials[job.method].append(Trial(tried, curve, failed.get(job.name, "" if curve else last_line(job.log))))
+            trials[job.method].append(Trial(tried, curve, "" if curve else _unfinished(job, failed)))
         return {name: choose(found, tuning) for name, found in trials.items() if found}
 
     def _variants(self, choices: Mapping[str, Choice]) -> list[Variant]:
@@ -215,13 +215,19 @@ class Comparison:
         for job in jobs:
             curve = _curve(job) if job.ended else None
             if curve is None or len(curve.points) < 2:
-                state = last_line(job.log) if job.log.exists() else "not run yet"
-                unfinished[job.seed] = f"failed: {failed[job.name]}" if job.name in failed else state
+                unfinished[job.seed] = _unfinished(job, failed)
             else:
                 curves.append(curve)
                 folders.append(job.folder)
         free = any(job.free is not None for job in jobs)
         return Runs(variant.name, variant.label, variant.group, variant.settings, curves, folders, unfinished, free)
+
+
+def _unfinished(job: Job, failed: Mapping[str, str]) -> str:
+    """Why a run is not there, in one line; `failed` knows what a log cannot, such as a process that was killed."""
+    if reason := failed.get(job.name) or failure(job.log):
+        return f"{FAILURE}{reason}"
+    return "broken off" if job.log.exists() else "not run yet"
 
 
 def _curve(job: Job) -> Curve:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sqdf_fast.evaluate.judge import Better
 from sqdf_fast.report.run import Run
 
 PROXY = "proxy_reward"
@@ -41,11 +42,13 @@ class Curve:
 
     Attributes:
         peak_bytes: the run's peak, evaluations included; None where no step was made.
+        better: which direction of a judge's score is good, by its name.
     """
 
     seed: int
     points: list[Point]
     peak_bytes: float | None = None
+    better: Mapping[str, Better] = field(default_factory=dict)
 
     @property
     def best(self) -> float:
@@ -75,7 +78,8 @@ def read_curve(run: Run) -> Curve:
     """The evaluations of a run. Scores that are null are left out."""
     points = [_point(record) for record in run.evaluations if record.get(f"eval_{PROXY}") is not None]
     memory = [record["memory_bytes"] for record in run.steps if record.get("memory_bytes")]
-    return Curve(int(run.config.get("seed", 0)), points, max(memory, default=None))
+    better = run.evaluations[-1].get("better") if run.evaluations else None
+    return Curve(int(run.config.get("seed", 0)), points, max(memory, default=None), better or {})
 
 
 def _point(record: Mapping[str, Any]) -> Point:

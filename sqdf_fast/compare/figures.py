@@ -13,6 +13,7 @@ from sqdf_fast.compare.curves import COSTS, PROXY, Curve
 from sqdf_fast.compare.drawing import SERIES, SHAPES, Drawing, Mark, Point, Stroke, Text
 from sqdf_fast.compare.results import Results
 from sqdf_fast.compare.table import label
+from sqdf_fast.evaluate.judge import Better
 from sqdf_fast.report.chart import number, ticks
 
 WIDTH, HEIGHT = 560.0, 400.0
@@ -21,8 +22,8 @@ NAMES = 130.0
 LABEL_SIZE, LABEL_HEIGHT = 11.5, 14.0
 # Mean width of a letter in the sizes used; a little wide, so that names keep clear of each other.
 LETTER = 0.58
-# Less of these is better.
-LOWER = ("kl", "distance_to_base", "frechet_to_base")
+# Of a plot's axes; a judge that measures a property without a good side has no front.
+SIGNS: dict[Better, int] = {"higher": 1, "lower": -1, "neither": 0}
 COST_LABELS = {"unet_evaluations": "UNet evaluations", "seconds": "training seconds", "reward_evaluations": "rewards"}
 
 
@@ -71,7 +72,10 @@ def _figure(results: Results, group: str, x: str, y: str) -> Figure:
             series.append(Series(run.label, points, colour, shape))
     title = f"{names[1][0].upper()}{names[1][1:]} against {names[0]}"
     level = results.levels.get(group)
-    better = (-1 if x in COSTS else 1, -1 if y in LOWER else 1)
+    directions: dict[str, Better] = dict.fromkeys(("kl", *COSTS), "lower")
+    for curve in (curve for run in results.runs for curve in run.curves):
+        directions.update(curve.better)
+    better = (SIGNS[directions.get(x, "higher")], SIGNS[directions.get(y, "higher")])
     drawing = plot(title, names[0], names[1], series, level.value if level and x == PROXY else None, better)
     prefix = f"ablation_{group}" if group else "methods"
     return Figure(f"{prefix}_{y}_against_{x}", drawing, series)
@@ -105,7 +109,7 @@ def plot(
 
     Args:
         level: draws a vertical line there: the proxy reward at which methods are compared.
-        better: of x and y, 1 where more is better and -1 where less is.
+        better: of x and y, 1 where more is better, -1 where less is, 0 where neither is: then there is no front.
     """
     drawing = Drawing(WIDTH, HEIGHT, title)
     if not series:
@@ -122,7 +126,7 @@ def plot(
             Stroke([(across(level), TOP), (across(level), HEIGHT - BOTTOM)], "soft", 1, dashed=True, opacity=0.7),
             Text((across(level), TOP - 4), "equal proxy reward", "soft", 10, "middle"),
         )
-    front = [(across(x), up(y)) for x, y in pareto_front(everything, better)]
+    front = [(across(x), up(y)) for x, y in pareto_front(everything, better)] if all(better) else []
     if len(front) > 1:
         drawing.add(Stroke(front, "soft", 7, opacity=0.18))
     taken: list[_Box] = []

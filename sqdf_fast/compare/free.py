@@ -83,6 +83,7 @@ class _Sampled:
             "step": number,
             "strength": strength,
             **scores,
+            "better": self.judges.better,
             "by_prompt": by_prompt,
             "spent_unet_evaluations": found.cost.unet_evaluations / len(prompts),
             "spent_reward_evaluations": found.cost.reward_evaluations / len(prompts),

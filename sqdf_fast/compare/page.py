@@ -35,7 +35,9 @@ VERDICT_SCORES = ("true_reward", "attribute_accuracy", "alignment", "diversity")
 GRID_COLUMNS = 8
 _TILE, _NAME_WIDTH = 96, 190
 _STYLE = """
+.verdict p { margin: 0 0 8px; max-width: none; font-size: 17px; }
 .figures table { font-size: 13px; }
+.figures td, .figures th[scope=col] { padding-right: 12px; }
 .figures th[scope=col] { white-space: normal; vertical-align: bottom; }
 .figures tr:last-child th, .figures tr:last-child td { font-weight: inherit; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); }
@@ -73,7 +75,7 @@ def render_page(results: Results, drawn: dict[str, list[Figure]]) -> str:
     facts = f"{_budget(config.budget)} a run · seeds {', '.join(map(str, config.seeds))}"
     sections = [
         f'<h1>{escape(title)}</h1><div class="soft">{escape(facts)}</div>'
-        f'<p class="verdict">{escape(verdict(results))}</p>',
+        f'<div class="verdict">{"".join(f"<p>{escape(line)}</p>" for line in verdict(results))}</div>',
         _unfinished(results),
         *(_group(results, group, drawn.get(group, [])) for group in results.groups),
         _tuning(results),
@@ -93,17 +95,17 @@ def _budget(text: str) -> str:
     return f"{int(text):,} UNet evaluations" if text.isdigit() else text
 
 
-def verdict(results: Results) -> str:
+def verdict(results: Results) -> list[str]:
     """A sentence for each score: than whose the first method's is clearly higher or lower at equal reward."""
     duels = results.duels_of("")
     if not duels:
-        return "Fewer than two methods have finished runs."
+        return ["Fewer than two methods have finished runs."]
     found = [(score, standing) for score in VERDICT_SCORES if (standing := _standing_words(duels, score))]
     if not found:
-        return "No score but the proxy reward was measured."
+        return ["No score but the proxy reward was measured."]
     (score, standing), *others = found
     first = f"At equal proxy reward, the {label(score)} of {duels[0].one} is {standing}."
-    return " ".join([first, *(f"Its {label(score)} is {standing}." for score, standing in others)])
+    return [first, *(f"Its {label(score)} is {standing}." for score, standing in others)]
 
 
 def _standing_words(duels: Sequence[Duel], score: str) -> str:
@@ -126,20 +128,7 @@ def _unfinished(results: Results) -> str:
 
 def _group(results: Results, group: str, drawn: Sequence[Figure]) -> str:
     heading = f"Ablation: {label(group)}" if group else "Methods"
-    level = level_sentence(results, group)
-    parts = [
-        f"<h2>{escape(heading)}</h2>",
-        '<p class="soft">At the end of training. Mean over seeds, in brackets the 95 % bootstrap interval'
-        f"{_over(results, group)}.</p>",
-        figure_table(*_padded(*end_table(results, group))),
-    ]
-    if level:
-        parts += [f'<p class="soft">{escape(level)}.</p>', figure_table(*_padded(*equal_table(results, group)))]
-    if results.duels_of(group):
-        parts += [
-            f'<p class="soft">{escape(duel_sentence(results, group))}.</p>',
-            figure_table(*duel_table(results, group)),
-        ]
+    parts = [f"<h2>{escape(heading)}</h2>"]
     charts = "".join(
         f'<figure class="chart"><figcaption>{escape(figure.drawing.title)}</figcaption>{inline_svg(figure.drawing)}'
         "</figure>"
@@ -150,16 +139,17 @@ def _group(results: Results, group: str, drawn: Sequence[Figure]) -> str:
             '<p class="soft">Mean over seeds, a mark an evaluation, the large one the last; the pale band joins the '
             f'points that no other beats in both.</p><div class="charts">{charts}</div>'
         )
-    return "".join([*parts, _film(results, group)])
-
-
-def _over(results: Results, group: str) -> str:
-    over = {found.over for index in results.of(group) for found in results.end[index].scores.values() if found.over}
-    return f" over {' or '.join(sorted(over, key=len, reverse=True))}" if over else ""
-
-
-def _padded(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    return heads, [[*row, *[""] * (len(heads) - len(row))] for row in rows]
+    parts.append(_film(results, group))
+    if results.duels_of(group):
+        parts += [
+            f'<p class="soft">{escape(duel_sentence(results, group))}. Small: the 95 % bootstrap interval, '
+            "over seeds and over prompts as far as there are several; bold where it leaves out 0.</p>",
+            figure_table(*duel_table(results, group), differences=True),
+        ]
+    if level := level_sentence(results, group):
+        parts += [f'<p class="soft">{escape(level)}.</p>', figure_table(*equal_table(results, group))]
+    parts += ['<p class="soft">At the end of training.</p>', figure_table(*end_table(results, group))]
+    return "".join(parts)
 
 
 def _film(results: Results, group: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqdf_fast.compare.jobs import Job, Tail
 from sqdf_fast.compare.progress import CompareProgress
-from sqdf_fast.compare.worker import Place, context, last_line, work
+from sqdf_fast.compare.worker import Place, context, failure, work
 
 POLL = 0.5
 # A run answers between two network calls and then writes a checkpoint.
@@ -95,7 +95,7 @@ def _failure(one: Active) -> str | None:
     code = one.process.exitcode
     if code is not None and code < 0:
         return f"ended by {signal.Signals(-code).name}; out of memory, perhaps"
-    return last_line(one.job.log)
+    return failure(one.job.log) or f"it ended without a reason; see {one.job.log}"
 
 
 def _end(active: Sequence[Active], asked: list[int]) -> None:

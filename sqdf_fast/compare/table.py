@@ -33,7 +33,8 @@ def as_text(results: Results) -> str:
 def label(score: str) -> str:
     """A score's name for people."""
     if score.startswith("held_out_"):
-        return f"held-out {score.removeprefix('held_out_').replace('_', ' ')}"
+        # A reward may say so in its own name.
+        return f"held-out {score.removeprefix('held_out_').removesuffix('_held_out').replace('_', ' ')}"
     return "KL" if score == "kl" else score.replace("_", " ")
 
 
@@ -103,15 +104,19 @@ def tuning_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def missing_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Column heads and rows: runs that did not end, and methods without settings to run with."""
-    rows = [
-        [f"{run.name} seed {seed}", reason]
-        for run in results.runs
-        for seed, reason in run.unfinished.items()
-        if not run.group or run.name != results.protocol.ablated
-    ]
+    """Column heads and rows, one a reason: runs that did not end, and methods without settings to run with."""
+    runs: dict[str, list[str]] = {}
+    for run in results.runs:
+        # The ablated method stands in its groups too.
+        if run.group and run.name == results.protocol.ablated:
+            continue
+        for reason in dict.fromkeys(run.unfinished.values()):
+            seeds = [str(seed) for seed, found in run.unfinished.items() if found == reason]
+            runs.setdefault(reason, []).append(f"{run.name} seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
     without = [name for name, choice in results.choices.items() if choice.index is None]
-    return ["run", "why"], [*rows, *([name, "none of its tuning trials ended"] for name in without)]
+    if without:
+        runs["none of the tuning trials ended"] = without
+    return ["why", "runs"], [[reason, "; ".join(names)] for reason, names in runs.items()]
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -17,6 +17,8 @@ from sqdf_fast.compare.jobs import Job, make_ready
 from sqdf_fast.errors import UserError
 
 FAILED, REFUSED, STOPPED = 1, 2, 130
+# How a log's last line begins when the run failed.
+FAILURE = "failed: "
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,11 @@ def _guarded(job: Job, place: Place, asked: threading.Event) -> int:
     except (Interrupted, SamplingStopped):
         return STOPPED
     except UserError as error:
-        _say(" ".join(str(error).split()))
+        _say(str(error))
         return REFUSED
     except BaseException as error:
         traceback.print_exc()
-        _say(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        _say(f"{type(error).__name__}: {error}")
         return FAILED
     return 0
 
@@ -96,8 +98,8 @@ def _run(job: Job, place: Place, asked: threading.Event) -> None:
         new_run(job.config, job.folder, asked.is_set)
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+def _say(reason: str) -> None:
+    sys.stderr.write(f"{FAILURE}{' '.join(reason.split())}\n")
 
 
 def _die_with_the_parent() -> None:
@@ -107,13 +109,13 @@ def _die_with_the_parent() -> None:
         os._exit(STOPPED)
 
 
-def last_line(path: Path) -> str:
-    """The last line of a log that says something."""
+def failure(log: Path) -> str | None:
+    """Why the run of this log failed, in one line; None where it did not, or could not say so."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
     except OSError:
-        return "it left no log"
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return None
+    return lines[-1].removeprefix(FAILURE) if lines and lines[-1].startswith(FAILURE) else None
 
 
 def context() -> Any:

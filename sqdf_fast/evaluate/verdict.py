@@ -110,7 +110,7 @@ class Verdict:
         title = " against ".join(reversed(list(self.scores))) if len(self.scores) == 2 else "Models side by side"
         facts = (
             f"Reward {self.reward}; {len(self.prompts)} pictures of {distinct} prompts, the same noise for all "
-            f"(seed {self.seed}). In brackets 95 % bootstrap intervals over prompts; the arrow is the good direction."
+            f"(seed {self.seed}). Small: 95 % bootstrap intervals over prompts; the arrow is the good direction."
         )
         style = files("sqdf_fast.report").joinpath("report.css").read_text(encoding="utf-8")
         return (

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from sqdf_fast.report.chart import MINUS
+
+# A figure, and its interval where it has one.
+_INTERVAL = re.compile(r"(.+) \[(.+), (.+)\]")
 
 
 def tile(value: str, name: str, detail: str = "", good: bool | None = None) -> str:
@@ -16,17 +20,35 @@ def tile(value: str, name: str, detail: str = "", good: bool | None = None) -> s
     return f'<div class="tile{mood}"><b>{escape(value)}</b>{lines}</div>'
 
 
-def figure_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table under named columns. Every row begins with its name; the other cells are figures or remarks."""
+def figure_table(heads: Sequence[str], rows: Iterable[Sequence[str]], differences: bool = False) -> str:
+    """A table under named columns.
+
+    Args:
+        rows: each begins with its name; the other cells are figures, "mean [low, high]", or remarks. The last cell of a
+            row that is too short takes the columns that are left.
+        differences: figures whose interval leaves out 0 are emphasised.
+    """
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell.replace('-', MINUS) if _is_figure(cell) else cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
+    body = "".join(f"<tr>{''.join(_cells(row, len(heads), differences))}</tr>" for row in rows)
     return f'<div class="figures"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _is_figure(cell: str) -> bool:
-    return cell[:1] in "+-0123456789"
+def _cells(row: Sequence[str], columns: int, differences: bool) -> Iterable[str]:
+    yield f'<th scope="row">{escape(row[0])}</th>'
+    for index, cell in enumerate(row[1:], 2):
+        span = f' colspan="{columns - index + 1}"' if index == len(row) < columns else ""
+        if cell[:1] not in "+-0123456789":
+            yield f"<td{span}>{escape(cell)}</td>"
+        else:
+            yield f'<td class="figure"{span}>{_figure(cell, differences)}</td>'
+
+
+def _figure(cell: str, differences: bool) -> str:
+    text = escape(cell.replace("-", MINUS))
+    found = _INTERVAL.fullmatch(text)
+    if found is None:
+        return text
+    mean, low, high = found.groups()
+    if differences and low[0] == high[0]:
+        mean = f"<b>{mean}</b>"
+    return f"{mean}<small>{low} to {high}</small>"

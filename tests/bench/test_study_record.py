@@ -25,7 +25,7 @@ def test_what_has_not_run_is_said(folder, tmp_path, capsys):
     assert record.main([str(folder), "--docs", str(tmp_path / "docs")]) == 0
     assert "Fewer than two methods have finished runs." in capsys.readouterr().out
     text = (tmp_path / "docs" / "study_results.md").read_text()
-    assert "| draft-1 seed 0 | not run yet |" in text
+    assert "| not run yet | sqdf seed 0; draft-1 seed 0 |" in text
     assert "64 UNet evaluations a run, seeds 0." in text
     assert "](images/" not in text
     figures = json.loads((tmp_path / "docs" / "study_results.json").read_text())

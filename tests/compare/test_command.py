@@ -16,6 +16,7 @@ import pytest
 from tiny import write_pipeline
 
 from sqdf_fast.cli import main
+from sqdf_fast.compare.command import Comparison, stored_protocol
 from sqdf_fast.compare.jobs import is_finished
 from sqdf_fast.report import read_metrics
 
@@ -214,6 +215,14 @@ def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
     assert "Try them again with: sqdf-fast compare --resume out" in captured.err
     assert "no more light" in captured.err
     assert "failed: " in captured.out
+
+    # A later report says it again, but not of a run that was stopped and whose log ends with its progress.
+    log = folder / "out" / "runs" / "sqdf" / "seed-1.log"
+    log.write_text("step 1/2 \u00b7 reward 0.5 \u00b7 0:01 left\n")
+    (run,) = Comparison(stored_protocol(folder / "out"), folder / "out").report().runs
+    assert run.unfinished[0].startswith("failed: ")
+    assert "no more light" in run.unfinished[0]
+    assert run.unfinished[1] == "broken off"
     (folder / "broken").unlink()
     assert main(["compare", "--resume", "out"]) == 0
 

@@ -117,6 +117,7 @@ def test_a_runs_records_become_a_curve():
                 "eval_proxy_reward_std": 1.0,
                 "eval_true_reward": None,
                 "eval_kl": 0.25,
+                "better": {"diversity": "higher", "haste": "lower"},
                 "by_prompt": {"proxy_reward": [0.0, 1.0]},
                 "spent_unet_evaluations": 90,
                 "spent_seconds": 2.5,
@@ -130,6 +131,7 @@ def test_a_runs_records_become_a_curve():
     )
     found = read_curve(run)
     assert (found.seed, found.peak_bytes, found.best) == (3, 7, 0.5)
+    assert found.better == {"diversity": "higher", "haste": "lower"}
     assert found.points == [
         Point(
             4,

@@ -12,14 +12,12 @@ from PIL import Image
 
 from sqdf_fast.compare.curves import Curve, Point
 from sqdf_fast.compare.drawing import Drawing, Mark, Stroke, Text, inline_svg, render, save
-from sqdf_fast.compare.figures import LOWER, Series, pareto_front, plot
+from sqdf_fast.compare.figures import Series, figures, pareto_front, plot
 from sqdf_fast.compare.page import verdict, write_page
 from sqdf_fast.compare.protocol import make_protocol
 from sqdf_fast.compare.results import Results, Runs, make_results, write_results
 from sqdf_fast.compare.table import as_text, duel_table, end_table, equal_table, tuning_sentence
 from sqdf_fast.compare.tuning import Trial, choose
-from sqdf_fast.evaluate.distance import FrechetDistance, KernelDistance
-from sqdf_fast.evaluate.diversity import EmbeddingDiversity, Vendi
 from sqdf_fast.report import save_samples
 
 VOID = frozenset({"meta", "link", "img", "br"})
@@ -140,10 +138,10 @@ def test_duels_are_at_the_weaker_ones_best(results):
     assert against["draft-1"].differences["true_reward"].low == pytest.approx(0.5)
     assert against["draft-1"].costs["unet_evaluations"] == pytest.approx(0.5)
     assert against["asleep"].level == pytest.approx(0.1)
-    assert verdict(results) == (
-        "At equal proxy reward, the true reward of sqdf is higher than draft-1; lower than asleep. "
-        "Its diversity is higher than draft-1; lower than asleep."
-    )
+    assert verdict(results) == [
+        "At equal proxy reward, the true reward of sqdf is higher than draft-1; lower than asleep.",
+        "Its diversity is higher than draft-1; lower than asleep.",
+    ]
 
 
 def test_the_verdict_is_of_the_scores_that_were_measured(results):
@@ -157,8 +155,8 @@ def test_the_verdict_is_of_the_scores_that_were_measured(results):
         return make_results(results.protocol, runs, {}, {})
 
     said = "At equal proxy reward, the diversity of sqdf is higher than draft-1; lower than asleep."
-    assert verdict(only("proxy_reward", "diversity")) == said
-    assert verdict(only("proxy_reward")) == "No score but the proxy reward was measured."
+    assert verdict(only("proxy_reward", "diversity")) == [said]
+    assert verdict(only("proxy_reward")) == ["No score but the proxy reward was measured."]
 
 
 def test_an_ablation_has_duels_with_its_variants(results):
@@ -218,9 +216,20 @@ def test_tuning_says_what_it_guarded(results):
     assert tuning_sentence(replace(results, choices={})).startswith(guarded)
 
 
-def test_plots_know_which_judges_scores_are_better_low():
-    judges = [KernelDistance, FrechetDistance, EmbeddingDiversity, Vendi]
-    assert {"kl", *(judge.name for judge in judges if judge.better == "lower")} == set(LOWER)
+@pytest.mark.parametrize(
+    ("better", "fronts"),
+    # Points that nothing beats: diversity falls with the proxy reward and the true reward rises, so that where the one
+    # has a front the other has a single point, of which none is drawn.
+    [("higher", {"diversity": 3}), ("lower", {"true_reward": 6}), ("neither", {})],
+)
+def test_plots_know_which_direction_of_a_judge_is_good(results, better, fronts):
+    directions = dict.fromkeys(("diversity", "true_reward"), better)
+    told = [replace(run, curves=[replace(one, better=directions) for one in run.curves]) for run in results.runs]
+    drawn = {figure.name: figure.drawing for figure in figures(replace(results, runs=told), "")}
+    for score in directions:
+        shapes = drawn[f"methods_{score}_against_proxy_reward"].shapes
+        widest = [shape for shape in shapes if isinstance(shape, Stroke) and shape.width == 7]
+        assert [len(shape.points) for shape in widest] == ([fronts[score]] if score in fronts else [])
 
 
 def test_json_holds_it_all(results, folder):

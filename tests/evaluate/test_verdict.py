@@ -59,7 +59,7 @@ def test_page_is_one_file_with_table_and_pictures(verdict, tmp_path):
     verdict.save_page(tmp_path / "new" / "page.html")
     page = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
     assert "<title>run against base</title>" in page
-    assert "<td>2.250 [2.000, 2.500]</td>" in page
+    assert '<td class="figure">2.250<small>2.000 to 2.500</small></td>' in page
     assert "4 pictures of 2 prompts" in page
     assert page.count("data:image/png;base64,") == 1
     assert "http" not in page
