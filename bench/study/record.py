@@ -11,7 +11,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sqdf_fast.checkpoint import disk_errors
@@ -32,13 +32,18 @@ from sqdf_fast.compare.table import (
 from sqdf_fast.errors import UserError
 
 PICTURES = {
-    "study_true_reward.png": "methods_true_reward_against_proxy_reward.png",
-    "study_alignment.png": "methods_alignment_against_proxy_reward.png",
-    "study_diversity.png": "methods_diversity_against_proxy_reward.png",
-    "study_compute.png": "methods_true_reward_against_unet_evaluations.png",
-    "study_pictures.png": "methods_pictures_at_equal_reward.png",
+    "": {
+        "study_pictures.png": "methods_pictures_at_equal_reward.png",
+        "study_true_reward.png": "methods_true_reward_against_proxy_reward.png",
+        "study_alignment.png": "methods_alignment_against_proxy_reward.png",
+        "study_diversity.png": "methods_diversity_against_proxy_reward.png",
+        "study_compute.png": "methods_true_reward_against_unet_evaluations.png",
+    },
+    "gamma": {"study_gamma.png": "ablation_gamma_alignment_against_proxy_reward.png"},
+    "lookahead": {"study_lookahead.png": "ablation_lookahead_proxy_reward_against_unet_evaluations.png"},
+    "alpha": {"study_alpha.png": "ablation_alpha_true_reward_against_proxy_reward.png"},
 }
-"""What the page shows of the folder's plots."""
+"""What the page shows of the folder's plots, under the heading of each group."""
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -47,8 +52,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *full)]
 
 
-def page(results: Results, pictures: Sequence[str]) -> str:
-    """The Markdown page; `pictures` are names of files in docs/images."""
+def page(results: Results, pictures: Mapping[str, Sequence[str]]) -> str:
+    """The Markdown page; `pictures` are names of files in docs/images, by group."""
     protocol = results.protocol
     lines = [
         "# The study on the embedded world: figures",
@@ -65,14 +70,14 @@ def page(results: Results, pictures: Sequence[str]) -> str:
         *(f"- {line}" for line in verdict(results)),
     ]
     for group in results.groups:
-        lines += ["", f"## Ablation: {label(group)}" if group else "## Methods", "", "At the end of training:", ""]
-        lines += table(*end_table(results, group))
-        if sentence := level_sentence(results, group):
-            lines += ["", f"{sentence}:", "", *table(*equal_table(results, group))]
+        lines += ["", f"## Ablation: {label(group)}" if group else "## Methods"]
+        shown = pictures.get(group, ())
+        lines += [text for name in shown for text in ("", f"![{Path(name).stem.replace('_', ' ')}](images/{name})")]
         if results.duels_of(group):
             lines += ["", f"{duel_sentence(results, group)}:", "", *table(*duel_table(results, group))]
-        if not group:
-            lines += ["", *(f"![{Path(name).stem.replace('_', ' ')}](images/{name})" for name in pictures)]
+        if sentence := level_sentence(results, group):
+            lines += ["", f"{sentence}:", "", *table(*equal_table(results, group))]
+        lines += ["", "At the end of training:", "", *table(*end_table(results, group))]
     lines += ["", "## Tuning", "", tuning_sentence(results), ""]
     lines += table(*tuning_table(results))
     heads, rows = missing_table(results)
@@ -84,12 +89,15 @@ def page(results: Results, pictures: Sequence[str]) -> str:
 def record(folder: Path, docs: Path) -> Results:
     """Write page, figures and pictures of the comparison in `folder`. Raises UserError."""
     results = Comparison(stored_protocol(folder), folder).report()
-    there = {name: path for name, plot in PICTURES.items() if (path := folder / "plots" / plot).exists()}
+    shown: dict[str, list[str]] = {}
     with disk_errors(docs):
         (docs / "images").mkdir(parents=True, exist_ok=True)
-        for name, path in there.items():
-            shutil.copyfile(path, docs / "images" / name)
-        text = page(results, list(there))
+        for group in results.groups:
+            for name, plot in PICTURES.get(group, {}).items():
+                if (path := folder / "plots" / plot).exists():
+                    shutil.copyfile(path, docs / "images" / name)
+                    shown.setdefault(group, []).append(name)
+        text = page(results, shown)
         (docs / "study_results.md").write_text(text, encoding="utf-8")
         figures = json.dumps(as_dict(results, folder), separators=(",", ":"))
         (docs / "study_results.json").write_text(figures + "\n", encoding="utf-8")

@@ -24,6 +24,8 @@ LABEL_SIZE, LABEL_HEIGHT = 11.5, 14.0
 LETTER = 0.58
 # Of a plot's axes; a judge that measures a property without a good side has no front.
 SIGNS: dict[Better, int] = {"higher": 1, "lower": -1, "neither": 0}
+# A plot that a single curve would make this many times as high goes without its far end.
+FAR = 2.5
 COST_LABELS = {"unet_evaluations": "UNet evaluations", "seconds": "training seconds", "reward_evaluations": "rewards"}
 
 
@@ -107,6 +109,8 @@ def plot(
 ) -> Drawing:
     """Curves with a mark at each evaluation and their name at the end, over the front of what is not dominated.
 
+    A curve that collapses leaves the plot, so that the others can be told apart; where it ends stands beside its name.
+
     Args:
         level: draws a vertical line there: the proxy reward at which methods are compared.
         better: of x and y, 1 where more is better, -1 where less is, 0 where neither is: then there is no front.
@@ -119,7 +123,7 @@ def plot(
     last = [one.points[-1][0] for one in series]
     together = len(series) > 1 and max(last) - min(last) < 0.2 * (max(last) - min(x for x, _ in everything))
     across = _Axis.over([x for x, _ in everything], LEFT, WIDTH - (NAMES if together else RIGHT))
-    up = _Axis.over([y for _, y in everything], HEIGHT - BOTTOM, TOP)
+    up = _Axis.over(_in_view(series), HEIGHT - BOTTOM, TOP)
     _axes(drawing, across, up, x_name, y_name)
     if level is not None and across.low <= level <= across.high:
         drawing.add(
@@ -127,23 +131,61 @@ def plot(
             Text((across(level), TOP - 4), "equal proxy reward", "soft", 10, "middle"),
         )
     front = [(across(x), up(y)) for x, y in pareto_front(everything, better)] if all(better) else []
-    if len(front) > 1:
-        drawing.add(Stroke(front, "soft", 7, opacity=0.18))
+    for piece in _seen(front) if len(front) > 1 else ():
+        drawing.add(Stroke(piece, "soft", 7, opacity=0.18))
     taken: list[_Box] = []
     names: list[_Box] = []
     ends = []
     for one in series:
         pixels = [(across(x), up(y)) for x, y in one.points]
-        drawing.add(Stroke(pixels, one.colour, 1.8, opacity=0.85))
-        for pixel, point in zip(pixels, one.points, strict=True):
-            tip = f"{one.name}: {x_name} {point[0]:.4g}, {y_name} {point[1]:.4g}"
-            drawing.add(Mark(pixel, one.colour, one.shape, 5.0 if pixel == pixels[-1] else 2.6, tip))
-            taken.append(_Box.around(pixel, 3.5))
-        ends.append(pixels[-1])
-        taken += [_Box.around(between, 1.5) for between in _along(pixels)]
-    for one, end in zip(series, ends, strict=True):
-        _name(drawing, one, end, taken, names)
+        pieces = _seen(pixels)
+        for piece in pieces:
+            drawing.add(Stroke(piece, one.colour, 1.8, opacity=0.85))
+            taken += [_Box.around(between, 1.5) for between in _along(piece)]
+        end, name = pixels[-1], one.name
+        if not TOP <= end[1] <= HEIGHT - BOTTOM:
+            end = pieces[-1][-1] if pieces else (end[0], min(max(end[1], TOP), HEIGHT - BOTTOM))
+            name = f"{one.name}, ends at {number(one.points[-1][1])}"
+        for pixel, point in [*zip(pixels[:-1], one.points, strict=False), (end, one.points[-1])]:
+            if TOP <= pixel[1] <= HEIGHT - BOTTOM:
+                tip = f"{one.name}: {x_name} {point[0]:.4g}, {y_name} {point[1]:.4g}"
+                drawing.add(Mark(pixel, one.colour, one.shape, 5.0 if pixel == end else 2.6, tip))
+                taken.append(_Box.around(pixel, 3.5))
+        ends.append((one, name, end))
+    for one, name, end in ends:
+        _name(drawing, name, one.colour, end, taken, names)
     return drawing
+
+
+def _in_view(series: Sequence[Series]) -> list[float]:
+    """The heights that a plot has to show: all, or those of the other curves where a single one lies far away."""
+    heights = [[y for _, y in one.points] for one in series]
+    everything = [y for one in heights for y in one]
+    if len(series) < 3:
+        return everything
+    others = ([y for one in heights if one is not left_out for y in one] for left_out in heights)
+    shown = min(others, key=_length)
+    return shown if _length(everything) > FAR * _length(shown) > 0 else everything
+
+
+def _length(values: Sequence[float]) -> float:
+    return max(values) - min(values)
+
+
+def _seen(pixels: Sequence[Point]) -> list[list[Point]]:
+    """The pieces of a curve that lie within the plot's height."""
+    pieces: list[list[Point]] = []
+    for (x0, y0), (x1, y1) in pairwise(pixels):
+        cuts = [0.0, 1.0] if y0 == y1 else sorted((edge - y0) / (y1 - y0) for edge in (TOP, HEIGHT - BOTTOM))
+        start, end = max(0.0, cuts[0]), min(1.0, cuts[1])
+        if start >= end or not TOP <= y0 + (y1 - y0) * (start + end) / 2 <= HEIGHT - BOTTOM:
+            continue
+        first, last = ((x0 + (x1 - x0) * at, y0 + (y1 - y0) * at) for at in (start, end))
+        if start == 0.0 and pieces and pieces[-1][-1] == (x0, y0):
+            pieces[-1].append(last)
+        else:
+            pieces.append([first, last])
+    return pieces
 
 
 def pareto_front(points: Sequence[Point], better: tuple[int, int] = (1, 1)) -> list[Point]:
@@ -217,9 +259,9 @@ def _along(pixels: Sequence[Point], every: float = 8.0) -> Iterator[Point]:
             yield x0 + (x1 - x0) * step / (count + 1), y0 + (y1 - y0) * step / (count + 1)
 
 
-def _name(drawing: Drawing, one: Series, end: Point, taken: Sequence[_Box], names: list[_Box]) -> None:
+def _name(drawing: Drawing, name: str, colour: str, end: Point, taken: Sequence[_Box], names: list[_Box]) -> None:
     """Write a curve's name near its end, where it covers least; a thin line leads to it from afar."""
-    width = LETTER * LABEL_SIZE * len(one.name)
+    width = LETTER * LABEL_SIZE * len(name)
     best, best_cost = None, math.inf
     for distance, turn in product((9, 18, 30, 46, 66, 90, 120, 150), range(16)):
         angle = 2 * math.pi * turn / 16
@@ -236,6 +278,6 @@ def _name(drawing: Drawing, one: Series, end: Point, taken: Sequence[_Box], name
     box, distance = best
     if distance > 18:
         nearest = (min(max(end[0], box.left), box.right), min(max(end[1], box.top), box.bottom))
-        drawing.add(Stroke([end, nearest], one.colour, 0.8, opacity=0.6))
-    drawing.add(Text((box.left, box.bottom - 3.5), one.name, one.colour, LABEL_SIZE, bold=True))
+        drawing.add(Stroke([end, nearest], colour, 0.8, opacity=0.6))
+    drawing.add(Text((box.left, box.bottom - 3.5), name, colour, LABEL_SIZE, bold=True))
     names.append(box)

@@ -137,7 +137,8 @@ def _group(results: Results, group: str, drawn: Sequence[Figure]) -> str:
     if charts:
         parts.append(
             '<p class="soft">Mean over seeds, a mark an evaluation, the large one the last; the pale band joins the '
-            f'points that no other beats in both.</p><div class="charts">{charts}</div>'
+            "points that no other beats in both. A curve that leaves a plot has its end beside its name.</p>"
+            f'<div class="charts">{charts}</div>'
         )
     parts.append(_film(results, group))
     if results.duels_of(group):

@@ -299,6 +299,24 @@ def test_curves_end_in_their_names_which_do_not_cover_each_other():
     assert plot("title", "x", "y", []).shapes == []
 
 
+def test_a_curve_that_collapses_leaves_the_plot_to_the_others():
+    calm = [Series(f"calm-{i}", [(0, 0.0), (1, 1.0 + i)], f"s{i}", "circle") for i in range(2)]
+    falling = Series("falling", [(0, 0.0), (1, 2.0), (2, -8.0), (3, -9.0)], "s2", "circle")
+    drawing = plot("title", "x", "y", [*calm, falling])
+    marks = [shape for shape in drawing.shapes if isinstance(shape, Mark) and shape.colour == "s2"]
+    (curve,) = [shape for shape in drawing.shapes if isinstance(shape, Stroke) and shape.colour == "s2"]
+    bottom = max(y for shape in drawing.shapes if isinstance(shape, Stroke) for _, y in shape.points)
+    # Its points within the plot, and where it leaves.
+    assert [mark.at for mark in marks] == [*curve.points[:2], curve.points[2]]
+    assert curve.points[2][1] <= bottom
+    assert marks[-1].tip == "falling: x 3, y -9"
+    (name,) = [shape.text for shape in drawing.shapes if isinstance(shape, Text) and shape.colour == "s2"]
+    assert name == "falling, ends at \u22129"
+    # Two such curves are no exception, and of two curves none is.
+    for series in ([*calm, falling, replace(falling, colour="s3")], [calm[0], falling]):
+        assert not [shape for shape in plot("t", "x", "y", series).shapes if "ends" in getattr(shape, "text", "")]
+
+
 def test_a_drawing_is_the_same_in_both_formats(tmp_path):
     drawing = Drawing(100, 60, "a < b")
     shapes = ("circle", "square", "triangle", "diamond", "down", "cross")
