@@ -1,7 +1,6 @@
 """When the over-optimisation monitor speaks on the embedded world, beside the true rule that it never sees.
 
-    python bench/monitor.py                     # seed 0, runs/monitor/, docs/monitor_results.md and .json
-    python bench/monitor.py --seeds 0 1 2
+    python bench/monitor.py                 # seeds 0, 1, 2; runs/monitor/, docs/monitor_results.md, .json and its plot
     python bench/monitor.py --only draft --steps 4 --runs runs/try --output runs/try.md
 
 A run folder that is there and finished is read, not repeated. Runs go on after their alarm, to show what it was about.
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqdf_fast.compare.drawing import SERIES, SHAPES, render
+from sqdf_fast.compare.figures import Series, plot
 from sqdf_fast.config import make_config, parse_assignments
 from sqdf_fast.errors import UserError
 from sqdf_fast.evaluate.monitor import PROXY, Alarm, new_alarm, watched
@@ -124,8 +125,15 @@ def curve(run: Outcome) -> list[str]:
     return ["", f"## {run.name}, seed {run.seed}", "", *table(["step", *names, "KL"], rows)]
 
 
-def page(runs: Sequence[Outcome]) -> str:
-    """The Markdown page."""
+def plotted(run: Outcome, colour: str, shape: str) -> Series:
+    """The true rule by step; the name says when the monitor spoke."""
+    said = f"alarm at {run.alarms[0].step}" if run.alarms else "no alarm"
+    points = [(float(record["step"]), float(record[TRUE])) for record in run.evaluations]
+    return Series(f"{run.name}-{run.seed}, {said}", points, colour, shape)
+
+
+def page(runs: Sequence[Outcome], picture: str) -> str:
+    """The Markdown page; `picture`: the plot's address."""
     lines = [
         "# The over-optimisation monitor on the embedded world",
         "",
@@ -137,6 +145,8 @@ def page(runs: Sequence[Outcome]) -> str:
         *(f"- `{name}`: `{' '.join(RUNS[name]).replace('evaluation.', '')}`" for name in RUNS),
         "",
         *table(COLUMNS, [row(run) for run in runs]),
+        "",
+        f"![The true rule by step]({picture})",
         *(line for run in runs for line in curve(run)),
         "",
         "A star marks the alarm.",
@@ -147,7 +157,7 @@ def page(runs: Sequence[Outcome]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--steps", type=int, help="fewer optimizer steps, for a try")
     parser.add_argument("--runs", type=Path, default=Path("runs/monitor"))
@@ -161,7 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"monitor: {error}", file=sys.stderr)
         return 2
-    given.output.write_text(page(runs), encoding="utf-8")
+    images = given.output.parent / "images"
+    series = [plotted(run, f"s{index % SERIES}", SHAPES[index % len(SHAPES)]) for index, run in enumerate(runs)]
+    images.mkdir(parents=True, exist_ok=True)
+    drawing = plot("The true rule, which neither training nor monitor sees", "optimizer step", "true rule", series)
+    render(drawing).save(images / f"{given.output.stem}.png")
+    given.output.write_text(page(runs, f"images/{given.output.stem}.png"), encoding="utf-8")
     curves = [
         f' {{"run": "{run.name}", "seed": {run.seed}, "evaluations": [\n  '
         + ",\n  ".join(map(json.dumps, run.evaluations))

@@ -1,7 +1,9 @@
 """The study's figures as a page, from the folder that `sqdf-fast compare` wrote.
 
-    python bench/study/record.py runs/study      # docs/study_results.md and .json, docs/images/study_*.png
+    python bench/study/record.py runs/study       # docs/study_results.md and .json, docs/images/study_*.png
+    python bench/study/record.py runs/longer      # the same with longer_
 
+The folder's name is that of its files; what it was run with is bench/study/NAME.yaml.
 What is not finished is left out and said. The report of the folder is written again with it.
 """
 
@@ -30,20 +32,21 @@ from sqdf_fast.compare.table import (
     tuning_table,
 )
 from sqdf_fast.errors import UserError
+from sqdf_fast.report.progress import format_bytes
 
 PICTURES = {
     "": {
-        "study_pictures.png": "methods_pictures_at_equal_reward.png",
-        "study_true_reward.png": "methods_true_reward_against_proxy_reward.png",
-        "study_alignment.png": "methods_alignment_against_proxy_reward.png",
-        "study_diversity.png": "methods_diversity_against_proxy_reward.png",
-        "study_compute.png": "methods_true_reward_against_unet_evaluations.png",
+        "pictures": "methods_pictures_at_equal_reward.png",
+        "true_reward": "methods_true_reward_against_proxy_reward.png",
+        "alignment": "methods_alignment_against_proxy_reward.png",
+        "diversity": "methods_diversity_against_proxy_reward.png",
+        "compute": "methods_true_reward_against_unet_evaluations.png",
     },
-    "gamma": {"study_gamma.png": "ablation_gamma_alignment_against_proxy_reward.png"},
-    "lookahead": {"study_lookahead.png": "ablation_lookahead_proxy_reward_against_unet_evaluations.png"},
-    "alpha": {"study_alpha.png": "ablation_alpha_true_reward_against_proxy_reward.png"},
+    "gamma": {"gamma": "ablation_gamma_alignment_against_proxy_reward.png"},
+    "lookahead": {"lookahead": "ablation_lookahead_proxy_reward_against_unet_evaluations.png"},
+    "alpha": {"alpha": "ablation_alpha_true_reward_against_proxy_reward.png"},
 }
-"""What the page shows of the folder's plots, under the heading of each group."""
+"""What the page shows of the folder's plots, under the heading of each group; the docs' name and the plot's."""
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -52,16 +55,31 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *full)]
 
 
-def page(results: Results, pictures: Mapping[str, Sequence[str]]) -> str:
-    """The Markdown page; `pictures` are names of files in docs/images, by group."""
+def cost_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows: what each method and variant spends on training."""
+    rows = []
+    for run, end in zip(results.runs, results.end, strict=True):
+        seconds = [curve.points[-1].cost["seconds"] for curve in run.curves if "seconds" in curve.points[-1].cost]
+        # The ablated method stands once, among the methods; training-free ones have their cost in every picture.
+        if not seconds or run.free or (run.group and run.name == results.protocol.ablated):
+            continue
+        counts = [end.costs["unet_evaluations"], end.costs["reward_evaluations"], min(seconds)]
+        per_thousand = 1000 * min(seconds) / counts[0]
+        peak = format_bytes(end.costs["peak_bytes"]) if "peak_bytes" in end.costs else "-"
+        rows.append([run.label, *(f"{count:,.0f}" for count in counts), f"{per_thousand:.1f}", peak])
+    return ["method", "UNet evaluations", "rewards", "seconds", "seconds per 1,000 UNet evaluations", "peak"], rows
+
+
+def page(results: Results, name: str, pictures: Mapping[str, Sequence[str]]) -> str:
+    """The Markdown page of a folder of that name; `pictures` are names of files in docs/images, by group."""
     protocol = results.protocol
     lines = [
-        "# The study on the embedded world: figures",
+        f"# Figures of bench/study/{name}.yaml",
         "",
         "[Findings](study.md), in words. What was decided beforehand: [bench/study](../bench/study/README.md).",
         "",
-        "    OMP_NUM_THREADS=1 sqdf-fast compare --protocol bench/study/protocol.yaml --output runs/study --jobs 2",
-        "    python bench/study/record.py runs/study",
+        f"    OMP_NUM_THREADS=1 sqdf-fast compare --protocol bench/study/{name}.yaml --output runs/{name} --jobs 2",
+        f"    python bench/study/record.py runs/{name}",
         "",
         f"{protocol.budget} UNet evaluations a run, seeds {', '.join(map(str, protocol.seeds))}. In brackets 95 %",
         "bootstrap intervals, over seeds and held-out prompts where single prompts have scores, else over seeds.",
@@ -72,14 +90,17 @@ def page(results: Results, pictures: Mapping[str, Sequence[str]]) -> str:
     for group in results.groups:
         lines += ["", f"## Ablation: {label(group)}" if group else "## Methods"]
         shown = pictures.get(group, ())
-        lines += [text for name in shown for text in ("", f"![{Path(name).stem.replace('_', ' ')}](images/{name})")]
+        lines += [text for file in shown for text in ("", f"![{Path(file).stem.replace('_', ' ')}](images/{file})")]
         if results.duels_of(group):
             lines += ["", f"{duel_sentence(results, group)}:", "", *table(*duel_table(results, group))]
         if sentence := level_sentence(results, group):
             lines += ["", f"{sentence}:", "", *table(*equal_table(results, group))]
         lines += ["", "At the end of training:", "", *table(*end_table(results, group))]
-    lines += ["", "## Tuning", "", tuning_sentence(results), ""]
-    lines += table(*tuning_table(results))
+    lines += ["", "## Cost of a whole run", ""]
+    lines += ["The machine was shared: seconds are those of the fastest seed, bytes those of the largest peak.", ""]
+    lines += table(*cost_table(results))
+    if results.choices:
+        lines += ["", "## Tuning", "", tuning_sentence(results), "", *table(*tuning_table(results))]
     heads, rows = missing_table(results)
     if rows:
         lines += ["", "## Runs that are missing", "", *table(heads, rows)]
@@ -88,19 +109,18 @@ def page(results: Results, pictures: Mapping[str, Sequence[str]]) -> str:
 
 def record(folder: Path, docs: Path) -> Results:
     """Write page, figures and pictures of the comparison in `folder`. Raises UserError."""
-    results = Comparison(stored_protocol(folder), folder).report()
+    results, name = Comparison(stored_protocol(folder), folder).report(), folder.resolve().name
     shown: dict[str, list[str]] = {}
     with disk_errors(docs):
         (docs / "images").mkdir(parents=True, exist_ok=True)
         for group in results.groups:
-            for name, plot in PICTURES.get(group, {}).items():
+            for short, plot in PICTURES.get(group, {}).items():
                 if (path := folder / "plots" / plot).exists():
-                    shutil.copyfile(path, docs / "images" / name)
-                    shown.setdefault(group, []).append(name)
-        text = page(results, shown)
-        (docs / "study_results.md").write_text(text, encoding="utf-8")
+                    shutil.copyfile(path, docs / "images" / f"{name}_{short}.png")
+                    shown.setdefault(group, []).append(f"{name}_{short}.png")
+        (docs / f"{name}_results.md").write_text(page(results, name, shown), encoding="utf-8")
         figures = json.dumps(as_dict(results, folder), separators=(",", ":"))
-        (docs / "study_results.json").write_text(figures + "\n", encoding="utf-8")
+        (docs / f"{name}_results.json").write_text(figures + "\n", encoding="utf-8")
     return results
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from sqdf_fast.evaluate.best_weights import BestWeights
 from sqdf_fast.evaluate.monitor import check, is_good, new_alarm, watched
@@ -178,15 +179,16 @@ def test_the_weights_of_the_last_good_evaluation_are_kept(tmp_path: Path) -> Non
     assert (policy / "weights").read_text() == "3"
 
 
-def recorded(name: str) -> list[dict]:
+def recorded(name: str, seed: int) -> list[dict]:
     (found,) = [
-        run for run in json.loads(RECORDED.read_text(encoding="utf-8")) if (run["run"], run["seed"]) == (name, 0)
+        run for run in json.loads(RECORDED.read_text(encoding="utf-8")) if (run["run"], run["seed"]) == (name, seed)
     ]
     return found["evaluations"]
 
 
-def test_recorded_draft_gives_an_alarm_near_the_peak_of_the_true_rule() -> None:
-    evaluations = recorded("draft")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_recorded_draft_gives_an_alarm_near_the_peak_of_the_true_rule(seed) -> None:
+    evaluations = recorded("draft", seed)
     true = [record["eval_true_reward"] for record in evaluations]
     peak = true.index(max(true))
     assert true[-1] < true[0] < true[peak]
@@ -194,8 +196,9 @@ def test_recorded_draft_gives_an_alarm_near_the_peak_of_the_true_rule() -> None:
     assert abs([record["step"] for record in evaluations].index(step) - peak) <= 1
 
 
-def test_recorded_sqdf_gives_none() -> None:
-    evaluations = recorded("sqdf")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_recorded_sqdf_gives_none(seed) -> None:
+    evaluations = recorded("sqdf", seed)
     assert evaluations[-1]["eval_true_reward"] > evaluations[0]["eval_true_reward"] + 1.5
     assert {"eval_held_out_taste_held_out", "eval_alignment"} <= set(watched(evaluations))
     assert alarm_steps(evaluations) == []
