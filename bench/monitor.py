@@ -174,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = given.output.parent / "images"
     series = [plotted(run, f"s{index % SERIES}", SHAPES[index % len(SHAPES)]) for index, run in enumerate(runs)]
     images.mkdir(parents=True, exist_ok=True)
-    drawing = plot("The true rule, which neither training nor monitor sees", "optimizer step", "true rule", series)
+    drawing = plot(
+        "The true rule, which neither training nor monitor sees", "optimizer step", "true rule", series, better=(0, 1)
+    )
     render(drawing).save(images / f"{given.output.stem}.png")
     given.output.write_text(page(runs, f"images/{given.output.stem}.png"), encoding="utf-8")
     curves = [

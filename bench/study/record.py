@@ -59,14 +59,14 @@ def cost_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows: what each method and variant spends on training."""
     rows = []
     for run, end in zip(results.runs, results.end, strict=True):
-        seconds = [curve.points[-1].cost["seconds"] for curve in run.curves if "seconds" in curve.points[-1].cost]
+        spent = [curve.points[-1].cost for curve in run.curves if "seconds" in curve.points[-1].cost]
         # The ablated method stands once, among the methods; training-free ones have their cost in every picture.
-        if not seconds or run.free or (run.group and run.name == results.protocol.ablated):
+        if not spent or run.free or (run.group and run.name == results.protocol.ablated):
             continue
-        counts = [end.costs["unet_evaluations"], end.costs["reward_evaluations"], min(seconds)]
-        per_thousand = 1000 * min(seconds) / counts[0]
+        fastest = min(spent, key=lambda cost: cost["seconds"])
+        counts = [fastest[name] for name in ("unet_evaluations", "reward_evaluations", "seconds")]
         peak = format_bytes(end.costs["peak_bytes"]) if "peak_bytes" in end.costs else "-"
-        rows.append([run.label, *(f"{count:,.0f}" for count in counts), f"{per_thousand:.1f}", peak])
+        rows.append([run.label, *(f"{count:,.0f}" for count in counts), f"{1000 * counts[2] / counts[0]:.1f}", peak])
     return ["method", "UNet evaluations", "rewards", "seconds", "seconds per 1,000 UNet evaluations", "peak"], rows
 
 
@@ -83,7 +83,7 @@ def page(results: Results, name: str, pictures: Mapping[str, Sequence[str]]) -> 
         "",
         f"{protocol.budget} UNet evaluations a run, seeds {', '.join(map(str, protocol.seeds))}. In brackets 95 %",
         "bootstrap intervals, over seeds and held-out prompts where single prompts have scores, else over seeds.",
-        ", ".join(f"{name} {value}" for name, value in results.environment.items()) + ".",
+        ", ".join(f"{part} {value}" for part, value in results.environment.items()) + ".",
         "",
         *(f"- {line}" for line in verdict(results)),
     ]
@@ -96,9 +96,10 @@ def page(results: Results, name: str, pictures: Mapping[str, Sequence[str]]) -> 
         if sentence := level_sentence(results, group):
             lines += ["", f"{sentence}:", "", *table(*equal_table(results, group))]
         lines += ["", "At the end of training:", "", *table(*end_table(results, group))]
-    lines += ["", "## Cost of a whole run", ""]
-    lines += ["The machine was shared: seconds are those of the fastest seed, bytes those of the largest peak.", ""]
-    lines += table(*cost_table(results))
+    heads, rows = cost_table(results)
+    if rows:
+        said = "The machine was shared: this is the fastest seed of each, and the largest peak of any."
+        lines += ["", "## Cost of a whole run", "", said, "", *table(heads, rows)]
     if results.choices:
         lines += ["", "## Tuning", "", tuning_sentence(results), "", *table(*tuning_table(results))]
     heads, rows = missing_table(results)
@@ -129,7 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/study"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     given = parser.parse_args(arguments)
+    name = given.folder.resolve().name
     try:
+        if not Path(__file__).with_name(f"{name}.yaml").exists():
+            raise UserError(
+                f"bench/study has no {name}.yaml: the folder's name has to be a study's, see bench/study/*.yaml"
+            )
         results = record(given.folder, given.docs)
     except UserError as error:
         print(f"record: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ from sqdf_fast.compare.progress import CompareProgress
 from sqdf_fast.compare.protocol import Protocol, dotted, dump_protocol, grown, make_protocol, read_protocol
 from sqdf_fast.compare.results import Results, Runs, make_results, write_results
 from sqdf_fast.compare.table import as_text
-from sqdf_fast.compare.tuning import Choice, Trial, choose
+from sqdf_fast.compare.tuning import UNJUDGED, Choice, Trial, choose
 from sqdf_fast.compare.worker import FAILURE, failure
 from sqdf_fast.config import Config
 from sqdf_fast.errors import UserError
@@ -214,8 +214,10 @@ class Comparison:
         jobs = self._jobs(replace(variant, group="") if variant.name == self.protocol.ablated else variant)
         for job in jobs:
             curve = _curve(job) if job.ended else None
-            if curve is None or len(curve.points) < 2:
+            if curve is None:
                 unfinished[job.seed] = _unfinished(job, failed)
+            elif len(curve.points) < 2:
+                unfinished[job.seed] = UNJUDGED
             else:
                 curves.append(curve)
                 folders.append(job.folder)
@@ -227,7 +229,7 @@ def _unfinished(job: Job, failed: Mapping[str, str]) -> str:
     """Why a run is not there, in one line; `failed` knows what a log cannot, such as a process that was killed."""
     if reason := failed.get(job.name) or failure(job.log):
         return f"{FAILURE}{reason}"
-    return "broken off" if job.log.exists() else "not run yet"
+    return "broken off, or under way" if job.log.exists() else "not run yet"
 
 
 def _curve(job: Job) -> Curve:

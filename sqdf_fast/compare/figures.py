@@ -109,7 +109,8 @@ def plot(
 ) -> Drawing:
     """Curves with a mark at each evaluation and their name at the end, over the front of what is not dominated.
 
-    A curve that collapses leaves the plot, so that the others can be told apart; where it ends stands beside its name.
+    A curve that collapses leaves the plot, so that the others can be told apart: it has its large mark there, and the
+    height of its end beside its name.
 
     Args:
         level: draws a vertical line there: the proxy reward at which methods are compared.
@@ -123,16 +124,17 @@ def plot(
     last = [one.points[-1][0] for one in series]
     together = len(series) > 1 and max(last) - min(last) < 0.2 * (max(last) - min(x for x, _ in everything))
     across = _Axis.over([x for x, _ in everything], LEFT, WIDTH - (NAMES if together else RIGHT))
-    up = _Axis.over(_in_view(series), HEIGHT - BOTTOM, TOP)
+    up = _Axis.over(_in_view(series, better[1]), HEIGHT - BOTTOM, TOP)
     _axes(drawing, across, up, x_name, y_name)
     if level is not None and across.low <= level <= across.high:
         drawing.add(
             Stroke([(across(level), TOP), (across(level), HEIGHT - BOTTOM)], "soft", 1, dashed=True, opacity=0.7),
             Text((across(level), TOP - 4), "equal proxy reward", "soft", 10, "middle"),
         )
-    front = [(across(x), up(y)) for x, y in pareto_front(everything, better)] if all(better) else []
-    for piece in _seen(front) if len(front) > 1 else ():
-        drawing.add(Stroke(piece, "soft", 7, opacity=0.18))
+    seen = [(x, y) for x, y in everything if up.low <= y <= up.high]
+    front = [(across(x), up(y)) for x, y in pareto_front(seen, better)] if all(better) else []
+    if len(front) > 1:
+        drawing.add(Stroke(front, "soft", 7, opacity=0.18))
     taken: list[_Box] = []
     names: list[_Box] = []
     ends = []
@@ -157,14 +159,15 @@ def plot(
     return drawing
 
 
-def _in_view(series: Sequence[Series]) -> list[float]:
-    """The heights that a plot has to show: all, or those of the other curves where a single one lies far away."""
+def _in_view(series: Sequence[Series], better: int) -> list[float]:
+    """The heights that a plot has to show: all, or not those of a single curve that is far worse than the others."""
     heights = [[y for _, y in one.points] for one in series]
     everything = [y for one in heights for y in one]
-    if len(series) < 3:
+    if len(series) < 3 or not better:
         return everything
-    others = ([y for one in heights if one is not left_out for y in one] for left_out in heights)
-    shown = min(others, key=_length)
+    # What is better than all others is never left out.
+    worst = max(min(better * y for other in heights if other is not one for y in other) for one in heights)
+    shown = [y for y in everything if better * y >= worst]
     return shown if _length(everything) > FAR * _length(shown) > 0 else everything
 
 

@@ -137,19 +137,22 @@ def _group(results: Results, group: str, drawn: Sequence[Figure]) -> str:
     if charts:
         parts.append(
             '<p class="soft">Mean over seeds, a mark an evaluation, the large one the last; the pale band joins the '
-            "points that no other beats in both. A curve that leaves a plot has its end beside its name.</p>"
+            "points that no other beats in both. A curve that leaves a plot has its large mark there and the height "
+            "of its end beside its name.</p>"
             f'<div class="charts">{charts}</div>'
         )
     parts.append(_film(results, group))
     if results.duels_of(group):
         parts += [
-            f'<p class="soft">{escape(duel_sentence(results, group))}. Small: the 95 % bootstrap interval, '
-            "over seeds and over prompts as far as there are several; bold where it leaves out 0.</p>",
+            f'<p class="soft">{escape(duel_sentence(results, group))}. Bold where the interval leaves out 0.</p>',
             figure_table(*duel_table(results, group), differences=True),
         ]
     if level := level_sentence(results, group):
         parts += [f'<p class="soft">{escape(level)}.</p>', figure_table(*equal_table(results, group))]
-    parts += ['<p class="soft">At the end of training.</p>', figure_table(*end_table(results, group))]
+    parts += [
+        '<p class="soft">At the end of training. Mean over seeds; small: the 95 % bootstrap interval.</p>',
+        figure_table(*end_table(results, group)),
+    ]
     return "".join(parts)
 
 

@@ -9,6 +9,9 @@ from typing import Any
 from sqdf_fast.compare.curves import Curve
 from sqdf_fast.compare.protocol import Tuning
 
+# Why a run that ended has no place in a comparison.
+UNJUDGED = "it has no evaluation after training"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -52,7 +55,7 @@ def choose(trials: Sequence[Trial], tuning: Tuning) -> Choice:
 def _row(trial: Trial, tuning: Tuning) -> dict[str, Any]:
     row: dict[str, Any] = {"settings": trial.settings, "reward": None, "kept": {}, "kept_enough": False}
     if trial.curve is None or len(trial.curve.points) < 2 or tuning.reward not in trial.curve.points[-1].scores:
-        return row | {"failure": trial.failure or "it has no evaluation after training"}
+        return row | {"failure": trial.failure or UNJUDGED}
     first, last = trial.curve.points[0].scores, trial.curve.points[-1].scores
     # A score that this model has no judge for cannot be guarded.
     kept = {name: last[name] / first[name] for name in tuning.keep if first.get(name) and name in last}

@@ -99,6 +99,8 @@ def _run(job: Job, place: Place, asked: threading.Event) -> None:
 
 
 def _say(reason: str) -> None:
+    # What a reward of the user's own printed comes before it: the log's last line tells why a run failed.
+    sys.stdout.flush()
     sys.stderr.write(f"{FAILURE}{' '.join(reason.split())}\n")
 
 

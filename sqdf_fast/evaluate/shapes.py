@@ -82,8 +82,10 @@ class AttributeAccuracy(Judge):
         colours = torch.tensor([list(COLOURS).index(name.colour) if name.colour else -1 for name in named])
         right_colour = (seen[:, 1] == colours).double()
         colour_means = resampled_means(right_colour.tolist(), pictures.prompts, coloured.double().tolist())
-        # Each picture's share of the mean of the two fractions: only the coloured ones have one of the second.
-        shares = (right_shape + right_colour * coloured / coloured.double().mean()) / 2
+        # Each picture's share of the mean of the two fractions. That of colours is a ratio, since not all prompts name
+        # one; linearised about its value, so that the prompts' draw adds nothing where all are right.
+        fraction, weight = right_colour[coloured].mean(), coloured / coloured.double().mean()
+        shares = (right_shape + fraction + (right_colour - fraction) * weight) / 2
         return self._measurement(shares, (resampled + colour_means) / 2, pictures)
 
     def _measurement(self, shares: Tensor, resampled: NDArray[np.float64], pictures: Pictures) -> Measurement:

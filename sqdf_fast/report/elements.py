@@ -49,6 +49,7 @@ def _figure(cell: str, differences: bool) -> str:
     if found is None:
         return text
     mean, low, high = found.groups()
-    if differences and low[0] == high[0]:
+    ends = [float(end.replace(MINUS, "-").replace(",", "")) for end in (low, high)]
+    if differences and ends[0] * ends[1] > 0:
         mean = f"<b>{mean}</b>"
     return f"{mean}<small>{low} to {high}</small>"

@@ -16,7 +16,7 @@ from sqdf_fast.compare.results import Runs, make_results
 
 @pytest.fixture
 def folder(tmp_path):
-    found = tmp_path / "runs"
+    found = tmp_path / "study"
     found.mkdir()
     methods = {"sqdf": {}, "draft-1": {}}
     protocol = make_protocol(
@@ -30,11 +30,11 @@ def folder(tmp_path):
 def test_what_has_not_run_is_said(folder, tmp_path, capsys):
     assert record.main([str(folder), "--docs", str(tmp_path / "docs")]) == 0
     assert "Fewer than two methods have finished runs." in capsys.readouterr().out
-    text = (tmp_path / "docs" / "runs_results.md").read_text()
+    text = (tmp_path / "docs" / "study_results.md").read_text()
     assert "| not run yet | sqdf seed 0; draft-1 seed 0; sqdf.gamma-1 seed 0; " in text
     assert "64 UNet evaluations a run, seeds 0." in text
     assert "](images/" not in text
-    figures = json.loads((tmp_path / "docs" / "runs_results.json").read_text())
+    figures = json.loads((tmp_path / "docs" / "study_results.json").read_text())
     assert [method["name"] for method in figures["methods"]][:3] == ["sqdf", "draft-1", "sqdf.gamma-1"]
 
 
@@ -45,12 +45,12 @@ def test_plots_stand_under_their_group(folder, tmp_path):
             (folder / "plots" / plot).write_bytes(plot.encode())
     docs = tmp_path / "docs"
     assert record.main([str(folder), "--docs", str(docs)]) == 0
-    methods, gamma = (docs / "runs_results.md").read_text().split("## Methods")[1].split("## Ablation: gamma")
-    assert methods.index("](images/runs_pictures.png)") < methods.index("At the end of training:")
-    assert "](images/runs_gamma.png)" in gamma
+    methods, gamma = (docs / "study_results.md").read_text().split("## Methods")[1].split("## Ablation: gamma")
+    assert methods.index("](images/study_pictures.png)") < methods.index("At the end of training:")
+    assert "](images/study_gamma.png)" in gamma
     # Of axes that are not in the protocol nothing is shown.
-    assert "runs_alpha" not in methods + gamma
-    assert (docs / "images" / "runs_gamma.png").read_bytes() == b"ablation_gamma_alignment_against_proxy_reward.png"
+    assert "study_alpha" not in methods + gamma
+    assert (docs / "images" / "study_gamma.png").read_bytes() == b"ablation_gamma_alignment_against_proxy_reward.png"
 
 
 @pytest.mark.parametrize("name", ["study", "longer"])
@@ -61,14 +61,14 @@ def test_what_is_laid_down_is_accepted(name, tmp_path):
 
 
 def test_cost_is_that_of_the_fastest_seed_and_of_training_alone():
-    def runs(name: str, seconds: tuple[float, ...], group: str = "", free: bool = False) -> Runs:
+    def runs(name: str, seconds: tuple[float, float], group: str = "", free: bool = False) -> Runs:
         curves = [
             Curve(
                 seed, [Point(0, {"proxy_reward": 0.0}, {}, dict.fromkeys(costs, 0.0)), Point(9, score, {}, costs)], peak
             )
             for seed, (each, peak) in enumerate(zip(seconds, (2.0**20, 2.0**21), strict=True))
             for score in [{"proxy_reward": 1.0}]
-            for costs in [{"unet_evaluations": 2000.0, "reward_evaluations": 50.0, "seconds": each}]
+            for costs in [{"unet_evaluations": 2000.0 + 100 * seed, "reward_evaluations": 50.0, "seconds": each}]
         ]
         return Runs(name, name, group, {}, curves, [Path()] * len(curves), {}, free)
 
@@ -77,12 +77,16 @@ def test_cost_is_that_of_the_fastest_seed_and_of_training_alone():
     heads, rows = record.cost_table(make_results(protocol, [*every, runs("gamma-1", (8.0, 9.0), "gamma")], {}, {}))
     assert len(heads) == 6
     assert rows == [
-        ["sqdf", "2,000", "50", "20", "10.0", "2.0 MiB"],
+        ["sqdf", "2,100", "50", "20", "9.5", "2.0 MiB"],
         ["gamma-1", "2,000", "50", "8", "4.0", "2.0 MiB"],
     ]
 
 
-def test_a_folder_without_a_comparison_is_refused_in_one_line(tmp_path, capsys):
-    assert record.main([str(tmp_path), "--docs", str(tmp_path / "docs")]) == 2
-    assert "is no comparison" in capsys.readouterr().err
+def test_what_is_no_study_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "study").mkdir()
+    for folder, said in ((tmp_path / "study", "is no comparison"), (tmp_path, "the folder's name has to be a study's")):
+        assert record.main([str(folder), "--docs", str(tmp_path / "docs")]) == 2
+        captured = capsys.readouterr().err
+        assert said in captured
+        assert captured.count("\n") == 1
     assert not (tmp_path / "docs").exists()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sqdf_fast.compare.curves import Curve, Point
 from sqdf_fast.compare.drawing import Drawing, Mark, Stroke, Text, inline_svg, render, save
-from sqdf_fast.compare.figures import Series, figures, pareto_front, plot
+from sqdf_fast.compare.figures import BOTTOM, HEIGHT, Series, figures, pareto_front, plot
 from sqdf_fast.compare.page import verdict, write_page
 from sqdf_fast.compare.protocol import make_protocol
 from sqdf_fast.compare.results import Results, Runs, make_results, write_results
@@ -219,8 +219,8 @@ def test_tuning_says_what_it_guarded(results):
 @pytest.mark.parametrize(
     ("better", "fronts"),
     # Points that nothing beats: diversity falls with the proxy reward and the true reward rises, so that where the one
-    # has a front the other has a single point, of which none is drawn.
-    [("higher", {"diversity": 3}), ("lower", {"true_reward": 6}), ("neither", {})],
+    # has a front the other has a single point, of which none is drawn. A high reward is out of sight when it is bad.
+    [("higher", {"diversity": 3}), ("lower", {"true_reward": 5}), ("neither", {})],
 )
 def test_plots_know_which_direction_of_a_judge_is_good(results, better, fronts):
     directions = dict.fromkeys(("diversity", "true_reward"), better)
@@ -300,21 +300,28 @@ def test_curves_end_in_their_names_which_do_not_cover_each_other():
 
 
 def test_a_curve_that_collapses_leaves_the_plot_to_the_others():
-    calm = [Series(f"calm-{i}", [(0, 0.0), (1, 1.0 + i)], f"s{i}", "circle") for i in range(2)]
+    calm = [Series(f"calm-{i}", [(0, 0.0), (1 + i, 2 - 0.5 * i)], f"s{i}", "circle") for i in range(2)]
     falling = Series("falling", [(0, 0.0), (1, 2.0), (2, -8.0), (3, -9.0)], "s2", "circle")
     drawing = plot("title", "x", "y", [*calm, falling])
     marks = [shape for shape in drawing.shapes if isinstance(shape, Mark) and shape.colour == "s2"]
     (curve,) = [shape for shape in drawing.shapes if isinstance(shape, Stroke) and shape.colour == "s2"]
-    bottom = max(y for shape in drawing.shapes if isinstance(shape, Stroke) for _, y in shape.points)
     # Its points within the plot, and where it leaves.
-    assert [mark.at for mark in marks] == [*curve.points[:2], curve.points[2]]
-    assert curve.points[2][1] <= bottom
+    assert [mark.at for mark in marks] == curve.points[:3]
+    assert curve.points[2][1] == pytest.approx(HEIGHT - BOTTOM)
+    (front,) = [shape for shape in drawing.shapes if isinstance(shape, Stroke) and shape.width == 7]
+    assert all(y <= HEIGHT - BOTTOM for _, y in front.points)
     assert marks[-1].tip == "falling: x 3, y -9"
     (name,) = [shape.text for shape in drawing.shapes if isinstance(shape, Text) and shape.colour == "s2"]
     assert name == "falling, ends at \u22129"
-    # Two such curves are no exception, and of two curves none is.
-    for series in ([*calm, falling, replace(falling, colour="s3")], [calm[0], falling]):
-        assert not [shape for shape in plot("t", "x", "y", series).shapes if "ends" in getattr(shape, "text", "")]
+    # Two such curves are no exception, of two curves none is, and none that is good.
+    for series, better in (
+        ([*calm, falling, replace(falling, colour="s3")], 1),
+        ([calm[0], falling], 1),
+        ([*calm, falling], -1),
+        ([*calm, falling], 0),
+    ):
+        shapes = plot("t", "x", "y", series, better=(1, better)).shapes
+        assert not [shape for shape in shapes if "ends" in getattr(shape, "text", "")]
 
 
 def test_a_drawing_is_the_same_in_both_formats(tmp_path):

@@ -26,6 +26,8 @@ def test_cells_are_figures_intervals_or_remarks(cell, shown):
         ("-0.5 [-0.9, -0.1]", True),
         ("+0.5 [-0.1, +0.9]", False),
         ("-0.5 [-0.9, +0.1]", False),
+        ("+0.5 [+0.000, +0.9]", False),
+        ("-0.5 [-0.9, +0.000]", False),
         ("+0.5", False),
     ],
 )
