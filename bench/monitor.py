@@ -18,6 +18,7 @@ from typing import Any
 
 from sqdf_fast.compare.drawing import SERIES, SHAPES, render
 from sqdf_fast.compare.figures import Series, plot
+from sqdf_fast.compare.table import label
 from sqdf_fast.config import make_config, parse_assignments
 from sqdf_fast.errors import UserError
 from sqdf_fast.evaluate.monitor import PROXY, Alarm, new_alarm, watched
@@ -121,7 +122,7 @@ def curve(run: Outcome) -> list[str]:
         ]
         for record in run.evaluations
     ]
-    names = [key.removeprefix("eval_").replace("_", " ") for key in keys]
+    names = [label(key.removeprefix("eval_")) for key in keys]
     return ["", f"## {run.name}, seed {run.seed}", "", *table(["step", *names, "KL"], rows)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -55,14 +55,25 @@ class Figure:
 def figures(results: Results, group: str) -> list[Figure]:
     """The plots of a group: scores against proxy reward, reward against compute."""
     unplotted = (PROXY, "vendi", "vendi_all", "distance_to_base")
-    found = [_figure(results, group, PROXY, score) for score in results.metrics if score not in unplotted]
-    found += [_figure(results, group, cost, PROXY) for cost in ("unet_evaluations", "seconds")]
+    axes = [(PROXY, score) for score in results.metrics if score not in unplotted]
+    axes += [(cost, PROXY) for cost in ("unet_evaluations", "seconds")]
     if "true_reward" in results.metrics:
-        found.append(_figure(results, group, "unet_evaluations", "true_reward"))
+        axes.append(("unet_evaluations", "true_reward"))
+    directions = _directions(results)
+    found = [_figure(results, group, x, y, directions) for x, y in axes]
     return [figure for figure in found if figure.series]
 
 
-def _figure(results: Results, group: str, x: str, y: str) -> Figure:
+def _directions(results: Results) -> dict[str, Better]:
+    """Which direction of a cost or score is good, as far as it is known to be another than higher."""
+    found: dict[str, Better] = dict.fromkeys(("kl", *COSTS), "lower")
+    for run in results.runs:
+        for curve in run.curves:
+            found.update(curve.better)
+    return found
+
+
+def _figure(results: Results, group: str, x: str, y: str, directions: Mapping[str, Better]) -> Figure:
     names = [COST_LABELS.get(name, label(name)) for name in (x, y)]
     series = []
     for position, index in enumerate(results.of(group)):
@@ -74,9 +85,6 @@ def _figure(results: Results, group: str, x: str, y: str) -> Figure:
             series.append(Series(run.label, points, colour, shape))
     title = f"{names[1][0].upper()}{names[1][1:]} against {names[0]}"
     level = results.levels.get(group)
-    directions: dict[str, Better] = dict.fromkeys(("kl", *COSTS), "lower")
-    for curve in (curve for run in results.runs for curve in run.curves):
-        directions.update(curve.better)
     better = (SIGNS[directions.get(x, "higher")], SIGNS[directions.get(y, "higher")])
     drawing = plot(title, names[0], names[1], series, level.value if level and x == PROXY else None, better)
     prefix = f"ablation_{group}" if group else "methods"
@@ -148,11 +156,15 @@ def plot(
         if not TOP <= end[1] <= HEIGHT - BOTTOM:
             end = pieces[-1][-1] if pieces else (end[0], min(max(end[1], TOP), HEIGHT - BOTTOM))
             name = f"{one.name}, ends at {number(one.points[-1][1])}"
-        for pixel, point in [*zip(pixels[:-1], one.points, strict=False), (end, one.points[-1])]:
-            if TOP <= pixel[1] <= HEIGHT - BOTTOM:
-                tip = f"{one.name}: {x_name} {point[0]:.4g}, {y_name} {point[1]:.4g}"
-                drawing.add(Mark(pixel, one.colour, one.shape, 5.0 if pixel == end else 2.6, tip))
-                taken.append(_Box.around(pixel, 3.5))
+        before = [
+            (pixel, point, 2.6)
+            for pixel, point in zip(pixels[:-1], one.points[:-1], strict=True)
+            if TOP <= pixel[1] <= HEIGHT - BOTTOM
+        ]
+        for pixel, point, radius in [*before, (end, one.points[-1], 5.0)]:
+            tip = f"{one.name}: {x_name} {point[0]:.4g}, {y_name} {point[1]:.4g}"
+            drawing.add(Mark(pixel, one.colour, one.shape, radius, tip))
+            taken.append(_Box.around(pixel, 3.5))
         ends.append((one, name, end))
     for one, name, end in ends:
         _name(drawing, name, one.colour, end, taken, names)

@@ -9,7 +9,8 @@ from html import escape
 from sqdf_fast.report.chart import MINUS
 
 # A figure, and its interval where it has one.
-_INTERVAL = re.compile(r"(.+) \[(.+), (.+)\]")
+_END = rf"([+{MINUS}]?[\d.]+)"
+_INTERVAL = re.compile(rf"(\S+) \[{_END}, {_END}\]")
 
 
 def tile(value: str, name: str, detail: str = "", good: bool | None = None) -> str:
@@ -49,7 +50,10 @@ def _figure(cell: str, differences: bool) -> str:
     if found is None:
         return text
     mean, low, high = found.groups()
-    ends = [float(end.replace(MINUS, "-").replace(",", "")) for end in (low, high)]
-    if differences and ends[0] * ends[1] > 0:
+    if differences and _number(low) * _number(high) > 0:
         mean = f"<b>{mean}</b>"
     return f"{mean}<small>{low} to {high}</small>"
+
+
+def _number(text: str) -> float:
+    return float(text.replace(MINUS, "-"))

@@ -177,6 +177,7 @@ def test_guided_sampling_follows_the_reward_more_at_a_larger_scale(model, folder
     assert [record["spent_unet_evaluations"] for record in found] == [8.0, 8.0]
     low, high = (record["eval_proxy_reward"] for record in found)
     assert low < high
+    assert {record["better"]["distance_to_base"] for record in found} == {"lower"}
     near, far = (record["eval_distance_to_base"] for record in found)
     assert 0 < near < far
 

@@ -10,6 +10,7 @@ from sqdf_fast.report.elements import figure_table
     [
         ("1,200", '<td class="figure">1,200</td>'),
         ("-0.5 [-1.0, -0.1]", '<td class="figure">\u22120.5<small>\u22121.0 to \u22120.1</small></td>'),
+        ("2 of [1, many]", '<td class="figure">2 of [1, many]</td>'),
         ("a <remark>", "<td>a &lt;remark&gt;</td>"),
         # Of a figure that is missing.
         ("-", '<td class="figure">\u2212</td>'),
