@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from direct_reward import BATCH, STEPS, Published, make, score, settings, write_model
+from support.direct_reward import BATCH, STEPS, Published, make, score, settings, write_model
 
 from sqdf_fast.engine.noise import Stream
 from sqdf_fast.errors import UserError

@@ -25,11 +25,12 @@ class Algorithm(ABC):
 
     Class attributes:
         needs_gradient: whether the reward has to be differentiable.
-        takes_apart: whether the joint graph may be exchanged for the staged executor's when memory runs out.
+        can_fall_back_to_staged: whether an out-of-memory fallback may replace the joint graph
+            by the staged executor.
     """
 
     needs_gradient: ClassVar[bool] = True
-    takes_apart: ClassVar[bool] = False
+    can_fall_back_to_staged: ClassVar[bool] = False
 
     def __init__(self, config: Config, rollouts: Rollouts) -> None:
         self.config, self.rollouts = config, rollouts

@@ -23,8 +23,8 @@ from sqdf_fast.algorithms.advantages import advantages
 from sqdf_fast.algorithms.base import Algorithm
 from sqdf_fast.config import Config
 from sqdf_fast.engine import StepResult
+from sqdf_fast.engine.module_groups import Part
 from sqdf_fast.engine.noise import Stream, generator
-from sqdf_fast.engine.parts import Part
 from sqdf_fast.engine.rollouts import Rollouts
 from sqdf_fast.engine.sampler import Keep
 from sqdf_fast.errors import UserError

@@ -19,7 +19,7 @@ from sqdf_fast.replay import ReplayBuffer
 class Sqdf(Algorithm):
     """Kang et al., arXiv 2512.04559: off-policy states, transitions of the current policy, one look-ahead."""
 
-    takes_apart: ClassVar[bool] = True
+    can_fall_back_to_staged: ClassVar[bool] = True
 
     def __init__(self, config: Config, rollouts: Rollouts) -> None:
         super().__init__(config, rollouts)

@@ -60,8 +60,8 @@ def work(job: Job, place: Place, directory: str) -> None:
 
 
 def _guarded(job: Job, place: Place, asked: threading.Event) -> int:
-    from sqdf_fast.compare.free import SamplingStopped
-    from sqdf_fast.trainer import Interrupted
+    from sqdf_fast.compare.training_free import SamplingStopped
+    from sqdf_fast.training.trainer import Interrupted
 
     try:
         with job.folder.with_name(f".{job.folder.name}.lock").open("w") as lock:
@@ -85,8 +85,8 @@ def _run(job: Job, place: Place, asked: threading.Event) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
     import torch
 
-    from sqdf_fast.compare.free import sample_free
-    from sqdf_fast.train import continue_run, new_run
+    from sqdf_fast.compare.training_free import sample_free
+    from sqdf_fast.training.lifecycle import continue_run, new_run
 
     if place.threads is not None:
         torch.set_num_threads(place.threads)

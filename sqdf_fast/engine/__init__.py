@@ -6,7 +6,7 @@ from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, Objective
 from sqdf_fast.engine.executor import Executor, RewardFunction, StepResult
 from sqdf_fast.engine.joint import JointExecutor
-from sqdf_fast.engine.parts import Parts
+from sqdf_fast.engine.module_groups import Parts
 from sqdf_fast.engine.staged import StagedExecutor
 from sqdf_fast.schedule import DenoisingSchedule
 

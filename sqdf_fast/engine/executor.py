@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.config import Execution, Objective
-from sqdf_fast.engine.parts import Part, Parts
+from sqdf_fast.engine.module_groups import Part, Parts
 from sqdf_fast.families import Conditioning
 from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.schedule import DenoisingSchedule, Lookahead

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.engine.executor import Executor, StepResult
-from sqdf_fast.engine.ladder import one_memory_error
-from sqdf_fast.engine.parts import Part
+from sqdf_fast.engine.module_groups import Part
+from sqdf_fast.engine.oom_fallback import normalize_oom_errors
 from sqdf_fast.families import Conditioning
 from sqdf_fast.objective import SqdfLoss, look_ahead, sqdf_loss
 from sqdf_fast.replay import ReplayBatch
@@ -21,7 +21,7 @@ EVERYTHING: tuple[Part, ...] = ("network", "decoder", "reward")
 class JointExecutor(Executor):
     """One graph a micro-batch: the fewest network evaluations, and memory for all stages at once."""
 
-    @one_memory_error()
+    @normalize_oom_errors()
     def accumulate(self, batch: ReplayBatch, seeds: Tensor) -> StepResult:
         losses, rewards, kls = [], [], []
         size = self.execution.micro_batch

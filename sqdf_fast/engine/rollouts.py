@@ -11,9 +11,9 @@ from torch import Tensor
 from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.config import Config, Execution
 from sqdf_fast.engine.executor import RewardFunction
-from sqdf_fast.engine.ladder import one_memory_error, step_down
+from sqdf_fast.engine.module_groups import Part, Parts
 from sqdf_fast.engine.noise import Stream, generator, sample_seeds
-from sqdf_fast.engine.parts import Part, Parts
+from sqdf_fast.engine.oom_fallback import next_fallback, normalize_oom_errors
 from sqdf_fast.engine.sampler import Sampler, Trajectories
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import Family
@@ -109,7 +109,7 @@ class Rollouts:
         while True:
             self.enter("sampling")
             try:
-                with one_memory_error():
+                with normalize_oom_errors():
                     self.parts.use(*self.parts.of_role(options.get("role", "policy")))
                     return self.sampler.sample(prompts, seeds, on_progress=self._on_progress(phase), **options)
             except torch.OutOfMemoryError:
@@ -148,7 +148,7 @@ class Rollouts:
             self.enter("divergence")
             size = self.sampler.batch_size
             try:
-                with one_memory_error():
+                with normalize_oom_errors():
                     self.parts.use("network")
                     parts = [slice(start, start + size) for start in range(0, len(x), size)]
                     return torch.cat([self._divergence(x[part], index[part], prompts[part]) for part in parts])
@@ -192,7 +192,7 @@ class Rollouts:
         Raises:
             UserError: there is none.
         """
-        lower = step_down(self.execution, stage)
+        lower = next_fallback(self.execution, stage)
         if lower is None or (not staged and lower[0].executor != self.execution.executor):
             wanted = "optimizer.states=cpu" if stage == "optimizer" else "a smaller model, execution.quantization=nf4"
             raise UserError(
@@ -207,7 +207,7 @@ class Rollouts:
         while True:
             self.enter("sampled pictures")
             try:
-                with one_memory_error():
+                with normalize_oom_errors():
                     self.parts.use("decoder", "reward")
                     return work(self.execution.decode_images)
             except torch.OutOfMemoryError:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.engine.compilation import Compilation, CompiledBlocks, compile_options, repeated_kinds
-from sqdf_fast.engine.ladder import one_memory_error
 from sqdf_fast.engine.noise import Stream
+from sqdf_fast.engine.oom_fallback import normalize_oom_errors
 from sqdf_fast.kernels import posterior_mean
 from sqdf_fast.kernels.philox import derive_seeds, philox_normal
 from sqdf_fast.schedule import DenoisingSchedule
@@ -79,10 +79,10 @@ class Sampler:
         if compilation != "none":
             options = compile_options(compilation, family.device)
             for key, network in networks.items():
-                kinds = repeated_kinds(network, family.recompute_kinds["network"])
+                kinds = repeated_kinds(network, family.checkpointed_block_types["network"])
                 self._compiled[key] = CompiledBlocks(network, kinds, **options)
 
-    @one_memory_error()
+    @normalize_oom_errors()
     @torch.no_grad()
     def sample(
         self,

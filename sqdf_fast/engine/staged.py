@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sqdf_fast.backbone import Rows
 from sqdf_fast.engine.executor import Executor, StepResult
-from sqdf_fast.engine.ladder import one_memory_error
+from sqdf_fast.engine.oom_fallback import normalize_oom_errors
 from sqdf_fast.kernels import denoise_step_staged, denoise_step_vjp, posterior_mean, posterior_mean_vjp
 from sqdf_fast.objective import credited_loss, temperature
 from sqdf_fast.replay import ReplayBatch
@@ -77,7 +77,7 @@ class _Step:
 class StagedExecutor(Executor):
     """Each stage's graph is freed before the next one's is built."""
 
-    @one_memory_error()
+    @normalize_oom_errors()
     def accumulate(self, batch: ReplayBatch, seeds: Tensor) -> StepResult:
         device = self.backbone.family.device
         step = _Step(
@@ -199,7 +199,7 @@ class StagedExecutor(Executor):
                 )
                 x, call = step.states.pop(), self._look_ahead_call(step, index, number)
                 grad_output = call.by_half(grad_output)
-                for part in call.parts(self.execution.network_rows):
+                for part in call.parts(self.execution.backward_batch_rows):
                     pulled = self._pulled_back(self._rows(call, part, x), part.of(grad_output))
                     grad[part.samples] += pulled.unflatten(0, (-1, len(grad[part.samples]))).sum(0)
         return grad if len(step.ahead) == len(grad_x0) else grad_x0.index_copy_(0, rows, grad)
@@ -227,7 +227,7 @@ class StagedExecutor(Executor):
         call = self._call(step.batch.prompts, self.tables.timesteps[step.index], self.guidance_scale)
         grad = call.by_half(grad)
         with self.backbone.role("policy"):
-            for part in call.parts(self.execution.network_rows):
+            for part in call.parts(self.execution.backward_batch_rows):
                 output = self.backbone.run(self._rows(call, part, step.x))
                 output.backward(part.of(grad).to(output.dtype))
                 del output  # or its graph lives until the next one is whole
@@ -244,7 +244,7 @@ class StagedExecutor(Executor):
     def _outputs(self, call: _Call, x: Tensor) -> Tensor:
         """The network's outputs on all rows, [halves S, ...]."""
         outputs = None
-        for part in call.parts(self.execution.forward_rows):
+        for part in call.parts(self.execution.forward_batch_rows):
             found = self.backbone.run(self._rows(call, part, x))
             if outputs is None:
                 outputs = call.by_half(found.new_empty(call.halves * len(x), *found.shape[1:]))

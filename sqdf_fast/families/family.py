@@ -73,14 +73,14 @@ class Family(ABC):
         defaults: how it is sampled unless the user says otherwise.
         guided: whether classifier-free guidance applies; a guidance-distilled network runs with scale 1.
         lora_targets: suffixes of the layers that get a policy LoRA by default.
-        recompute_kinds: per part, "network" and "decoder", class names of the blocks worth recomputing.
+        checkpointed_block_types: per part, "network" and "decoder", class names of the blocks worth recomputing.
     """
 
     name: ClassVar[str]
     guided: ClassVar[bool] = True
     defaults: ClassVar[Defaults]
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    recompute_kinds: ClassVar[dict[str, frozenset[str]]]
+    checkpointed_block_types: ClassVar[dict[str, frozenset[str]]]
     network: Any
     vae: Any
     text_encoders: list[nn.Module]

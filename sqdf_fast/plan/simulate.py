@@ -18,8 +18,8 @@ from sqdf_fast.backbone import Backbone, Role, Rows
 from sqdf_fast.config import Config, Execution
 from sqdf_fast.config import Optimizer as OptimizerSettings
 from sqdf_fast.engine import Parts, make_executor
+from sqdf_fast.engine.module_groups import Part
 from sqdf_fast.engine.optimizers import make_optimizer
-from sqdf_fast.engine.parts import Part
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.families import Family
 from sqdf_fast.plan.fake import DEVICE, flash_attention, hollow_call, no_collection, to_meta
@@ -189,7 +189,7 @@ class Simulation:
         uploads = self._parts.uploads
         self._parts.counted_by(None)
         self._parts.apply(Execution())
-        if execution.residency == "staged":
+        if execution.offload == "staged":
             self._scatter()
         stages = {name: stage for name, stage in count.stages.items() if name}
         return Steps(stages, samples, sampled, uploads)
@@ -282,9 +282,9 @@ class _CountedParts(Parts):
         self.count, self.uploads = count, dict[str, int]()
 
     def use(self, *names: Part) -> None:
-        if self._residency is None or self.count is None:
+        if self._offload is None or self.count is None:
             return
-        arriving = set(names) - self._residency.resident
+        arriving = set(names) - self._offload.resident
         # Parts that leave do so before others come.
         with self.count.exchange():
             super().use(*names)

@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from direct_reward import apart, settings, write_model
-from gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
 from safetensors.torch import load_file
+from support.direct_reward import apart, settings, write_model
+from support.gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
 
 from sqdf_fast.algorithms.advantages import advantages
 from sqdf_fast.engine.rollouts import Rollouts
 from sqdf_fast.errors import UserError
-from sqdf_fast.report import read_metrics
-from sqdf_fast.train import continue_run, new_run
-from sqdf_fast.trainer import Interrupted
+from sqdf_fast.runs import read_metrics
+from sqdf_fast.training.lifecycle import continue_run, new_run
+from sqdf_fast.training.trainer import Interrupted
 
 ALL = ["ddpo", "dpok", "awm"]
 

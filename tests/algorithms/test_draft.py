@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from direct_reward import BATCH, GUIDANCE, STEPS, Published, apart, gradient, make, settings, write_model
 from safetensors.torch import load_file
+from support.direct_reward import BATCH, GUIDANCE, STEPS, Published, apart, gradient, make, settings, write_model
 
 from sqdf_fast.cli import main
 from sqdf_fast.config import Execution, Objective
@@ -17,9 +17,9 @@ from sqdf_fast.engine.rollouts import Rollouts
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.philox import derive_seeds
 from sqdf_fast.replay import ReplayBatch
-from sqdf_fast.report import read_metrics
-from sqdf_fast.train import continue_run, new_run
-from sqdf_fast.trainer import Interrupted, Trainer
+from sqdf_fast.runs import read_metrics
+from sqdf_fast.training.lifecycle import continue_run, new_run
+from sqdf_fast.training.trainer import Interrupted, Trainer
 
 REWARDS = """
 def brightness(images, prompts):
@@ -141,10 +141,10 @@ def test_with_one_step_it_is_sqdf_without_discount(model, tmp_path):
 @pytest.mark.parametrize("algorithm", ALL)
 def test_micro_batches_and_recomputation_change_nothing(model, algorithm):
     truth = gradient(make(settings(model, algorithm, baseline=SETTINGS)))
-    execution = {"micro_batch": 2, "recompute": ["network", "decoder"]}
+    execution = {"micro_batch": 2, "gradient_checkpointing": ["network", "decoder"]}
     small = make(settings(model, algorithm, baseline=SETTINGS, execution=execution))
     assert apart(gradient(small), truth) < 1e-12
-    assert small.backbone.recomputations[0].count > 0
+    assert small.backbone.checkpointed[0].count > 0
 
 
 @pytest.mark.parametrize("algorithm", ALL)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
-from tiny_families import WRITERS
+from support.tiny_families import WRITERS
 
-from sqdf_fast import assembly
+from sqdf_fast.engine import runtime as assembly
 from sqdf_fast.config import make_config
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family, set_attention
@@ -83,9 +83,9 @@ def test_native_attention_of_flux_is_a_backend(models):
     assert {processor._attention_backend for processor in processors(family.network)} == {"native"}
 
 
-@pytest.mark.parametrize("residency", ["resident", "staged"])
+@pytest.mark.parametrize("offload", ["none", "staged"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_xformers_reaches_every_attention_layer_wherever_the_weights_wait(models, monkeypatch, name, residency):
+def test_xformers_reaches_every_attention_layer_wherever_the_weights_wait(models, monkeypatch, name, offload):
     switched, backends = [], []
     monkeypatch.setattr(
         Attention,
@@ -106,7 +106,7 @@ def test_xformers_reaches_every_attention_layer_wherever_the_weights_wait(models
             "dtype": "float32",
             "objective": {"lookahead": "tweedie"},
             "sampling": {"guidance_scale": 1},
-            "execution": {"attention": "xformers", "residency": residency},
+            "execution": {"attention": "xformers", "offload": offload},
         },
     )
     family = assembly.load_backbone(config).family
