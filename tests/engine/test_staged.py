@@ -100,6 +100,11 @@ def test_equals_the_joint_executor(model, consistency_lora, objective, chunks):
         assert torch.allclose(getattr(two, name), getattr(one, name), rtol=1e-12, atol=0)
 
 
+# How far float32 rounding alone moves a gradient depends on the processor: the measure is the joint executor's own
+# distance from itself in float64. Staged has an error of that size too, and merges the look-ahead's LoRA.
+ROUNDING_ERRORS = 3
+
+
 def make_world(dtype: torch.dtype) -> tuple[Backbone, Reward]:
     """The embedded world, its policy away from the reference."""
     family = load_family("shapes", device=torch.device("cpu"), dtype=dtype)
@@ -152,12 +157,13 @@ def test_in_float64_every_chunking_of_the_embedded_world_is_the_joint_executor(e
     # rows where all samples are one chunk.
     [("tweedie", 4, 1), ("tweedie", 4, 2), ("consistency", 4, 3), ("consistency", 1, 1), ("consistency", 1, 2)],
 )
-def test_in_float32_it_is_the_joint_executor_at_the_same_chunks(world, lookahead, guidance_scale, size):
+def test_in_float32_it_is_the_joint_executor_at_the_same_chunks(world, exact_world, lookahead, guidance_scale, size):
     rows = size if guidance_scale == 1 else 2 * size
     joint = Execution(executor="joint", micro_batch=size)
     staged = Execution(forward_batch_rows=rows, backward_batch_rows=rows, decode_images=size)
     one, two = (in_the_world(world, found, guidance_scale, lookahead=lookahead) for found in (joint, staged))
-    assert relative(two, one) < 1e-6
+    exact = in_the_world(exact_world, joint, guidance_scale, lookahead=lookahead)
+    assert relative(two, one) < ROUNDING_ERRORS * relative(one, exact)
 
 
 @pytest.fixture
@@ -176,10 +182,11 @@ def row_by_row(world, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("row_by_row")
-def test_in_float32_every_chunking_is_the_joint_executor_beside_the_operators_rounding(world):
-    joint = in_the_world(world, Execution(executor="joint", micro_batch=3))
+def test_in_float32_every_chunking_is_the_joint_executor_beside_the_operators_rounding(world, exact_world):
+    joint, exact = (in_the_world(w, Execution(executor="joint", micro_batch=3)) for w in (world, exact_world))
     for chunks in CHUNKS:
-        assert relative(in_the_world(world, Execution(**chunks)), joint) < 1e-6
+        staged = in_the_world(world, Execution(**chunks))
+        assert relative(staged, joint) < ROUNDING_ERRORS * relative(joint, exact), chunks
 
 
 def test_chunks_hold_whole_samples_and_no_more_rows_than_allowed(model, consistency_lora):
