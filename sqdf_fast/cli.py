@@ -259,9 +259,10 @@ def evaluate(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def rewards(as_json: bool) -> None:
     """List the rewards that come with it: size, download, input, gradient and licence; docs/rewards.md."""
+    from sqdf_fast.commands.rewards import as_text
     from sqdf_fast.rewards import catalogue
 
-    click.echo(json.dumps(catalogue.as_dict(), indent=1) if as_json else catalogue.as_text())
+    click.echo(json.dumps(catalogue.as_dict(), indent=1) if as_json else as_text())
 
 
 @app.command()

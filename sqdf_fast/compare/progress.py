@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sqdf_fast.compare.jobs import Job, Tail
-from sqdf_fast.display.progress import format_seconds
+from sqdf_fast.display import format_duration
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,7 +95,8 @@ class CompareProgress:
     def _total(self) -> str:
         left = self.seconds_left()
         failed = f", {self.failed} failed" if self.failed else ""
-        return f"{self.done}/{self.total} runs{failed}" + ("" if left is None else f", {format_seconds(left)} left")
+        coming = "" if left is None else f", {format_duration(round(left))} left"
+        return f"{self.done}/{self.total} runs{failed}{coming}"
 
     def _table(self) -> Table:
         rows = Table.grid(padding=(0, 1))

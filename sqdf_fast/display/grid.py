@@ -1,4 +1,4 @@
-"""Sheets of pictures that say what they show."""
+"""Sheets of images that say what they show."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def image_grid(
     columns: int = 4,
     tile: int = 160,
 ) -> Image.Image:
-    """Pictures in reading order, each over its label; long labels wrap.
+    """Images in reading order, each over its label; long labels wrap.
 
     Args:
-        images: N >= 1 pictures of any size; each is scaled to fit a square of ``tile`` pixels.
+        images: N >= 1 images of any size; each is scaled to fit a square of ``tile`` pixels.
         labels: N captions.
     """
     if not images or len(images) != len(labels):
         raise UserError(
-            f"a grid needs one label a picture and at least one: {len(images)} pictures, {len(labels)} labels"
+            f"a grid needs at least one image and a label for each: {len(images)} images, {len(labels)} labels"
         )
     return _sheet([(image,) for image in images], labels, (), min(columns, len(images)), tile)
 
@@ -45,16 +45,42 @@ def before_after_grid(
     """Pairs from the same seed and prompt, side by side; the order is that of ``labels``.
 
     Args:
-        before, after: N >= 1 pictures each.
+        before, after: N >= 1 images each.
         labels: N captions, the prompts.
     """
     if not labels or not len(before) == len(after) == len(labels):
         raise UserError(
-            f"a before/after grid needs as many pictures before as after, and a label each: "
+            f"a before/after grid needs as many images before as after, and a label each: "
             f"{len(before)}, {len(after)} and {len(labels)} given"
         )
     pairs = list(zip(before, after, strict=True))
     return _sheet(pairs, labels, ("before", "after"), min(columns, len(pairs)), tile)
+
+
+def table_grid(
+    images: Sequence[Sequence[Image.Image | None]], rows: Sequence[str], columns: Sequence[str], tile: int = 96
+) -> Image.Image:
+    """A table of images under the names of its columns, the names of its rows at the left; None leaves a gap.
+
+    Args:
+        images: by row, one a column.
+    """
+    font = ImageFont.load_default(size=12)
+    line, gap, side = 15, 6, 180
+    heads = [_wrap(name, font, tile) for name in columns]
+    top = gap + line * max(map(len, heads))
+    step = tile + gap
+    sheet = Image.new("RGB", (side + gap + len(columns) * step, top + gap + len(rows) * step), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, words in enumerate(heads):
+        draw.text((side + gap + column * step, gap), "\n".join(words), FAINT, font)
+    for row, name in enumerate(rows):
+        middle = top + gap + row * step + tile / 2
+        draw.text((side - gap, middle), "\n".join(_wrap(name, font, side - 3 * gap)), TEXT, font, "rm", align="right")
+        for column, image in enumerate(images[row]):
+            if image is not None:
+                _paste(sheet, image, side + gap + column * step, top + gap + row * step, tile)
+    return sheet
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -62,6 +62,13 @@ class Comparison:
     events: list[tuple[int, str]]
     measured_steps: int
 
+    @property
+    def over_budget(self) -> bool:
+        """Whether the measured peak exceeds the planned one by more than the reserve."""
+        if self.planned_peak is None or self.measured_peak is None:
+            return False
+        return self.measured_peak > self.planned_peak + (self.reserve or 0)
+
     def __bool__(self) -> bool:
         """Whether there is anything to show beyond the time of a step, which every run has."""
         return self.planned or bool(self.stages or self.events) or self.joules is not None

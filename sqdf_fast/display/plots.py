@@ -1,0 +1,467 @@
+"""Plots by matplotlib: inline in a page, where they follow its light or dark colours, or as SVG and PNG files."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from html import escape
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
+
+from sqdf_fast.display.units import MINUS
+from sqdf_fast.files import disk_errors
+
+Point = tuple[float, float]
+Array = NDArray[np.float64]
+
+# The colours of twelve series, then of paper, text and rules: on light, on dark. Pages have them as CSS variables.
+PALETTE = {
+    "c1": ("#2457c5", "#7ba7f7"),
+    "c2": ("#c2571a", "#f0995a"),
+    "c3": ("#1f8a55", "#6cc896"),
+    "c4": ("#8247b5", "#be93ea"),
+    "c5": ("#c0342b", "#f08a7e"),
+    "c6": ("#0b8799", "#4fc3d1"),
+    "c7": ("#8a6d00", "#d9bd4a"),
+    "c8": ("#c0398a", "#f07fc0"),
+    "c9": ("#56636e", "#a9b4be"),
+    "c10": ("#5f8a12", "#b4d465"),
+    "c11": ("#7a4a2b", "#cf9f7c"),
+    "c12": ("#3d3fa8", "#9a9ff5"),
+    "text": ("#1d2129", "#e7e8ea"),
+    "soft": ("#626a78", "#9aa2af"),
+    "rule": ("#e2e0db", "#2f343d"),
+    "grid": ("#eceae5", "#292d35"),
+    "card": ("#ffffff", "#1c1f25"),
+}
+SERIES = 12
+MARKERS = ("o", "s", "^", "D", "v", "P")
+# More marks than these would hide their line.
+MARKED = 12
+_TIP = "tip: "
+_ROUND = [1, 2, 5, 10]
+_STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": PALETTE["rule"][0],
+    "axes.formatter.limits": (-4, 6),
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": PALETTE["soft"][0],
+    "axes.labelsize": 12,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": PALETTE["text"][0],
+    "axes.titlelocation": "left",
+    "axes.titlesize": 14,
+    "axes.titleweight": "bold",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 11.5,
+    "grid.color": PALETTE["grid"][0],
+    "legend.frameon": False,
+    "legend.labelcolor": PALETTE["soft"][0],
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sqdf-fast",
+    # A dollar in a name is a dollar.
+    "text.parse_math": False,
+    "xtick.color": PALETTE["rule"][0],
+    "xtick.labelcolor": PALETTE["soft"][0],
+    "ytick.labelcolor": PALETTE["soft"][0],
+    "ytick.major.pad": 8,
+    "ytick.major.size": 0,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve.
+
+    Attributes:
+        label: its entry in the legend; empty for none.
+        points: (x, y), x rising.
+        colour: 1 to 12, a colour of the palette.
+        band: (low, high) around each point, or None.
+        faint: thin and pale, for raw values under a smoothed curve.
+        dashed: for baselines.
+        right: measured on an axis of its own, at the right.
+    """
+
+    label: str
+    points: Sequence[Point]
+    colour: int = 1
+    band: Sequence[Point] | None = None
+    faint: bool = False
+    dashed: bool = False
+    right: bool = False
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One value of every name.
+
+    Attributes:
+        label: its entry in the legend.
+        values: in the order of the names, from 0; None where unknown.
+        faint: pale, for what is only planned.
+    """
+
+    label: str
+    values: Sequence[float | None]
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """One method's curve, a point an evaluation; ``colour`` counts from 1, ``marker`` is matplotlib's."""
+
+    name: str
+    points: Sequence[Point]
+    colour: int
+    marker: str
+
+    @staticmethod
+    def of(name: str, points: Sequence[Point], position: int) -> Series:
+        """With the colour and marker of the ``position``-th series, from 0."""
+        return Series(name, points, position % SERIES + 1, MARKERS[position % len(MARKERS)])
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure and its title, which a page writes as the caption and a file above the plot."""
+
+    title: str
+    figure: Figure
+
+    @property
+    def axes(self) -> Axes:
+        """The main axes."""
+        return self.figure.axes[0]
+
+    def svg(self) -> str:
+        """An ``<svg>`` element for a page that defines the palette's colours as CSS variables."""
+        text = self._saved("svg").decode().partition("<svg")[2].partition(">")[2]
+        text = re.sub(rf'<g id="{_TIP}([^"]*)">', r"<g><title>\1</title>", text)
+        text = re.sub(r'<g id="[^"]*"', "<g", text)
+        text = text.replace("font-family: 'DejaVu Sans', sans-serif", "font-family: inherit")
+        for name, (light, _) in PALETTE.items():
+            text = text.replace(light, f"var(--{name})")
+        width, height = (f"{72 * side:g}" for side in self.figure.get_size_inches())
+        return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(self.title)}">{text}'
+
+    def save(self, path: Path) -> None:
+        """Write the titled plot on light paper, as SVG or PNG by the suffix. Raises UserError when the disk refuses."""
+        with _styled():
+            self.axes.set_title(self.title)
+        content = self._saved(path.suffix[1:], facecolor=PALETTE["card"][0])
+        self.axes.set_title("", loc="left")
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    def _saved(self, kind: str, facecolor: str = "none") -> bytes:
+        buffer = io.BytesIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else {}
+        with _styled(), warnings.catch_warnings():
+            # A name in a script that the bundled font lacks: a browser has another font.
+            warnings.filterwarnings("ignore", message="Glyph")
+            self.figure.savefig(buffer, format=kind, dpi=144, facecolor=facecolor, metadata=metadata)
+        return buffer.getvalue()
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    with rc_context(_STYLE):
+        yield
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of ``width`` by ``height`` points with one axes."""
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _colour(number: int) -> str:
+    return PALETTE[f"c{number}"][0]
+
+
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    x_label: str = "step",
+    y_label: str = "",
+    right_label: str = "",
+    include: Sequence[float] = (),
+) -> Chart | None:
+    """Curves over steps or indices; None when no line has a point. Values that are not finite are left out.
+
+    Args:
+        include: values that the left axis must reach, such as 0 where shares are compared.
+    """
+    lines = [line for line in map(_finite, lines) if line.points]
+    if not lines:
+        return None
+    with _styled():
+        figure, left = _figure(420, 250)
+        right = left.twinx() if len({line.right for line in lines}) == 2 else left
+        for line in lines:
+            _draw(right if line.right else left, line)
+        left.set(xlabel=x_label, ylabel=y_label)
+        left.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND, integer=True))
+        left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        left.update_datalim([(lines[0].points[0][0], value) for value in include])
+        for axes in {left, right}:
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND))
+            _fit(axes)
+        if right is not left:
+            colour = _colour(next(line.colour for line in lines if line.right))
+            right.set_ylabel(right_label)
+            right.tick_params(axis="y", labelcolor=colour)
+            right.grid(visible=False)
+        _legend(figure)
+    return Chart(title, figure)
+
+
+def moving_average(points: Sequence[Point], window: int) -> list[Point]:
+    """Centred mean of up to ``window`` (odd) neighbours; of fewer at the ends."""
+    if not points:
+        return []
+    ones, values = np.ones(window), np.array([y for _, y in points], dtype=np.float64)
+    edge = window // 2
+    sums, counts = (np.convolve(row, ones)[edge : edge + len(points)] for row in (values, np.ones(len(points))))
+    return [(x, float(mean)) for (x, _), mean in zip(points, sums / counts, strict=True)]
+
+
+def _finite(line: Line) -> Line:
+    kept = [index for index, point in enumerate(line.points) if all(map(math.isfinite, point))]
+    band = None if line.band is None else [line.band[index] for index in kept]
+    return replace(line, points=[line.points[index] for index in kept], band=band)
+
+
+def _draw(axes: Axes, line: Line) -> None:
+    colour, (x, y) = _colour(line.colour), zip(*line.points, strict=True)
+    if line.band is not None:
+        low, high = zip(*line.band, strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0, clip_on=False)
+    style: dict[str, Any] = {"linewidth": 1, "alpha": 0.4} if line.faint else {"linewidth": 2}
+    axes.plot(x, y, "--" if line.dashed else "-", color=colour, label=line.label, clip_on=False, **style)
+    if len(line.points) <= MARKED and not line.faint:
+        for point in line.points:
+            _mark(axes, point, f"{line.label or 'value'} {point[1]:.4g} at {point[0]:g}", colour, 6, clip_on=False)
+
+
+def _mark(axes: Axes, point: Point, tip: str, colour: str, size: float, marker: str = "o", **style: Any) -> None:
+    """A marker that says ``tip`` under a mouse."""
+    axes.plot(*point, marker, color=colour, markersize=size, markeredgewidth=0, gid=_TIP + tip, **style)
+
+
+def _fit(axes: Axes) -> None:
+    """Fit the axes to the data; quantities that cannot be negative keep their zero."""
+    axes.margins(x=0, y=0.06)
+    axes.autoscale_view()
+    bottom, top = axes.dataLim.intervaly
+    if 0 <= bottom < top:
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+
+
+def _legend(figure: Figure) -> None:
+    pairs = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    shown = {label: handle for found in pairs for handle, label in found if label}
+    if shown:
+        columns = 1 if sum(map(len, shown)) + 6 * len(shown) > 72 else len(shown)
+        figure.legend(shown.values(), shown.keys(), loc="outside lower left", ncols=columns, handlelength=1.6)
+
+
+def bar_chart(title: str, names: Sequence[str], groups: Sequence[Bars], unit: str, colour: int = 1) -> Chart | None:
+    """Horizontal bars, a row a name; None when no value is above 0.
+
+    Args:
+        names: of the rows, from the top.
+        groups: the bars of a row, from its top; a group without any value is left out.
+        unit: under the axis.
+    """
+    measured = [(group, np.array([_length(value) for value in group.values])) for group in groups]
+    shown = [(group, values) for group, values in measured if not np.isnan(values).all()]
+    if not any(np.nanmax(values) > 0 for _, values in shown):
+        return None
+    with _styled():
+        figure, axes = _figure(420, 40 + 24 + (9 + 14 * len(shown)) * len(names))
+        height = 0.8 / len(shown)
+        for place, (group, values) in enumerate(shown):
+            rows = np.arange(len(names)) + (place - (len(shown) - 1) / 2) * height
+            alpha = 0.35 if group.faint else 1.0
+            bars = axes.barh(rows, values, height, color=_colour(colour), alpha=alpha, label=group.label)
+            axes.bar_label(bars, fmt="%.3g", padding=4, color=PALETTE["soft"][0])
+        axes.set(xlabel=unit, yticks=range(len(names)), yticklabels=names)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x")
+        _legend(figure)
+    return Chart(title, figure)
+
+
+def _length(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) and value >= 0 else math.nan
+
+
+DISTANCES = (7, 18, 30, 46, 66, 90, 120, 150)
+# A plot that a single curve would make this many times as high leaves out its far end.
+FAR = 2.5
+
+
+def tradeoff_chart(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    level: float | None = None,
+    better: tuple[int, int] = (1, 1),
+) -> Chart:
+    """Curves with a mark at each evaluation and their name at the end, over the Pareto front of all points.
+
+    A curve that collapses leaves the plot, so that the others stay distinct: its large mark is where it leaves, and
+    its name says where it ends.
+
+    Args:
+        level: x of a vertical line: the proxy reward at which methods are compared.
+        better: of x and y, 1 where more is better, -1 where less is, 0 where neither is: then there is no front.
+    """
+    with _styled():
+        figure, axes = _figure(560, 400)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND))
+        if not series:
+            return Chart(title, figure)
+        points = [point for one in series for point in one.points]
+        _limits(axes, series, in_view(series, better[1]))
+        low, high = axes.get_ylim()
+        if level is not None:
+            axes.axvline(level, color=PALETTE["soft"][0], linewidth=1, linestyle="--", alpha=0.7)
+            axes.text(level, 1, "equal proxy reward", fontsize=10, color=PALETTE["soft"][0], ha="center", va="bottom",
+                      transform=axes.get_xaxis_transform())  # fmt: skip
+        front = pareto_front([point for point in points if low <= point[1] <= high], better) if all(better) else []
+        if len(front) > 1:
+            axes.plot(*zip(*front, strict=True), color=PALETTE["soft"][0], linewidth=7, alpha=0.18, gid="front")
+        ends = []
+        for one in series:
+            axes.plot(*zip(*one.points, strict=True), color=_colour(one.colour), linewidth=1.8, label=one.name)
+            end, name = _end(one, low, high)
+            for point in [point for point in one.points[:-1] if low <= point[1] <= high]:
+                _mark(axes, point, _tip(one, point, x_label, y_label), _colour(one.colour), 5.2, one.marker)
+            tip = _tip(one, one.points[-1], x_label, y_label)
+            _mark(axes, end, tip, _colour(one.colour), 9, one.marker, clip_on=False, zorder=3)
+            ends.append((name, end, _colour(one.colour)))
+        _write_names(axes, ends)
+    return Chart(title, figure)
+
+
+def _tip(one: Series, point: Point, x_label: str, y_label: str) -> str:
+    return f"{one.name}: {x_label} {point[0]:.4g}, {y_label} {point[1]:.4g}"
+
+
+def _limits(axes: Axes, series: Sequence[Series], heights: Sequence[float]) -> None:
+    across = [x for one in series for x, _ in one.points]
+    last = [one.points[-1][0] for one in series]
+    for values, limit in ((across, axes.set_xlim), (heights, axes.set_ylim)):
+        low, high = min(values), max(values)
+        margin = 0.06 * (high - low) or 0.5 * max(abs(low), 1.0)
+        limit(max(0.0, low - margin) if low >= 0 else low - margin, high + margin)
+    if len(series) > 1 and np.ptp(last) < 0.2 * (max(last) - min(across)):
+        # Curves that all end at the same x have their names beside it.
+        axes.set_xlim(right=max(last) + 0.3 * (max(last) - min(across)))
+
+
+def in_view(series: Sequence[Series], better: int) -> list[float]:
+    """The heights that a plot has to show: all, or not those of a single curve that is far worse than the others."""
+    heights = [[y for _, y in one.points] for one in series]
+    everything = [y for one in heights for y in one]
+    if len(series) < 3 or not better:
+        return everything
+    # What is better than all others is never left out.
+    worst = max(min(better * y for other in heights if other is not one for y in other) for one in heights)
+    shown = [y for y in everything if better * y >= worst]
+    return shown if np.ptp(everything) > FAR * np.ptp(shown) > 0 else everything
+
+
+def _end(one: Series, low: float, high: float) -> tuple[Point, str]:
+    """Where a curve's large mark is, its end or the last place where it leaves the plot, and its name there."""
+    end = one.points[-1]
+    if low <= end[1] <= high:
+        return end, one.name
+    edge = low if end[1] < low else high
+    for (x0, y0), (x1, y1) in zip(one.points[-2::-1], one.points[:0:-1], strict=True):
+        if (y0 - edge) * (y1 - edge) <= 0:
+            end = (x0 + (x1 - x0) * (edge - y0) / (y1 - y0), edge)
+            break
+    return (end[0], edge), f"{one.name}, ends at {one.points[-1][1]:.4g}".replace("-", MINUS)
+
+
+def pareto_front(points: Sequence[Point], better: tuple[int, int] = (1, 1)) -> list[Point]:
+    """The points that no other one beats in both coordinates, from the best x to the worst."""
+    front: list[Point] = []
+    for point in sorted(set(points), key=lambda point: (-better[0] * point[0], -better[1] * point[1])):
+        if not front or better[1] * point[1] > better[1] * front[-1][1]:
+            front.append(point)
+    return front
+
+
+def _write_names(axes: Axes, ends: Sequence[tuple[str, Point, str]]) -> None:
+    """Write each curve's name near its end, clear of other names and of curves; a thin line leads to it from afar."""
+    assert axes.figure is not None
+    axes.figure.draw_without_rendering()
+    curves = np.concatenate(
+        [line.get_transform().transform_path(line.get_path()).interpolated(20).vertices for line in axes.lines]
+    )
+    names: list[Bbox] = []
+    for name, end, colour in ends:
+        text = axes.annotate(
+            name, end, (0, 0), textcoords="offset points", color=colour, fontweight="bold", annotation_clip=False
+        )
+        text.set_in_layout(False)
+        origin, size = axes.transData.transform(end), text.get_window_extent().size
+        boxes = [_beside(origin, size, distance, turn) for distance, turn in product(DISTANCES, range(16))]
+        best = min(boxes, key=lambda box: _cost(box, axes, names, curves) + 0.8 * _distance(box, origin))
+        names.append(best)
+        if _distance(best, origin) > 18:
+            nearest = np.clip(origin, best.min, best.max)
+            axes.annotate(
+                "", end, nearest - origin, textcoords="offset points", annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.6},
+            ).set_in_layout(False)  # fmt: skip
+        text.set_position(best.min - origin)
+
+
+def _beside(origin: Array, size: Array, distance: float, turn: int) -> Bbox:
+    """A box of ``size`` pixels that begins ``distance`` from ``origin``, at ``turn`` sixteenths of a circle."""
+    angle = 2 * math.pi * turn / 16
+    way = np.array([math.cos(angle), math.sin(angle)])
+    corner = origin + distance * way - size * np.where(way > 0.3, 0, np.where(way < -0.3, 1, 0.5))
+    return Bbox([corner, corner + size])
+
+
+def _distance(box: Bbox, origin: Array) -> float:
+    return float(np.linalg.norm(np.clip(origin, box.min, box.max) - origin))
+
+
+def _cost(box: Bbox, axes: Axes, names: Sequence[Bbox], curves: Array) -> float:
+    # A name over a curve is readable, a name over a name is not.
+    low, high = axes.bbox.min, (axes.figure.bbox.xmax - 2, axes.bbox.ymax)
+    outside = bool((box.min < low).any() or (box.max > high).any())
+    return 1e6 * outside + 1e4 * box.count_overlaps(names) + 20.0 * box.count_contains(curves)
