@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,17 +52,26 @@ def minus(text: str) -> str:
     return text.replace("-", MINUS)
 
 
-def figure(cell: str) -> dict[str, Any] | None:
-    """A table's cell, "mean [low, high]" or a number, as mean, interval and whether that excludes 0; else None."""
+@dataclass(frozen=True)
+class Figure:
+    """A number in a table; ``clear``: its interval excludes 0."""
+
+    mean: str
+    interval: str = ""
+    clear: bool = False
+
+
+def figure(cell: str) -> Figure | None:
+    """A table's cell, "mean [low, high]" or a number; None for a remark."""
     if cell[:1] not in "+-0123456789":
         return None
     text = minus(cell)
     match = _INTERVAL.fullmatch(text)
     if match is None:
-        return {"mean": text, "interval": "", "clear": False}
+        return Figure(text)
     mean, low, high = match.groups()
     ends = [float(end.replace(MINUS, "-")) for end in (low, high)]
-    return {"mean": mean, "interval": f"{low} to {high}", "clear": ends[0] * ends[1] > 0}
+    return Figure(mean, f"{low} to {high}", ends[0] * ends[1] > 0)
 
 
 def setting(value: Any) -> str:

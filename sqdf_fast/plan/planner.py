@@ -123,7 +123,7 @@ class Plan:
     def _replay_line(self) -> str:
         sampling = sum(stage.seconds for stage in self.stages if stage.name == "sampling")
         rest, ratio = self.predicted_seconds - sampling, self.replay_ratio
-        others = ", ".join(f"{r}: {rest + sampling * ratio / r:.1f} s" for r in (1, 4, 8) if r != ratio)
+        others = ", ".join(f"{r}: {format_duration(rest + sampling * ratio / r)}" for r in (1, 4, 8) if r != ratio)
         return f"replay.steps_per_refill is {ratio} and yours to set, it changes the result; a step at {others}"
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from sqdf_fast.display import before_after_grid, image_grid, save_png
+from sqdf_fast.display import before_after_grid, image_grid, save_png, table_grid
 from sqdf_fast.display.grid import GAP, PAPER, _wrap
 from sqdf_fast.errors import UserError
 
@@ -19,7 +19,7 @@ def centres(sheet: Image.Image, tile: int, places: list[tuple[int, int]]) -> lis
     return [sheet.getpixel((left + tile // 2, top + tile // 2)) for left, top in places]
 
 
-def test_pictures_are_in_reading_order():
+def test_images_are_in_reading_order():
     sheet = image_grid([flat(RED), flat(GREEN), flat(BLUE)], ["a", "b", "c"], columns=2, tile=80)
     column = 80 + GAP
     row = (sheet.height - GAP) // 2
@@ -28,7 +28,7 @@ def test_pictures_are_in_reading_order():
     assert sheet.getpixel((GAP + column + 40, GAP + row + 40)) == PAPER
 
 
-def test_label_is_drawn_under_its_picture():
+def test_label_is_drawn_under_its_image():
     with_label = np.asarray(image_grid([flat(RED)], ["word"], tile=80))
     without = np.asarray(image_grid([flat(RED)], [""], tile=80))
     assert with_label.shape == without.shape
@@ -61,6 +61,16 @@ def test_pairs_stand_side_by_side_under_their_headings():
     assert (heading != PAPER).any()
 
 
+def test_a_table_has_its_rows_and_columns_in_order_and_gaps():
+    sheet = table_grid([[flat(RED), flat(GREEN)], [None, flat(BLUE)]], ["one", "two"], ["a", "b"], tile=80)
+    places = [(186, 21), (272, 21), (186, 107), (272, 107)]
+    assert centres(sheet, 80, places) == [RED, GREEN, PAPER, BLUE]
+    assert sheet.size == (186 + 2 * 86, 27 + 2 * 86)
+    names, heads = np.asarray(sheet)[21:, :180], np.asarray(sheet)[:21, 186:]
+    assert (names != PAPER).any()
+    assert (heads != PAPER).any()
+
+
 def test_other_shapes_keep_their_proportions():
     sheet = np.asarray(image_grid([flat(RED, (200, 100))], [""], tile=80))
     red = (sheet == RED).all(axis=2)
@@ -69,11 +79,11 @@ def test_other_shapes_keep_their_proportions():
 
 
 def test_unequal_numbers_are_refused():
-    with pytest.raises(UserError, match="2 pictures, 1 labels"):
+    with pytest.raises(UserError, match="2 images, 1 labels"):
         image_grid([flat(RED), flat(RED)], ["a"])
     with pytest.raises(UserError, match="1, 2 and 1 given"):
         before_after_grid([flat(RED)], [flat(RED), flat(RED)], ["a"])
-    with pytest.raises(UserError, match="0 pictures"):
+    with pytest.raises(UserError, match="0 images"):
         image_grid([], [])
 
 

@@ -186,7 +186,7 @@ def test_measurements_without_a_plan_say_so(folder):
     assert section.rows[0] == ["stage", "memory measured", "time measured"]
     assert section.rows[1] == ["transition", "2.00 GiB", "1.25 s"]
     assert section.tiles[0] == "5.00 GiB; peak memory"
-    assert section.remarks[-1] == "The run has no plan that can be read (plan.json), so nothing is compared."
+    assert section.remarks[-1] == "The run has no readable plan (plan.json), so nothing is compared."
 
 
 def test_on_a_cpu_times_are_compared_and_memory_is_not(folder):
@@ -199,7 +199,7 @@ def test_on_a_cpu_times_are_compared_and_memory_is_not(folder):
 
 def test_a_plan_that_did_not_fit_is_not_hidden(folder):
     (folder / "plan.json").write_text(json.dumps(PLAN | {"fits": False}))
-    assert "The plan said that the run would not fit." in Section(folder).remarks[0]
+    assert "The plan predicted that the run would not fit." in Section(folder).remarks[0]
 
 
 def test_a_run_without_plan_and_stages_has_no_section(folder):
@@ -209,7 +209,7 @@ def test_a_run_without_plan_and_stages_has_no_section(folder):
 
 
 def test_the_summary_sets_the_peak_against_the_plan(folder):
-    assert "peak memory         5.00 GiB of 4.00 GiB planned  (+25.0%)" in summary_lines(read_run(folder))
+    assert "peak memory  5.00 GiB of 4.00 GiB planned  (+25.0%)" in summary_lines(read_run(folder))
     (folder / "config.yaml").write_text(yaml.safe_dump({"steps": 4, "device": "cpu"}))
     write_steps(folder, [step(1)])
     assert not any("planned" in line for line in summary_lines(read_run(folder)))
