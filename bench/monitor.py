@@ -18,7 +18,7 @@ from typing import Any
 
 from sqdf_fast.compare.table import label
 from sqdf_fast.config import make_config, parse_assignments
-from sqdf_fast.display.plots import Series, tradeoff_chart
+from sqdf_fast.display.tradeoffs import Series, tradeoff_chart
 from sqdf_fast.errors import UserError
 from sqdf_fast.monitor import PROXY, Alarm, new_alarm, watched
 from sqdf_fast.runs import read_run

@@ -10,7 +10,8 @@ import numpy as np
 from sqdf_fast.compare.curves import COSTS, PROXY, Curve
 from sqdf_fast.compare.results import Results
 from sqdf_fast.compare.table import label
-from sqdf_fast.display.plots import Chart, Point, Series, tradeoff_chart
+from sqdf_fast.display.plots import Chart, Point
+from sqdf_fast.display.tradeoffs import Series, tradeoff_chart
 from sqdf_fast.evaluate.judge import Better
 
 # Of a plot's axes; a judge that measures a property without a good side has no front.

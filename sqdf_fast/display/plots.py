@@ -6,11 +6,9 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from sqdf_fast.display.units import MINUS
 from sqdf_fast.files import disk_errors
 
 Point = tuple[float, float]
@@ -48,13 +44,11 @@ PALETTE = {
     "grid": ("#eceae5", "#292d35"),
     "card": ("#ffffff", "#1c1f25"),
 }
-SERIES = 12
-MARKERS = ("o", "s", "^", "D", "v", "P")
 # More marks than these would hide their line.
 MARKED = 12
 _TIP = "tip: "
-_ROUND = [1, 2, 5, 10]
-_STYLE: dict[str, Any] = {
+ROUND = [1, 2, 5, 10]
+STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": PALETTE["rule"][0],
     "axes.formatter.limits": (-4, 6),
@@ -128,21 +122,6 @@ class Bars:
 
 
 @dataclass(frozen=True)
-class Series:
-    """One method's curve, a point an evaluation; ``colour`` counts from 1, ``marker`` is matplotlib's."""
-
-    name: str
-    points: Sequence[Point]
-    colour: int
-    marker: str
-
-    @staticmethod
-    def of(name: str, points: Sequence[Point], position: int) -> Series:
-        """With the colour and marker of the ``position``-th series, from 0."""
-        return Series(name, points, position % SERIES + 1, MARKERS[position % len(MARKERS)])
-
-
-@dataclass(frozen=True)
 class Chart:
     """A figure and its title, which a page writes as the caption and a file above the plot."""
 
@@ -167,7 +146,7 @@ class Chart:
 
     def save(self, path: Path) -> None:
         """Write the titled plot on light paper, as SVG or PNG by the suffix. Raises UserError when the disk refuses."""
-        with _styled():
+        with rc_context(STYLE):
             self.axes.set_title(self.title)
         content = self._saved(path.suffix[1:], facecolor=PALETTE["card"][0])
         self.axes.set_title("", loc="left")
@@ -178,26 +157,20 @@ class Chart:
     def _saved(self, kind: str, facecolor: str = "none") -> bytes:
         buffer = io.BytesIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else {}
-        with _styled(), warnings.catch_warnings():
+        with rc_context(STYLE), warnings.catch_warnings():
             # A name in a script that the bundled font lacks: a browser has another font.
             warnings.filterwarnings("ignore", message="Glyph")
             self.figure.savefig(buffer, format=kind, dpi=144, facecolor=facecolor, metadata=metadata)
         return buffer.getvalue()
 
 
-@contextmanager
-def _styled() -> Iterator[None]:
-    with rc_context(_STYLE):
-        yield
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def make_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of ``width`` by ``height`` points with one axes."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _colour(number: int) -> str:
+def colour_of(number: int) -> str:
     return PALETTE[f"c{number}"][0]
 
 
@@ -217,20 +190,20 @@ def line_chart(
     lines = [line for line in map(_finite, lines) if line.points]
     if not lines:
         return None
-    with _styled():
-        figure, left = _figure(420, 250)
+    with rc_context(STYLE):
+        figure, left = make_figure(420, 250)
         right = left.twinx() if len({line.right for line in lines}) == 2 else left
         for line in lines:
             _draw(right if line.right else left, line)
         left.set(xlabel=x_label, ylabel=y_label)
-        left.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND, integer=True))
+        left.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND, integer=True))
         left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         left.update_datalim([(lines[0].points[0][0], value) for value in include])
         for axes in {left, right}:
-            axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND))
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND))
             _fit(axes)
         if right is not left:
-            colour = _colour(next(line.colour for line in lines if line.right))
+            colour = colour_of(next(line.colour for line in lines if line.right))
             right.set_ylabel(right_label)
             right.tick_params(axis="y", labelcolor=colour)
             right.grid(visible=False)
@@ -255,7 +228,7 @@ def _finite(line: Line) -> Line:
 
 
 def _draw(axes: Axes, line: Line) -> None:
-    colour, (x, y) = _colour(line.colour), zip(*line.points, strict=True)
+    colour, (x, y) = colour_of(line.colour), zip(*line.points, strict=True)
     if line.band is not None:
         low, high = zip(*line.band, strict=True)
         axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0, clip_on=False)
@@ -263,10 +236,10 @@ def _draw(axes: Axes, line: Line) -> None:
     axes.plot(x, y, "--" if line.dashed else "-", color=colour, label=line.label, clip_on=False, **style)
     if len(line.points) <= MARKED and not line.faint:
         for point in line.points:
-            _mark(axes, point, f"{line.label or 'value'} {point[1]:.4g} at {point[0]:g}", colour, 6, clip_on=False)
+            add_mark(axes, point, f"{line.label or 'value'} {point[1]:.4g} at {point[0]:g}", colour, 6, clip_on=False)
 
 
-def _mark(axes: Axes, point: Point, tip: str, colour: str, size: float, marker: str = "o", **style: Any) -> None:
+def add_mark(axes: Axes, point: Point, tip: str, colour: str, size: float, marker: str = "o", **style: Any) -> None:
     """A marker that says ``tip`` under a mouse."""
     axes.plot(*point, marker, color=colour, markersize=size, markeredgewidth=0, gid=_TIP + tip, **style)
 
@@ -300,13 +273,13 @@ def bar_chart(title: str, names: Sequence[str], groups: Sequence[Bars], unit: st
     shown = [(group, values) for group, values in measured if not np.isnan(values).all()]
     if not any(np.nanmax(values) > 0 for _, values in shown):
         return None
-    with _styled():
-        figure, axes = _figure(420, 40 + 24 + (9 + 14 * len(shown)) * len(names))
+    with rc_context(STYLE):
+        figure, axes = make_figure(420, 40 + 24 + (9 + 14 * len(shown)) * len(names))
         height = 0.8 / len(shown)
         for place, (group, values) in enumerate(shown):
             rows = np.arange(len(names)) + (place - (len(shown) - 1) / 2) * height
             alpha = 0.35 if group.faint else 1.0
-            bars = axes.barh(rows, values, height, color=_colour(colour), alpha=alpha, label=group.label)
+            bars = axes.barh(rows, values, height, color=colour_of(colour), alpha=alpha, label=group.label)
             axes.bar_label(bars, fmt="%.3g", padding=4, color=PALETTE["soft"][0])
         axes.set(xlabel=unit, yticks=range(len(names)), yticklabels=names)
         axes.invert_yaxis()
@@ -318,150 +291,3 @@ def bar_chart(title: str, names: Sequence[str], groups: Sequence[Bars], unit: st
 
 def _length(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) and value >= 0 else math.nan
-
-
-DISTANCES = (7, 18, 30, 46, 66, 90, 120, 150)
-# A plot that a single curve would make this many times as high leaves out its far end.
-FAR = 2.5
-
-
-def tradeoff_chart(
-    title: str,
-    x_label: str,
-    y_label: str,
-    series: Sequence[Series],
-    level: float | None = None,
-    better: tuple[int, int] = (1, 1),
-) -> Chart:
-    """Curves with a mark at each evaluation and their name at the end, over the Pareto front of all points.
-
-    A curve that collapses leaves the plot, so that the others stay distinct: its large mark is where it leaves, and
-    its name says where it ends.
-
-    Args:
-        level: x of a vertical line: the proxy reward at which methods are compared.
-        better: of x and y, 1 where more is better, -1 where less is, 0 where neither is: then there is no front.
-    """
-    with _styled():
-        figure, axes = _figure(560, 400)
-        axes.set(xlabel=x_label, ylabel=y_label)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND))
-        if not series:
-            return Chart(title, figure)
-        points = [point for one in series for point in one.points]
-        _limits(axes, series, in_view(series, better[1]))
-        low, high = axes.get_ylim()
-        if level is not None:
-            axes.axvline(level, color=PALETTE["soft"][0], linewidth=1, linestyle="--", alpha=0.7)
-            axes.text(level, 1, "equal proxy reward", fontsize=10, color=PALETTE["soft"][0], ha="center", va="bottom",
-                      transform=axes.get_xaxis_transform())  # fmt: skip
-        front = pareto_front([point for point in points if low <= point[1] <= high], better) if all(better) else []
-        if len(front) > 1:
-            axes.plot(*zip(*front, strict=True), color=PALETTE["soft"][0], linewidth=7, alpha=0.18, gid="front")
-        ends = []
-        for one in series:
-            axes.plot(*zip(*one.points, strict=True), color=_colour(one.colour), linewidth=1.8, label=one.name)
-            end, name = _end(one, low, high)
-            for point in [point for point in one.points[:-1] if low <= point[1] <= high]:
-                _mark(axes, point, _tip(one, point, x_label, y_label), _colour(one.colour), 5.2, one.marker)
-            tip = _tip(one, one.points[-1], x_label, y_label)
-            _mark(axes, end, tip, _colour(one.colour), 9, one.marker, clip_on=False, zorder=3)
-            ends.append((name, end, _colour(one.colour)))
-        _write_names(axes, ends)
-    return Chart(title, figure)
-
-
-def _tip(one: Series, point: Point, x_label: str, y_label: str) -> str:
-    return f"{one.name}: {x_label} {point[0]:.4g}, {y_label} {point[1]:.4g}"
-
-
-def _limits(axes: Axes, series: Sequence[Series], heights: Sequence[float]) -> None:
-    across = [x for one in series for x, _ in one.points]
-    last = [one.points[-1][0] for one in series]
-    for values, limit in ((across, axes.set_xlim), (heights, axes.set_ylim)):
-        low, high = min(values), max(values)
-        margin = 0.06 * (high - low) or 0.5 * max(abs(low), 1.0)
-        limit(max(0.0, low - margin) if low >= 0 else low - margin, high + margin)
-    if len(series) > 1 and np.ptp(last) < 0.2 * (max(last) - min(across)):
-        # Curves that all end at the same x have their names beside it.
-        axes.set_xlim(right=max(last) + 0.3 * (max(last) - min(across)))
-
-
-def in_view(series: Sequence[Series], better: int) -> list[float]:
-    """The heights that a plot has to show: all, or not those of a single curve that is far worse than the others."""
-    heights = [[y for _, y in one.points] for one in series]
-    everything = [y for one in heights for y in one]
-    if len(series) < 3 or not better:
-        return everything
-    # What is better than all others is never left out.
-    worst = max(min(better * y for other in heights if other is not one for y in other) for one in heights)
-    shown = [y for y in everything if better * y >= worst]
-    return shown if np.ptp(everything) > FAR * np.ptp(shown) > 0 else everything
-
-
-def _end(one: Series, low: float, high: float) -> tuple[Point, str]:
-    """Where a curve's large mark is, its end or the last place where it leaves the plot, and its name there."""
-    end = one.points[-1]
-    if low <= end[1] <= high:
-        return end, one.name
-    edge = low if end[1] < low else high
-    for (x0, y0), (x1, y1) in zip(one.points[-2::-1], one.points[:0:-1], strict=True):
-        if (y0 - edge) * (y1 - edge) <= 0:
-            end = (x0 + (x1 - x0) * (edge - y0) / (y1 - y0), edge)
-            break
-    return (end[0], edge), f"{one.name}, ends at {one.points[-1][1]:.4g}".replace("-", MINUS)
-
-
-def pareto_front(points: Sequence[Point], better: tuple[int, int] = (1, 1)) -> list[Point]:
-    """The points that no other one beats in both coordinates, from the best x to the worst."""
-    front: list[Point] = []
-    for point in sorted(set(points), key=lambda point: (-better[0] * point[0], -better[1] * point[1])):
-        if not front or better[1] * point[1] > better[1] * front[-1][1]:
-            front.append(point)
-    return front
-
-
-def _write_names(axes: Axes, ends: Sequence[tuple[str, Point, str]]) -> None:
-    """Write each curve's name near its end, clear of other names and of curves; a thin line leads to it from afar."""
-    assert axes.figure is not None
-    axes.figure.draw_without_rendering()
-    curves = np.concatenate(
-        [line.get_transform().transform_path(line.get_path()).interpolated(20).vertices for line in axes.lines]
-    )
-    names: list[Bbox] = []
-    for name, end, colour in ends:
-        text = axes.annotate(
-            name, end, (0, 0), textcoords="offset points", color=colour, fontweight="bold", annotation_clip=False
-        )
-        text.set_in_layout(False)
-        origin, size = axes.transData.transform(end), text.get_window_extent().size
-        boxes = [_beside(origin, size, distance, turn) for distance, turn in product(DISTANCES, range(16))]
-        best = min(boxes, key=lambda box: _cost(box, axes, names, curves) + 0.8 * _distance(box, origin))
-        names.append(best)
-        if _distance(best, origin) > 18:
-            nearest = np.clip(origin, best.min, best.max)
-            axes.annotate(
-                "", end, nearest - origin, textcoords="offset points", annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.6},
-            ).set_in_layout(False)  # fmt: skip
-        text.set_position(best.min - origin)
-
-
-def _beside(origin: Array, size: Array, distance: float, turn: int) -> Bbox:
-    """A box of ``size`` pixels that begins ``distance`` from ``origin``, at ``turn`` sixteenths of a circle."""
-    angle = 2 * math.pi * turn / 16
-    way = np.array([math.cos(angle), math.sin(angle)])
-    corner = origin + distance * way - size * np.where(way > 0.3, 0, np.where(way < -0.3, 1, 0.5))
-    return Bbox([corner, corner + size])
-
-
-def _distance(box: Bbox, origin: Array) -> float:
-    return float(np.linalg.norm(np.clip(origin, box.min, box.max) - origin))
-
-
-def _cost(box: Bbox, axes: Axes, names: Sequence[Bbox], curves: Array) -> float:
-    # A name over a curve is readable, a name over a name is not.
-    low, high = axes.bbox.min, (axes.figure.bbox.xmax - 2, axes.bbox.ymax)
-    outside = bool((box.min < low).any() or (box.max > high).any())
-    return 1e6 * outside + 1e4 * box.count_overlaps(names) + 20.0 * box.count_contains(curves)

@@ -83,7 +83,8 @@ class TrainingProgress:
             refresh_per_second=4,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=1, completed=self.share)
+        self._task = self._bar.add_task("", total=1)
+        self._bar.update(self._task, completed=self.share)
 
     def __enter__(self) -> Self:
         self._began = self._clock()

@@ -29,8 +29,9 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collec
     for row in rows:
         if len(row) == columns:
             table.add_row(*map(Text, row))
-    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
-    console.print(table)
-    lines = console.file.getvalue().splitlines() if table.row_count else []
+    output = io.StringIO()
+    if table.row_count:
+        Console(file=output, width=_WIDTH, color_system=None).print(table)
+    lines = output.getvalue().splitlines()
     remarks = [": ".join(row) for row in rows if len(row) < columns]
     return "\n".join([*(line.rstrip() for line in lines), *remarks])

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import combinations
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,13 +14,11 @@ from sqdf_fast.display.plots import (
     Bars,
     Chart,
     Line,
-    Series,
     bar_chart,
     line_chart,
     moving_average,
-    pareto_front,
-    tradeoff_chart,
 )
+from sqdf_fast.display.tradeoffs import Series, tradeoff_chart
 from sqdf_fast.errors import UserError
 
 
@@ -169,53 +166,6 @@ def test_missing_values_leave_a_gap_and_an_empty_group_is_left_out():
 @pytest.mark.parametrize("values", [[None, None], [0.0, None], [math.inf, -1.0]])
 def test_no_bars_to_draw(values):
     assert bar_chart("t", ["a", "b"], [Bars("x", values)], "s") is None
-
-
-def test_the_front_is_what_nothing_beats():
-    points = [(0.0, 5.0), (1.0, 4.0), (1.0, 3.0), (2.0, 4.0), (3.0, 1.0), (2.5, 0.0)]
-    assert pareto_front(points) == [(3.0, 1.0), (2.0, 4.0), (0.0, 5.0)]
-    assert pareto_front(points, (-1, 1)) == [(0.0, 5.0)]
-    assert pareto_front(points, (1, -1)) == [(3.0, 1.0), (2.5, 0.0)]
-
-
-def test_curves_end_in_their_names_which_do_not_cover_each_other():
-    names = [f"method-{i}" for i in range(12)]
-    chart = tradeoff_chart("t", "x", "y", [Series.of(n, [(0, 0.0), (1, 1 + i / 100)], i) for i, n in enumerate(names)])
-    written = {text.get_text(): text for text in chart.axes.texts if text.get_text()}
-    assert set(written) == set(names)
-    boxes = [text.get_window_extent() for text in written.values()]
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    whole = chart.figure.bbox
-    assert all((whole.min <= box.min).all() and (box.max <= whole.max).all() for box in boxes)
-    assert not tradeoff_chart("title", "x", "y", []).axes.lines
-
-
-def test_a_curve_that_collapses_leaves_the_plot_to_the_others():
-    calm = [Series.of(f"calm-{i}", [(0, 0.0), (1 + i, 2 - 0.5 * i)], i) for i in range(2)]
-    falling = Series.of("falling", [(0, 0.0), (1, 2.0), (2, -8.0), (3, -9.0)], 2)
-    chart = tradeoff_chart("title", "x", "y", [*calm, falling])
-    bottom, top = chart.axes.get_ylim()
-    assert (bottom, top) == (0, pytest.approx(2.12))
-    marks = [
-        tuple(map(float, line.get_xydata()[0])) for line in chart.axes.lines
-        if len(line.get_xdata()) == 1 and to_hex(line.get_color()) == PALETTE["c3"][0]
-    ]  # fmt: skip
-    # Its points within the plot, and where it leaves.
-    assert marks == [(0, 0), (1, 2), (pytest.approx(1.2), 0)]
-    (front,) = [line for line in chart.axes.lines if line.get_linewidth() == 7]
-    assert (front.get_ydata() >= bottom).all()
-    assert "falling: x 3, y -9" in tips(chart)
-    assert "falling, ends at \u22129" in [text.get_text() for text in chart.axes.texts]
-    # Two such curves are no exception, of two curves none is, and none that is good.
-    second = Series.of("falling", falling.points, 3)
-    for series, better in (
-        ([*calm, falling, second], 1),
-        ([calm[0], falling], 1),
-        ([*calm, falling], -1),
-        ([*calm, falling], 0),
-    ):
-        texts = tradeoff_chart("t", "x", "y", series, better=(1, better)).axes.texts
-        assert not [text for text in texts if "ends" in text.get_text()]
 
 
 def test_a_plot_is_saved_with_its_title_in_both_formats(tmp_path):
