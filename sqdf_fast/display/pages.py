@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
 from sqdf_fast import __version__
-from sqdf_fast.display.plots import PALETTE
+from sqdf_fast.display.plots import dark_css
 from sqdf_fast.display.units import MINUS, format_bytes, format_duration, format_energy
 
 # Larger images are scaled down: a report of 16 pairs stays a few megabytes.
@@ -43,7 +43,7 @@ def environment(folder: Path | None = None) -> Environment:
     found.filters.update(
         minus=minus, figure=figure, bytes=format_bytes, duration=format_duration, energy=format_energy, setting=setting
     )
-    found.globals.update(version=__version__, palette=PALETTE, image_uri=image_uri)
+    found.globals.update(version=__version__, plot_css=dark_css(), image_uri=image_uri)
     return found
 
 

@@ -24,7 +24,7 @@ from sqdf_fast.files import disk_errors
 Point = tuple[float, float]
 Array = NDArray[np.float64]
 
-# The colours of twelve series, then of paper, text and rules: on light, on dark. Pages have them as CSS variables.
+# The colours of twelve series, then of text, rules and paper: on light, on dark.
 PALETTE = {
     "c1": ("#2457c5", "#7ba7f7"),
     "c2": ("#c2571a", "#f0995a"),
@@ -134,21 +134,25 @@ class Chart:
         return self.figure.axes[0]
 
     def svg(self) -> str:
-        """An ``<svg>`` element for a page that defines the palette's colours as CSS variables."""
+        """An ``<svg>`` element for a page that has :func:`dark_css`."""
         text = self._saved("svg").decode().partition("<svg")[2].partition(">")[2]
         text = re.sub(rf'<g id="{_TIP}([^"]*)">', r"<g><title>\1</title>", text)
         text = re.sub(r'<g id="[^"]*"', "<g", text)
         text = text.replace("font-family: 'DejaVu Sans', sans-serif", "font-family: inherit")
-        for name, (light, _) in PALETTE.items():
-            text = text.replace(light, f"var(--{name})")
         width, height = (f"{72 * side:g}" for side in self.figure.get_size_inches())
         return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(self.title)}">{text}'
 
     def save(self, path: Path) -> None:
-        """Write the titled plot on light paper, as SVG or PNG by the suffix. Raises UserError when the disk refuses."""
+        """Write the titled plot, as SVG or PNG by the suffix; the SVG is dark for readers who prefer it.
+
+        Raises:
+            UserError: the disk refuses.
+        """
         with rc_context(STYLE):
             self.axes.set_title(self.title)
         content = self._saved(path.suffix[1:], facecolor=PALETTE["card"][0])
+        if path.suffix == ".svg":
+            content = content.replace(b"</defs>", f"<style>{dark_css()}</style></defs>".encode(), 1)
         self.axes.set_title("", loc="left")
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +166,16 @@ class Chart:
             warnings.filterwarnings("ignore", message="Glyph")
             self.figure.savefig(buffer, format=kind, dpi=144, facecolor=facecolor, metadata=metadata)
         return buffer.getvalue()
+
+
+def dark_css() -> str:
+    """Rules that turn plots dark where the reader prefers it."""
+    rules = (
+        f'[style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
+        for light, dark in PALETTE.values()
+        for kind in ("fill", "stroke")
+    )
+    return f"@media screen and (prefers-color-scheme:dark){{{''.join(rules)}}}"
 
 
 def make_figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -15,6 +15,7 @@ from sqdf_fast.display.plots import (
     Chart,
     Line,
     bar_chart,
+    dark_css,
     line_chart,
     moving_average,
 )
@@ -127,9 +128,10 @@ def test_text_is_escaped_and_a_dollar_is_a_dollar(chart):
 
 def test_an_inline_plot_has_the_colours_of_its_page_and_no_address():
     text = line_chart("t", [Line("a", [(0, 1.0), (1, 2.0)], 3)]).svg()
-    assert "stroke: var(--c3)" in text
-    assert "fill: var(--soft)" in text
-    assert "#1f8a55" not in text
+    light, dark = PALETTE["c3"]
+    assert f"stroke: {light}" in text
+    assert f"fill: {PALETTE['soft'][0]}" in text
+    assert f'[style*="stroke: {light}"]{{stroke:{dark}!important}}' in dark_css()
     # References are to the plot's own parts: markers and the clipped area.
     assert not re.search(r"url\((?!#p)|https?://", text)
     assert set(re.findall(r' id="(.)', text)) == {"m", "p"}
@@ -178,6 +180,8 @@ def test_a_plot_is_saved_with_its_title_in_both_formats(tmp_path):
         node.text for node in ElementTree.parse(tmp_path / "plots" / "one.svg").iter() if node.tag.endswith("text")
     ]
     assert {"a < b", "equal proxy reward", "one"} <= set(texts)
+    # The file follows its reader's light or dark mode too.
+    assert dark_css() in (tmp_path / "plots" / "one.svg").read_text(encoding="utf-8")
     image = Image.open(tmp_path / "plots" / "one.png").convert("RGB")
     assert image.size == (1120, 800)
     assert image.getpixel((0, 0)) == (255, 255, 255)
