@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from sqdf_fast.display import save_png, table_grid, text_table
+from sqdf_fast.display import image_grid, save_png, text_table
 from sqdf_fast.display.pages import render_page
 from sqdf_fast.evaluate.judge import Better
 from sqdf_fast.files import disk_errors, write_text
@@ -75,7 +75,7 @@ class Verdict:
         first = {prompt: index for index, prompt in reversed(list(enumerate(self.prompts)))}
         prompts = list(dict.fromkeys(self.prompts))[:SHOWN]
         columns = [to_pil(images[[first[prompt] for prompt in prompts]]) for images in self.images.values()]
-        return table_grid(list(zip(*columns, strict=True)), prompts, list(self.images), tile=160)
+        return image_grid(list(zip(*columns, strict=True)), prompts, list(self.images), tile=160)
 
     def save_sheet(self, path: Path) -> None:
         """Write the sheet as PNG. Raises UserError when the disk refuses."""

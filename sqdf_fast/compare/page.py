@@ -23,7 +23,7 @@ from sqdf_fast.compare.table import (
     tuning_sentence,
     tuning_table,
 )
-from sqdf_fast.display import save_png, table_grid
+from sqdf_fast.display import image_grid, save_png
 from sqdf_fast.display.pages import render_page
 from sqdf_fast.files import write_text
 from sqdf_fast.runs.samples import read_samples
@@ -133,7 +133,7 @@ def _save_sheet(results: Results, group: str, folder: Path) -> None:
     rows = _at_equal_reward(results, group)
     if rows:
         images = [[None if path is None else _opened(path) for path in paths] for _, _, paths in rows]
-        sheet = table_grid(images, [name for name, _, _ in rows], rows[0][1])
+        sheet = image_grid(images, [name for name, _, _ in rows], rows[0][1], tile=96)
         save_png(sheet, folder / "plots" / f"{prefix(group)}_pictures_at_equal_reward.png")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rc_context, rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -48,39 +48,7 @@ PALETTE = {
 MARKED = 12
 _TIP = "tip: "
 ROUND = [1, 2, 5, 10]
-STYLE: Any = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": PALETTE["rule"][0],
-    "axes.formatter.limits": (-4, 6),
-    "axes.formatter.useoffset": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": PALETTE["soft"][0],
-    "axes.labelsize": 12,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": PALETTE["text"][0],
-    "axes.titlelocation": "left",
-    "axes.titlesize": 14,
-    "axes.titleweight": "bold",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 11.5,
-    "grid.color": PALETTE["grid"][0],
-    "legend.frameon": False,
-    "legend.labelcolor": PALETTE["soft"][0],
-    "lines.solid_capstyle": "round",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sqdf-fast",
-    # A dollar in a name is a dollar.
-    "text.parse_math": False,
-    "xtick.color": PALETTE["rule"][0],
-    "xtick.labelcolor": PALETTE["soft"][0],
-    "ytick.labelcolor": PALETTE["soft"][0],
-    "ytick.major.pad": 8,
-    "ytick.major.size": 0,
-}
+STYLE: Any = rc_params_from_file(Path(__file__).parent / "templates" / "plots.mplstyle", use_default_template=False)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,34 @@ class LiveText(ProgressColumn):
         return Text(self._text(), style=self._style, no_wrap=True, overflow="ellipsis")
 
 
-class TrainingProgress:
+class LiveProgress:
+    """Bars on standard error, redrawn on a terminal; bars that stay are printed at the end elsewhere too.
+
+    A context manager.
+    """
+
+    def __init__(self, *columns: ProgressColumn, console: Console | None = None, stay: bool = False) -> None:
+        self.console = console or Console(stderr=True)
+        self._bars = Progress(*columns, console=self.console, refresh_per_second=4, transient=not stay)
+        self._drawn = stay or self.console.is_terminal
+
+    def __enter__(self) -> Self:
+        if self._drawn:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._drawn:
+            self._bars.stop()
+
+    def message(self, text: str) -> None:
+        """Print a line that stays, above the bars."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class TrainingProgress(LiveProgress):
     """Step, time left, reward, KL, memory and phase of a run. A context manager.
 
     Args:
@@ -62,6 +89,13 @@ class TrainingProgress:
         clock: Callable[[], float] = time.monotonic,
         planned_bytes: int | None = None,
     ) -> None:
+        super().__init__(
+            LiveText(lambda: f"{self.phase_name:<18}", style="cyan"),
+            BarColumn(bar_width=24),
+            LiveText(lambda: f"{self.step}/{self._expected_steps()}"),
+            LiveText(lambda: " · ".join(self._facts())),
+            console=console,
+        )
         self.planned_bytes = planned_bytes
         self.total_steps = total_steps
         self.step = self.first_step = first_step
@@ -70,33 +104,15 @@ class TrainingProgress:
         self.reward: float | None = None
         self.kl: float | None = None
         self.memory: Callable[[], tuple[int | None, int | None]] = lambda: (None, None)
-        self.console = console or Console(stderr=True)
         self._clock = clock
         self._began = clock()
         self._last_plain: float | None = None
-        self._bar = Progress(
-            LiveText(lambda: f"{self.phase_name:<18}", style="cyan"),
-            BarColumn(bar_width=24),
-            LiveText(lambda: f"{self.step}/{self._expected_steps()}"),
-            LiveText(lambda: " · ".join(self._facts())),
-            console=self.console,
-            refresh_per_second=4,
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=1)
-        self._bar.update(self._task, completed=self.share)
+        self._task = self._bars.add_task("", total=1)
+        self._bars.update(self._task, completed=self.share)
 
     def __enter__(self) -> Self:
         self._began = self._clock()
-        if self.console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar.live.is_started:
-            self._bar.stop()
+        return super().__enter__()
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """Say what is being done: "sampling", "training", "evaluating"; and how far, where it takes long."""
@@ -113,14 +129,10 @@ class TrainingProgress:
         """
         self.step, self.reward, self.kl = step, reward, kl
         self.share = step / self.total_steps if share is None else min(share, 1.0)
-        self._bar.update(self._task, completed=self.share)
+        self._bars.update(self._task, completed=self.share)
         if not self.console.is_terminal and self._plain_line_due():
             self._last_plain = self._clock()
             self.message(" · ".join([f"step {step}/{self._expected_steps()}", *self._facts()]))
-
-    def message(self, text: str) -> None:
-        """Print a line that stays, above the live one."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _plain_line_due(self) -> bool:
         last = self.share >= 1
@@ -155,17 +167,18 @@ class TrainingProgress:
         return facts
 
 
-class StageProgress:
-    """A bar a stage, called with (stage, done, total, figures); draws on standard error. A context manager."""
+class StageProgress(LiveProgress):
+    """A bar a stage, called with (stage, done, total, figures). A context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._bars = Progress(
+        super().__init__(
             TextColumn("{task.description:<12}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeLeft(),
             TextColumn("{task.fields[figures]}"),
-            console=console or Console(stderr=True),
+            console=console,
+            stay=True,
         )
         self._tasks: dict[str, TaskID] = {}
 
@@ -179,16 +192,3 @@ class StageProgress:
         """Draw the bar of stage ``name``; one without a total has nothing to show yet."""
         if total:
             self(name, done, total, {})
-
-    def message(self, text: str) -> None:
-        """Print a line that stays, above the bars."""
-        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()

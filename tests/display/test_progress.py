@@ -93,7 +93,7 @@ def test_a_first_step_that_takes_long_shows_memory_as_it_is_at_every_moment():
         progress.memory = lambda: (next(held) * 2**30, 9 * 2**30)
         progress.phase("training")
         for _ in range(3):
-            progress._bar.refresh()
+            progress._bars.refresh()
     shown = output.getvalue()
     assert progress.step == 0
     for now in (1, 2, 3):
