@@ -1,28 +1,20 @@
-"""Trade-off plots: one score against another or against cost, a curve a method, named where it ends."""
+"""Trade-off plots: one score against another or against cost, a curve a method."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
-from numpy.typing import NDArray
 
 from sqdf_fast.display.plots import PALETTE, ROUND, STYLE, Chart, Point, add_mark, colour_of, make_figure
 from sqdf_fast.display.units import MINUS
 
-Array = NDArray[np.float64]
-
 SERIES = 12
 MARKERS = ("o", "s", "^", "D", "v", "P")
-# Of a name from its curve's end, in points.
-DISTANCES = (7, 18, 30, 46, 66, 90, 120, 150)
 # A plot that a single curve would make this many times as high leaves out its far end.
 FAR = 2.5
 
@@ -50,10 +42,10 @@ def tradeoff_chart(
     level: float | None = None,
     better: tuple[int, int] = (1, 1),
 ) -> Chart:
-    """Curves with a mark at each evaluation and their name at the end, over the Pareto front of all points.
+    """Curves with a mark at each evaluation, a large one at the end, over the Pareto front of all points.
 
     A curve that collapses leaves the plot, so that the others stay distinct: its large mark is where it leaves, and
-    its name says where it ends.
+    the legend says where it ends.
 
     Args:
         level: x of a vertical line: the proxy reward at which methods are compared.
@@ -67,42 +59,41 @@ def tradeoff_chart(
         if not series:
             return Chart(title, figure)
         points = [point for one in series for point in one.points]
-        _limits(axes, series, in_view(series, better[1]))
+        axes.set(xlim=_padded([x for x, _ in points]), ylim=_padded(in_view(series, better[1])))
         low, high = axes.get_ylim()
+        soft = PALETTE["soft"][0]
         if level is not None:
-            axes.axvline(level, color=PALETTE["soft"][0], linewidth=1, linestyle="--", alpha=0.7)
-            axes.text(level, 1, "equal proxy reward", fontsize=10, color=PALETTE["soft"][0], ha="center", va="bottom",
-                      transform=axes.get_xaxis_transform())  # fmt: skip
+            axes.axvline(level, color=soft, linewidth=1, linestyle="--", alpha=0.7)
+            text = axes.annotate("equal proxy reward", (level, 1), xycoords=("data", "axes fraction"), color=soft)
+            text.set(fontsize=10, horizontalalignment="center", verticalalignment="bottom")
         front = pareto_front([point for point in points if low <= point[1] <= high], better) if all(better) else []
         if len(front) > 1:
-            axes.plot(*zip(*front, strict=True), color=PALETTE["soft"][0], linewidth=7, alpha=0.18)
-        ends = []
+            axes.plot(*zip(*front, strict=True), color=soft, linewidth=7, alpha=0.18)
         for one in series:
-            axes.plot(*zip(*one.points, strict=True), color=colour_of(one.colour), linewidth=1.8, label=one.name)
-            end, name = _end(one, low, high)
-            for point in [point for point in one.points[:-1] if low <= point[1] <= high]:
-                add_mark(axes, point, _tip(one, point, x_label, y_label), colour_of(one.colour), 5.2, one.marker)
-            tip = _tip(one, one.points[-1], x_label, y_label)
-            add_mark(axes, end, tip, colour_of(one.colour), 9, one.marker, clip_on=False, zorder=3)
-            ends.append((name, end, colour_of(one.colour)))
-        _write_names(axes, ends)
+            _draw(axes, one, f"{x_label} {{:.4g}}, {y_label} {{:.4g}}")
+        longest = max(map(len, axes.get_legend_handles_labels()[1]))
+        columns = max(1, min(len(series), int(560 // (40 + 7.5 * longest))))
+        figure.legend(loc="outside lower left", ncols=columns, labelcolor="linecolor", handletextpad=0.3)
     return Chart(title, figure)
 
 
-def _tip(one: Series, point: Point, x_label: str, y_label: str) -> str:
-    return f"{one.name}: {x_label} {point[0]:.4g}, {y_label} {point[1]:.4g}"
+def _draw(axes: Axes, one: Series, tip: str) -> None:
+    """A curve with its marks; ``tip`` is the format of a point."""
+    (low, high), colour = axes.get_ylim(), colour_of(one.colour)
+    axes.plot(*zip(*one.points, strict=True), color=colour, linewidth=1.8)
+    *before, last = one.points
+    end, name = _end(one, low, high)
+    shown = [(point, point, 5.2) for point in before if low <= point[1] <= high]
+    for place, point, size in [*shown, (end, last, 9)]:
+        text = f"{one.name}: {tip.format(*point)}"
+        add_mark(axes, place, text, colour, size, one.marker, clip_on=False, zorder=3, label=name if size == 9 else "")
 
 
-def _limits(axes: Axes, series: Sequence[Series], heights: Sequence[float]) -> None:
-    across = [x for one in series for x, _ in one.points]
-    last = [one.points[-1][0] for one in series]
-    for values, limit in ((across, axes.set_xlim), (heights, axes.set_ylim)):
-        low, high = min(values), max(values)
-        margin = 0.06 * (high - low) or 0.5 * max(abs(low), 1.0)
-        limit(max(0.0, low - margin) if low >= 0 else low - margin, high + margin)
-    if len(series) > 1 and np.ptp(last) < 0.2 * (max(last) - min(across)):
-        # Curves that all end at the same x have their names beside it.
-        axes.set_xlim(right=max(last) + 0.3 * (max(last) - min(across)))
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.5 * max(abs(low), 1.0)
+    # Quantities that cannot be negative keep their zero.
+    return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
 
 
 def in_view(series: Sequence[Series], better: int) -> list[float]:
@@ -118,7 +109,7 @@ def in_view(series: Sequence[Series], better: int) -> list[float]:
 
 
 def _end(one: Series, low: float, high: float) -> tuple[Point, str]:
-    """Where a curve's large mark is, its end or the last place where it leaves the plot, and its name there."""
+    """Where a curve's large mark is, at its end or where it last leaves the plot, and its entry in the legend."""
     end = one.points[-1]
     if low <= end[1] <= high:
         return end, one.name
@@ -137,46 +128,3 @@ def pareto_front(points: Sequence[Point], better: tuple[int, int] = (1, 1)) -> l
         if not front or better[1] * point[1] > better[1] * front[-1][1]:
             front.append(point)
     return front
-
-
-def _write_names(axes: Axes, ends: Sequence[tuple[str, Point, str]]) -> None:
-    """Write each curve's name near its end, clear of other names and of curves; a thin line leads to it from afar."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()
-    lines = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
-    curves = np.concatenate([line.interpolated(20).vertices for line in lines])
-    # A name may reach over the right edge, where curves end.
-    page = Bbox([axes.bbox.min, (figure.bbox.xmax - 2, axes.bbox.ymax)])
-    names: list[Bbox] = []
-    for name, end, colour in ends:
-        text = axes.annotate(name, end, (0, 0), textcoords="offset points", color=colour, fontweight="bold")
-        text.set(in_layout=False, annotation_clip=False)
-        origin, size = axes.transData.transform(end), np.array(text.get_window_extent().size)
-        boxes = [_beside(origin, size, distance, turn) for distance, turn in product(DISTANCES, range(16))]
-        best = min(boxes, key=lambda box: _cost(box, page, names, curves) + 0.8 * _distance(box, origin))
-        names.append(best)
-        text.set(position=best.min - origin)
-        if _distance(best, origin) > 18:
-            leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.6}
-            near = np.clip(origin, best.min, best.max) - origin
-            line = axes.annotate("", end, near, textcoords="offset points", arrowprops=leader)
-            line.set(in_layout=False, annotation_clip=False)
-
-
-def _beside(origin: Array, size: Array, distance: float, turn: int) -> Bbox:
-    """A box of ``size`` that begins ``distance`` from ``origin``, at ``turn`` sixteenths of a circle."""
-    angle = 2 * math.pi * turn / 16
-    way = np.array([math.cos(angle), math.sin(angle)])
-    corner = origin + distance * way - size * np.where(way > 0.3, 0, np.where(way < -0.3, 1, 0.5))
-    return Bbox([corner, corner + size])
-
-
-def _distance(box: Bbox, origin: Array) -> float:
-    return float(np.linalg.norm(np.clip(origin, box.min, box.max) - origin))
-
-
-def _cost(box: Bbox, page: Bbox, names: Sequence[Bbox], curves: Array) -> float:
-    # A name over a curve is readable, a name over a name is not.
-    outside = bool(np.any(box.min < page.min) or np.any(box.max > page.max))
-    return 1e6 * outside + 1e4 * box.count_overlaps(names) + 20.0 * box.count_contains(curves)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sqdf_fast.display.plots import Bars, Chart, Line, Point, bar_chart, line_chart, moving_average
 from sqdf_fast.monitor import HELD_OUT, PROXY, TOLERANCE, watched
-from sqdf_fast.runs.comparison import GIB, Comparison
+from sqdf_fast.runs.comparison import GIB, Comparison, Measure
 from sqdf_fast.runs.metrics import Record
 
 
@@ -63,20 +63,17 @@ def monitor_charts(evaluations: Sequence[Record], alarms: Sequence[Record]) -> l
 
 def stage_charts(found: Comparison) -> list[Chart]:
     """Memory and time of each stage, planned and measured."""
-    stages = found.stages
-    names = [stage.name for stage in stages]
-    memory = [
-        Bars("planned", [_gib(stage.planned_bytes) for stage in stages], faint=True),
-        Bars("measured", [_gib(stage.measured_bytes) for stage in stages]),
-    ]
-    seconds = [
-        Bars("planned", [stage.planned_seconds for stage in stages], faint=True),
-        Bars("measured", [stage.measured_seconds for stage in stages]),
-    ]
+    names = [stage.name for stage in found.stages]
+    memory, seconds = [stage.memory for stage in found.stages], [stage.seconds for stage in found.stages]
     return _drawn(
-        bar_chart("Peak memory of a stage", names, memory, "GiB"),
-        bar_chart("Time of a stage in a step", names, seconds, "seconds", colour=2),
+        bar_chart("Peak memory of a stage", names, _bars(memory, GIB), "GiB"),
+        bar_chart("Time of a stage in a step", names, _bars(seconds), "seconds", colour=2),
     )
+
+
+def _bars(measures: Sequence[Measure], unit: float = 1) -> list[Bars]:
+    pairs = [[None if x is None else x / unit for x in (one.planned, one.measured)] for one in measures]
+    return [Bars("planned", [pair[0] for pair in pairs], faint=True), Bars("measured", [pair[1] for pair in pairs])]
 
 
 def _drawn(*charts: Chart | None) -> list[Chart]:
@@ -152,7 +149,3 @@ def _alarmed(
         if any(line.points for line in lines)
     ]
     return line_chart(title, [*lines, *marks], include=include)
-
-
-def _gib(count: float | None) -> float | None:
-    return None if count is None else count / GIB

@@ -12,7 +12,7 @@ from sqdf_fast.display.units import format_bytes, format_duration
 from sqdf_fast.files import write_text
 from sqdf_fast.monitor import watched
 from sqdf_fast.runs.charts import evaluation_charts, monitor_charts, stage_charts, training_charts
-from sqdf_fast.runs.comparison import Comparison, difference
+from sqdf_fast.runs.comparison import Comparison, Measure
 from sqdf_fast.runs.run import Run, cost, read_run, summarise
 from sqdf_fast.runs.samples import Samples
 
@@ -159,11 +159,11 @@ def _missing(found: Comparison, on_gpu: bool) -> list[str]:
         said.append("The run has no readable plan (plan.json), so nothing is compared.")
     if not found.measured_steps:
         said.append("No step was measured stage by stage.")
-    if not on_gpu and found.measured_peak is None and found.joules is None:
+    if not on_gpu and found.peak.measured is None and found.joules is None:
         return [*said, "Memory of the stages and energy are measured on a GPU only."]
-    if found.measured_peak is None:
+    if found.peak.measured is None:
         said.append("The peak was not measured.")
-    elif found.measured_steps and all(stage.measured_bytes is None for stage in found.stages):
+    elif found.measured_steps and all(stage.memory.measured is None for stage in found.stages):
         said.append("The memory of the stages was not measured.")
     if found.joules is None:
         said.append("Energy was not measured.")
@@ -172,18 +172,17 @@ def _missing(found: Comparison, on_gpu: bool) -> list[str]:
 
 def _tiles(found: Comparison) -> list[tuple[str, str, str]]:
     """Value, name and detail of memory and of time."""
-    measures: list[tuple[str, str, float | None, float | None, Callable[[float], str]]] = [
-        ("peak memory", "peak memory", found.planned_peak, found.measured_peak, format_bytes),
-        ("a step", "a step, sampling included", found.planned_seconds, found.measured_seconds, format_duration),
-    ]
     tiles = []
-    for name, measured_name, planned, measured, shown in measures:
-        if measured is not None:
-            against = difference(planned, measured)
-            detail = "" if planned is None else f"planned {shown(planned)}" + (f" ({against})" if against else "")
-            tiles.append((shown(measured), measured_name, detail))
-        elif planned is not None:
-            tiles.append((shown(planned), f"{name}, planned", ""))
+    for name, more, measure, shown in (
+        ("peak memory", "", found.peak, format_bytes),
+        ("a step", ", sampling included", found.seconds, format_duration),
+    ):
+        planned = "" if measure.planned is None else f"planned {shown(measure.planned)}"
+        if measure.measured is not None:
+            against = f" ({measure.difference})" if measure.difference else ""
+            tiles.append((shown(measure.measured), name + more, planned + against))
+        elif measure.planned is not None:
+            tiles.append((shown(measure.planned), f"{name}, planned", ""))
     return tiles
 
 
@@ -191,21 +190,18 @@ def _stage_table(found: Comparison) -> tuple[list[str], list[list[str]]] | None:
     """Column heads and rows, the last one of the whole step; without empty columns."""
     if not found.stages:
         return None
+    stages = [(stage.name, stage.memory, stage.seconds, stage.note) for stage in found.stages]
     rows = [
-        [stage.name, *_cells(stage.planned_bytes, stage.measured_bytes, format_bytes),
-         *_cells(stage.planned_seconds, stage.measured_seconds, format_duration), stage.note]
-        for stage in found.stages
-    ]  # fmt: skip
-    memory = _cells(found.planned_peak, found.measured_peak, format_bytes)
-    time = _cells(found.planned_seconds, found.measured_seconds, format_duration)
-    rows.append(["whole step", *memory, *time, ""])
+        [name, *_cells(memory, format_bytes), *_cells(seconds, format_duration), note]
+        for name, memory, seconds, note in [*stages, ("whole step", found.peak, found.seconds, "")]
+    ]
     filled = [index for index in range(len(_STAGE_HEADS)) if any(row[index].strip(_UNKNOWN) for row in rows)]
     return [_STAGE_HEADS[index] for index in filled], [[row[index] for index in filled] for row in rows]
 
 
-def _cells(planned: float | None, measured: float | None, shown: Callable[[float], str]) -> list[str]:
-    values = [_UNKNOWN if value is None else shown(value) for value in (planned, measured)]
-    return [*values, difference(planned, measured) or _UNKNOWN]
+def _cells(measure: Measure, shown: Callable[[float], str]) -> list[str]:
+    values = [_UNKNOWN if value is None else shown(value) for value in (measure.planned, measure.measured)]
+    return [*values, measure.difference or _UNKNOWN]
 
 
 def _configuration(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ import yaml
 from sqdf_fast.display.tables import text_table
 from sqdf_fast.display.units import format_bytes, format_duration
 from sqdf_fast.errors import UserError
-from sqdf_fast.runs.comparison import Comparison, compare, difference, read_plan
+from sqdf_fast.runs.comparison import Comparison, compare, read_plan
 from sqdf_fast.runs.environment import FILE as ENVIRONMENT_FILE
 from sqdf_fast.runs.metrics import Record, read_metrics
 from sqdf_fast.runs.samples import Samples, read_samples
@@ -195,10 +195,10 @@ def summary_lines(run: Run) -> list[str]:
     if summary.alignment:
         chance = "" if summary.shuffled is None else f"shuffled prompts {summary.shuffled:.3f}"
         rows.append(["alignment", _change(summary.alignment, chance)])
-    found = run.comparison
-    if found.planned_peak is not None and found.measured_peak is not None:
-        pair = f"{format_bytes(found.measured_peak)} of {format_bytes(found.planned_peak)} planned"
-        rows.append(["peak memory", f"{pair}  ({difference(found.planned_peak, found.measured_peak)})"])
+    peak = run.comparison.peak
+    if peak.planned is not None and peak.measured is not None:
+        pair = f"{format_bytes(peak.measured)} of {format_bytes(peak.planned)} planned"
+        rows.append(["peak memory", f"{pair}  ({peak.difference})"])
     rows.append(["cost", ", ".join(f"{value} {name}" for name, value in cost(run).items())])
     return [summary.verdict, *text_table((), rows, left=(0, 1)).splitlines()]
 

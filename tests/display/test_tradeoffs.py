@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 from matplotlib.colors import to_hex
 
-from sqdf_fast.display.plots import PALETTE
+from sqdf_fast.display.plots import PALETTE, Chart
 from sqdf_fast.display.tradeoffs import Series, pareto_front, tradeoff_chart
 
 
@@ -16,15 +16,22 @@ def test_the_front_is_what_nothing_beats():
     assert pareto_front(points, (1, -1)) == [(3.0, 1.0), (2.5, 0.0)]
 
 
-def test_curves_end_in_their_names_which_do_not_cover_each_other():
+def legend(chart: Chart) -> list[str]:
+    return [text.get_text() for found in chart.figure.legends for text in found.get_texts()]
+
+
+def test_curves_have_their_names_in_their_colours_which_do_not_cover_each_other():
     names = [f"method-{i}" for i in range(12)]
     chart = tradeoff_chart("t", "x", "y", [Series.of(n, [(0, 0.0), (1, 1 + i / 100)], i) for i, n in enumerate(names)])
-    written = {text.get_text(): text for text in chart.axes.texts if text.get_text()}
-    assert set(written) == set(names)
-    boxes = [text.get_window_extent() for text in written.values()]
+    assert legend(chart) == names
+    chart.svg()
+    texts = chart.figure.legends[0].get_texts()
+    assert [to_hex(text.get_color()) for text in texts] == [PALETTE[f"c{i}"][0] for i in range(1, 13)]
+    boxes = [text.get_window_extent() for text in texts]
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    whole = chart.figure.bbox
+    whole, plot = chart.figure.bbox, chart.axes.bbox
     assert all((whole.min <= box.min).all() and (box.max <= whole.max).all() for box in boxes)
+    assert not any(box.overlaps(plot) for box in boxes)
     assert not tradeoff_chart("title", "x", "y", []).axes.lines
 
 
@@ -43,7 +50,7 @@ def test_a_curve_that_collapses_leaves_the_plot_to_the_others():
     (front,) = [line for line in chart.axes.lines if line.get_linewidth() == 7]
     assert (front.get_ydata() >= bottom).all()
     assert "<title>falling: x 3, y -9</title>" in chart.svg()
-    assert "falling, ends at \u22129" in [text.get_text() for text in chart.axes.texts]
+    assert legend(chart) == ["calm-0", "calm-1", "falling, ends at \u22129"]
     # Two such curves are no exception, of two curves none is, and none that is good.
     second = Series.of("falling", falling.points, 3)
     for series, better in (
@@ -52,5 +59,6 @@ def test_a_curve_that_collapses_leaves_the_plot_to_the_others():
         ([*calm, falling], -1),
         ([*calm, falling], 0),
     ):
-        texts = tradeoff_chart("t", "x", "y", series, better=(1, better)).axes.texts
-        assert not [text for text in texts if "ends" in text.get_text()]
+        assert not [
+            name for name in legend(tradeoff_chart("t", "x", "y", series, better=(1, better))) if "ends" in name
+        ]
