@@ -403,7 +403,8 @@ def main(arguments: list[str] | None = None) -> int:
     # diffusers, transformers and peft narrate their loading; a user needs their errors only.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         result = app.main(arguments, prog_name="sqdf-fast", standalone_mode=False)
         return result if isinstance(result, int) else 0

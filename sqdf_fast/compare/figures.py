@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,25 +18,16 @@ SIGNS: dict[Better, int] = {"higher": 1, "lower": -1, "neither": 0}
 COST_LABELS = {"unet_evaluations": "UNet evaluations", "seconds": "training seconds", "reward_evaluations": "rewards"}
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A plot, its series, and the name of its file."""
-
-    name: str
-    chart: Chart
-    series: list[Series]
-
-
-def figures(results: Results, group: str) -> list[Figure]:
-    """The plots of a group: scores against proxy reward, reward against compute."""
+def figures(results: Results, group: str) -> dict[str, Chart]:
+    """The plots of a group by the name of their file: scores against proxy reward, reward against compute."""
     unplotted = (PROXY, "vendi", "vendi_all", "distance_to_base")
     axes = [(PROXY, score) for score in results.metrics if score not in unplotted]
     axes += [(cost, PROXY) for cost in ("unet_evaluations", "seconds")]
     if "true_reward" in results.metrics:
         axes.append(("unet_evaluations", "true_reward"))
-    directions = _directions(results)
-    found = [_figure(results, group, x, y, directions) for x, y in axes]
-    return [figure for figure in found if figure is not None]
+    better = _directions(results)
+    drawn = {f"{prefix(group)}_{y}_against_{x}": _chart(results, group, x, y, better) for x, y in axes}
+    return {name: chart for name, chart in drawn.items() if chart is not None}
 
 
 def _directions(results: Results) -> dict[str, Better]:
@@ -49,7 +39,7 @@ def _directions(results: Results) -> dict[str, Better]:
     return found
 
 
-def _figure(results: Results, group: str, x: str, y: str, directions: Mapping[str, Better]) -> Figure | None:
+def _chart(results: Results, group: str, x: str, y: str, directions: Mapping[str, Better]) -> Chart | None:
     series = []
     for position, index in enumerate(results.of(group)):
         run = results.runs[index]
@@ -61,7 +51,7 @@ def _figure(results: Results, group: str, x: str, y: str, directions: Mapping[st
         return None
     x_label, y_label = (COST_LABELS.get(name, label(name)) for name in (x, y))
     level = results.levels.get(group)
-    chart = tradeoff_chart(
+    return tradeoff_chart(
         f"{y_label[0].upper()}{y_label[1:]} against {x_label}",
         x_label,
         y_label,
@@ -69,7 +59,6 @@ def _figure(results: Results, group: str, x: str, y: str, directions: Mapping[st
         level.value if level and x == PROXY else None,
         (SIGNS[directions.get(x, "higher")], SIGNS[directions.get(y, "higher")]),
     )
-    return Figure(f"{prefix(group)}_{y}_against_{x}", chart, series)
 
 
 def prefix(group: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sqdf_fast.compare.curves import Estimate
-from sqdf_fast.compare.figures import Figure, figures, prefix
+from sqdf_fast.compare.figures import figures, prefix
 from sqdf_fast.compare.protocol import dump_protocol
 from sqdf_fast.compare.results import Duel, Results
 from sqdf_fast.compare.table import (
@@ -25,6 +25,7 @@ from sqdf_fast.compare.table import (
 )
 from sqdf_fast.display import image_grid, save_png
 from sqdf_fast.display.pages import render_page
+from sqdf_fast.display.plots import Chart
 from sqdf_fast.files import write_text
 from sqdf_fast.runs.samples import read_samples
 
@@ -37,18 +38,17 @@ Row = tuple[str, list[str], list[Path | None]]
 def write_page(results: Results, folder: Path) -> Path:
     """Write ``report.html`` and ``plots/``. Raises UserError when the disk refuses."""
     drawn = {group: figures(results, group) for group in results.groups}
-    for found in drawn.values():
-        for figure in found:
+    for group, charts in drawn.items():
+        for name, chart in charts.items():
             for kind in ("svg", "png"):
-                figure.chart.save(folder / "plots" / f"{figure.name}.{kind}")
-    for group in results.groups:
+                chart.save(folder / "plots" / f"{name}.{kind}")
         _save_sheet(results, group, folder)
     path = folder / "report.html"
     write_text(path, render_comparison(results, drawn))
     return path
 
 
-def render_comparison(results: Results, drawn: Mapping[str, Sequence[Figure]]) -> str:
+def render_comparison(results: Results, drawn: Mapping[str, Mapping[str, Chart]]) -> str:
     """The page as text. It asks the network for nothing."""
     protocol = results.protocol
     methods = results.of("")
@@ -58,7 +58,7 @@ def render_comparison(results: Results, drawn: Mapping[str, Sequence[Figure]]) -
         facts=[f"{_budget(protocol.budget)} a run", f"seeds {', '.join(map(str, protocol.seeds))}"],
         verdict=verdict(results),
         missing=missing_table(results),
-        groups=[_group(results, group, drawn.get(group, ())) for group in results.groups],
+        groups=[_group(results, group, drawn[group]) for group in results.groups],
         tuning=_tuning(results),
         protocol=dump_protocol(protocol),
         environment=results.environment,
@@ -95,14 +95,14 @@ def _sign(found: Estimate) -> int:
     return 1 if found.low > 0 else -1 if found.high < 0 else 0
 
 
-def _group(results: Results, group: str, drawn: Sequence[Figure]) -> dict[str, Any]:
+def _group(results: Results, group: str, drawn: Mapping[str, Chart]) -> dict[str, Any]:
     """One section of the page: plots, images and tables of the methods, or of one axis of an ablation."""
     rows = _at_equal_reward(results, group)
     level = level_sentence(results, group)
     compared = bool(results.duels_of(group))
     return {
         "heading": f"Ablation: {label(group)}" if group else "Methods",
-        "charts": [figure.chart for figure in drawn],
+        "charts": list(drawn.values()),
         "film": (rows[0][1], [(name, paths) for name, _, paths in rows]) if rows else None,
         "differences": (duel_sentence(results, group), duel_table(results, group)) if compared else None,
         "equal": (level, equal_table(results, group)) if level else None,

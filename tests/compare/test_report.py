@@ -223,7 +223,7 @@ def test_tuning_says_what_it_guarded(results):
 def test_plots_know_which_direction_of_a_judge_is_good(results, better, fronts):
     directions = dict.fromkeys(("diversity", "true_reward"), better)
     judged = [replace(run, curves=[replace(one, better=directions) for one in run.curves]) for run in results.runs]
-    drawn = {figure.name: figure.chart for figure in figures(replace(results, runs=judged), "")}
+    drawn = figures(replace(results, runs=judged), "")
     for score in directions:
         lines = drawn[f"methods_{score}_against_proxy_reward"].axes.lines
         widest = [line for line in lines if line.get_linewidth() == 7]
@@ -262,7 +262,7 @@ def test_the_page_nests_and_asks_the_network_for_nothing(results, folder):
     # Rows: the base model's images are black, sqdf's at equal reward grey, draft-1's, at its end, white.
     assert [sheet.getpixel((240, 40 + 48 + 102 * row)) for row in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
     # Each plot of the page is a file in both formats too.
-    names = {figure.name for group in results.groups for figure in figures(results, group)}
+    names = {name for group in results.groups for name in figures(results, group)}
     assert len(names) == 10
     for kind in ("svg", "png"):
         assert {path.stem for path in (folder / "plots").glob(f"*.{kind}") if "pictures" not in path.stem} == names
