@@ -62,7 +62,7 @@ def level_sentence(results: Results, group: str) -> str:
 def duel_sentence(results: Results, group: str) -> str:
     """What a group's table of differences holds."""
     name, others = results.duels_of(group)[0].one, "variant" if group else "other method"
-    return f"{name} less each {others}, where both have the best proxy reward of the weaker of the two"
+    return f"{name} minus each {others}, at the best proxy reward of the weaker of the two"
 
 
 def duel_table(results: Results, group: str) -> tuple[list[str], list[list[str]]]:

@@ -49,7 +49,7 @@ def tradeoff_chart(
 
     Args:
         level: x of a vertical line: the proxy reward at which methods are compared.
-        better: of x and y, 1 where more is better, -1 where less is, 0 where neither is: then there is no front.
+        better: of x and y, 1 where more is better, -1 where less is, 0 where neither is, which draws no front.
     """
     with rc_context(STYLE):
         figure, axes = make_figure(560, 400)

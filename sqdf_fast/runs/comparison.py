@@ -18,7 +18,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of the plan beside the measured one; None where there is none."""
+    """A figure of the plan beside the measured one; None where unknown."""
 
     planned: float | None = None
     measured: float | None = None
@@ -79,7 +79,7 @@ class Comparison:
         return planned is not None and measured is not None and measured > planned + (self.reserve or 0)
 
     def __bool__(self) -> bool:
-        """Whether there is anything to show beyond the time of a step, which every run has."""
+        """Whether anything was planned or measured beyond the time of a step, which every run has."""
         return self.planned or bool(self.stages or self.events) or self.joules is not None
 
 
