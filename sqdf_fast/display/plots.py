@@ -17,12 +17,10 @@ from matplotlib import rc_context, rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-from numpy.typing import NDArray
 
 from sqdf_fast.files import disk_errors
 
 Point = tuple[float, float]
-Array = NDArray[np.float64]
 
 # The colours of twelve series, then of text, rules and paper: on light, on dark.
 PALETTE = {

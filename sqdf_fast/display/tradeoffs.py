@@ -70,23 +70,24 @@ def tradeoff_chart(
         if len(front) > 1:
             axes.plot(*zip(*front, strict=True), color=soft, linewidth=7, alpha=0.18)
         for one in series:
-            _draw(axes, one, f"{x_label} {{:.4g}}, {y_label} {{:.4g}}")
+            _draw(axes, one)
         longest = max(map(len, axes.get_legend_handles_labels()[1]))
         columns = max(1, min(len(series), int(560 // (40 + 7.5 * longest))))
         figure.legend(loc="outside lower left", ncols=columns, labelcolor="linecolor", handletextpad=0.3)
     return Chart(title, figure)
 
 
-def _draw(axes: Axes, one: Series, tip: str) -> None:
-    """A curve with its marks; ``tip`` is the format of a point."""
+def _draw(axes: Axes, one: Series) -> None:
+    """A curve with its marks."""
     (low, high), colour = axes.get_ylim(), colour_of(one.colour)
     axes.plot(*zip(*one.points, strict=True), color=colour, linewidth=1.8)
     *before, last = one.points
     end, name = _end(one, low, high)
     shown = [(point, point, 5.2) for point in before if low <= point[1] <= high]
     for place, point, size in [*shown, (end, last, 9)]:
-        text = f"{one.name}: {tip.format(*point)}"
-        add_mark(axes, place, text, colour, size, one.marker, clip_on=False, zorder=3, label=name if size == 9 else "")
+        tip = f"{one.name}: {axes.get_xlabel()} {point[0]:.4g}, {axes.get_ylabel()} {point[1]:.4g}"
+        label = name if point is last else ""
+        add_mark(axes, place, tip, colour, size, one.marker, clip_on=False, zorder=3, label=label)
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -118,7 +119,8 @@ def _end(one: Series, low: float, high: float) -> tuple[Point, str]:
         if (y0 - edge) * (y1 - edge) <= 0:
             end = (x0 + (x1 - x0) * (edge - y0) / (y1 - y0), edge)
             break
-    return (end[0], edge), f"{one.name}, ends at {one.points[-1][1]:.4g}".replace("-", MINUS)
+    value = f"{one.points[-1][1]:.4g}".replace("-", MINUS)
+    return (end[0], edge), f"{one.name}, ends at {value}"
 
 
 def pareto_front(points: Sequence[Point], better: tuple[int, int] = (1, 1)) -> list[Point]:

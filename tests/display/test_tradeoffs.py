@@ -37,7 +37,7 @@ def test_curves_have_their_names_in_their_colours_which_do_not_cover_each_other(
 
 def test_a_curve_that_collapses_leaves_the_plot_to_the_others():
     calm = [Series.of(f"calm-{i}", [(0, 0.0), (1 + i, 2 - 0.5 * i)], i) for i in range(2)]
-    falling = Series.of("falling", [(0, 0.0), (1, 2.0), (2, -8.0), (3, -9.0)], 2)
+    falling = Series.of("fall-1", [(0, 0.0), (1, 2.0), (2, -8.0), (3, -9.0)], 2)
     chart = tradeoff_chart("title", "x", "y", [*calm, falling])
     bottom, top = chart.axes.get_ylim()
     assert (bottom, top) == (0, pytest.approx(2.12))
@@ -49,8 +49,8 @@ def test_a_curve_that_collapses_leaves_the_plot_to_the_others():
     assert marks == [(0, 0), (1, 2), (pytest.approx(1.2), 0)]
     (front,) = [line for line in chart.axes.lines if line.get_linewidth() == 7]
     assert (front.get_ydata() >= bottom).all()
-    assert "<title>falling: x 3, y -9</title>" in chart.svg()
-    assert legend(chart) == ["calm-0", "calm-1", "falling, ends at \u22129"]
+    assert "<title>fall-1: x 3, y -9</title>" in chart.svg()
+    assert legend(chart) == ["calm-0", "calm-1", "fall-1, ends at \u22129"]
     # Two such curves are no exception, of two curves none is, and none that is good.
     second = Series.of("falling", falling.points, 3)
     for series, better in (
