@@ -11,7 +11,7 @@ from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 
 # Pixels: between images, and of the names of the rows.
-GAP, NAME_WIDTH = 6, 180
+GAP, NAME_WIDTH = 6, 150
 TEXT = (40, 44, 52)
 FAINT = (110, 116, 128)
 PAPER = (255, 255, 255)
