@@ -449,9 +449,9 @@ def _short_protocol(given: dict[str, Any], assignments: tuple[str, ...], budget:
 
 
 def _settings_table() -> str:
-    from sqdf_fast.config import describe_settings
+    from sqdf_fast.config import Config, describe_settings
 
-    return describe_settings()
+    return describe_settings(Config)
 
 
 def _config(given: dict[str, Any], file: Path | None, assignments: tuple[str, ...]) -> tuple[Config, tuple[str, ...]]:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from support.fake_gpu import CUDA, Cuda, fake_cuda, fake_nvml
 from support.tiny import write_pipeline
 
-from sqdf_fast.training import lifecycle as train, trainer
 from sqdf_fast.algorithms.sqdf import Sqdf
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.commands.sample import draw
@@ -34,6 +33,8 @@ from sqdf_fast.plan import Plan, Planner
 from sqdf_fast.plan.device import CONTEXT_BYTES, GIB
 from sqdf_fast.runs import read_metrics
 from sqdf_fast.runs.checkpoint import read_checkpoint
+from sqdf_fast.training import lifecycle as train
+from sqdf_fast.training import trainer
 from sqdf_fast.training.lifecycle import continue_run, new_run
 from sqdf_fast.training.trainer import Interrupted
 

@@ -1,31 +1,24 @@
-"""One run, described: every hyperparameter, its bounds and the paper's presets.
-
-A run's configuration is a nested, frozen model that is validated once, at the door; the rest of the code trusts it.
-Layers, later ones win: defaults of the fields < preset < file < ``--set key=value`` < flags.
-"""
+"""One run, described: every hyperparameter and its bounds."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from sqdf_fast.errors import UserError
-
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A group of settings: unknown keys are refused, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-
-
-S = TypeVar("S", bound=Section)
+from sqdf_fast.config.algorithms import (
+    AwmSettings,
+    DdpoSettings,
+    DpokSettings,
+    DraftKlSettings,
+    DraftLvSettings,
+    DraftSettings,
+    ReflSettings,
+    readers,
+    section_of,
+)
+from sqdf_fast.config.section import Positive, Section, dotted
 
 
 class Sampling(Section):
@@ -117,29 +110,6 @@ class Execution(Section):
     attention: Literal["auto", "native", "xformers"] = Field("auto", description="diffusers' attention backend")
 
 
-class Baseline(Section):
-    """What the algorithms beside SQDF need; docs/baselines.md."""
-
-    truncation: Positive = Field(1, description="draft, draft-kl: K, the last denoising steps that carry a gradient")
-    noises: Positive = Field(2, description="draft-lv: times the picture is noised anew")
-    window: float = Field(0.25, gt=0, le=1, description="refl: share of the last steps of which one gets the gradient")
-    margin: float | None = Field(
-        None, description="refl: the loss is relu(margin - r), published with 2 for ImageReward; default: -r"
-    )
-    group: Positive = Field(
-        1, description="ddpo, dpok, awm: samples a prompt whose rewards are compared; 1: all of a collection"
-    )
-    timesteps: Positive | None = Field(
-        None, description="ddpo, dpok, awm: steps of each trajectory in an update; default: all that can be trained"
-    )
-    clip_range: float = Field(1e-4, gt=0, description="ddpo, dpok: the probability ratio stays within 1 +- this")
-    clip_advantage: float = Field(5.0, gt=0, description="ddpo, dpok, awm: advantages stay within +- this")
-    matching: Literal["uniform", "ghuber"] = Field(
-        "uniform", description="awm: the mean square itself, or its fourth root times the time (published program)"
-    )
-    clip_matching: float = Field(1.0, gt=0, description="awm: exp(fall of the matching loss) stays within 1 +- this")
-
-
 class Replay(Section):
     """The off-policy buffer D."""
 
@@ -194,8 +164,16 @@ class Monitor(Section):
         return "off" if given is False else given
 
 
+class Logging(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="experiment trackers that get metrics and images, through accelerate"
+    )
+
+
 class Config(Section):
-    """Everything that decides a run. ``config.yaml`` in the run folder is this, whole."""
+    """Everything that decides a run. ``config.yaml`` in the run folder is what of it the run reads."""
 
     preset: str | None = Field(None, description="the named preset these values started from")
     model: str = Field("shapes", description="shapes, sd15, sdxl, sd35-medium, flux1-dev, a diffusers folder, a hub id")
@@ -228,16 +206,32 @@ class Config(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     execution: Execution = Field(default_factory=Execution)
     replay: Replay = Field(default_factory=Replay)
-    baseline: Baseline = Field(default_factory=Baseline)
+    draft: DraftSettings = Field(default_factory=DraftSettings)
+    draft_kl: DraftKlSettings = Field(default_factory=DraftKlSettings)
+    draft_lv: DraftLvSettings = Field(default_factory=DraftLvSettings)
+    refl: ReflSettings = Field(default_factory=ReflSettings)
+    ddpo: DdpoSettings = Field(default_factory=DdpoSettings)
+    dpok: DpokSettings = Field(default_factory=DpokSettings)
+    awm: AwmSettings = Field(default_factory=AwmSettings)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     monitor: Monitor = Field(default_factory=Monitor)
     limits: Limits = Field(default_factory=Limits)
+    logging: Logging = Field(default_factory=Logging)
+
+    @property
+    def own(self) -> Any:
+        """The algorithm's own settings, such as those of section ``ddpo``; see :class:`AlgorithmSettings`."""
+        return getattr(self, section_of(self.algorithm))
+
+    def reads(self, key: str) -> bool:
+        """Whether the algorithm reads this setting, by its dotted key."""
+        return self.algorithm in readers(key)
 
     @field_validator("reward_options", mode="before")
     @classmethod
     def _options_are_dotted(cls, given: Any) -> Any:
         # `--set reward_options.clip.model=F` is an option of one part of a weighted sum.
-        return _dotted(given) if isinstance(given, Mapping) else given
+        return dotted(given) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _reward_options_are_the_rewards_own(self) -> Config:
@@ -305,7 +299,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _buffer_holds_a_refill(self) -> Config:
-        if self.replay.refill > self.replay.capacity:
+        if self.reads("replay.capacity") and self.replay.refill > self.replay.capacity:
             raise ValueError(
                 f"replay.refill = {self.replay.refill} does not fit replay.capacity = {self.replay.capacity}: "
                 "sample fewer trajectories a refill or enlarge the buffer"
@@ -313,262 +307,26 @@ class Config(Section):
         return self
 
 
-# Hyperparameters of the paper's tables and scripts (objective terms keep the names of docs/algorithm.md).
-_PAPER: dict[str, Any] = {
-    "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "reward": "aesthetic",
-    "prompts": "animals",
-    "steps": 500,
-    "sampling": {"num_inference_steps": 50, "eta": 1.0, "guidance_scale": 5.0},
-    "objective": {"alpha": 2.0, "gamma": 0.9, "lookahead": "consistency", "mask_nonpositive": True},
-    "policy": {"rank": 4},
-    "optimizer": {"lr": 1e-3, "weight_decay": 1e-4, "max_grad_norm": 1.0, "batch_size": 64},
-    "replay": {"capacity": 1024, "mode": "uniform", "refill": 64, "steps_per_refill": 1},
+_CONDITIONS: dict[str, tuple[str, str]] = {
+    "objective.lookahead_steps": ("objective.lookahead", "deterministic"),
+    "objective.consistency_grid": ("objective.lookahead", "consistency"),
+    "policy.rank": ("policy.kind", "lora"),
+    "policy.alpha": ("policy.kind", "lora"),
+    "policy.target_modules": ("policy.kind", "lora"),
+    "sampling.eta": ("policy.base", "network"),
 }
+"""Settings that are read only where another one has this value."""
 
 
-def _dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        name = f"{prefix}{key}"
-        flat |= _dotted(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "shapes": {
-        "model": "shapes",
-        "reward": "taste",
-        "prompts": "shapes",
-        "steps": 80,
-        "checkpoint_every": 40,
-        "sampling": {"num_inference_steps": 20, "guidance_scale": 4.0, "batch_size": 16},
-        "objective": {"alpha": 16.0, "gamma": 0.9},
-        "policy": {"rank": 8},
-        "optimizer": {"lr": 1e-3, "batch_size": 16},
-        "execution": {
-            "executor": "joint",
-            "micro_batch": 16,
-            "forward_batch_rows": 32,
-            "backward_batch_rows": 32,
-            "decode_images": 16,
-        },
-        "replay": {"capacity": 64, "refill": 16, "steps_per_refill": 8},
-        "evaluation": {
-            "prompts": "shapes-held-out",
-            "every": 20,
-            "num_prompts": 32,
-            "held_out": ("taste-held-out",),
-        },
-    },
-    "aesthetic": _PAPER,
-    "sdxl": _merge(
-        _PAPER,
-        {"model": "stabilityai/stable-diffusion-xl-base-1.0", "objective": {"mask_nonpositive": False}},
-    ),
-    "sd35": _merge(
-        _PAPER,
-        {
-            "model": "stabilityai/stable-diffusion-3.5-medium",
-            "sampling": {"num_inference_steps": 40, "eta": 0.7, "guidance_scale": 4.5},
-            "objective": {"lookahead": "tweedie", "mask_nonpositive": False},
-        },
-    ),
-    "flux": _merge(
-        _PAPER,
-        {
-            "model": "black-forest-labs/FLUX.1-dev",
-            "sampling": {"num_inference_steps": 28, "eta": 0.9, "guidance_scale": 1.0},
-            "objective": {"lookahead": "tweedie", "mask_nonpositive": False},
-        },
-    ),
-    "hpsv2": _merge(
-        _PAPER,
-        {
-            "reward": "hpsv2",
-            "objective": {"alpha": 0.05, "gamma": 0.93},
-            "policy": {"rank": 32},
-            "optimizer": {"lr": 5e-4, "batch_size": 256},
-            "replay": {"capacity": 4096, "refill": 256},
-        },
-    ),
-    "black-box": _merge(
-        _PAPER,
-        {
-            "sampling": {"guidance_scale": 7.5},
-            "objective": {"alpha": 1.0},
-            "optimizer": {"weight_decay": 0.1, "max_grad_norm": 5.0},
-            "replay": {"mode": "prioritised"},
-        },
-    ),
-}
-PRESETS["hpsv2-script"] = _merge(
-    PRESETS["hpsv2"], {"objective": {"alpha": 0.005, "gamma": 0.9}, "optimizer": {"lr": 2e-4}}
-)
-
-
-_CONSISTENCY_SAMPLING = {"sampling": {"num_inference_steps": 4, "guidance_scale": 1.0}}
-
-
-def default_preset(model: str) -> str:
-    """The preset for a model that none was named for; a model that no preset is of takes the paper's, "aesthetic"."""
-    short = {"shapes": "shapes", "sdxl": "sdxl", "sd35-medium": "sd35", "flux1-dev": "flux"}
-    return short.get(model) or next((name for name in short.values() if PRESETS[name]["model"] == model), "aesthetic")
-
-
-def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key that ``--set`` accepts."""
-    names = []
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += setting_names(field.annotation, f"{prefix}{name}.")
-        else:
-            names.append(f"{prefix}{name}")
-    return names
-
-
-def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """``["objective.alpha=2", ...]`` as a nested dictionary; values are YAML scalars or lists.
-
-    Raises UserError for a missing '=' and for a value that is not YAML.
-    """
-    nested: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {assignment}: expected key=value, e.g. --set objective.alpha=2")
-        try:
-            value = _number(yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise UserError(
-                f"--set {assignment}: the value is not valid YAML; quote it if it holds ':' or '['"
-            ) from None
-        nested = _merge(nested, _nest(key.split("."), value))
-    return nested
-
-
-def _nest(path: list[str], value: Any) -> dict[str, Any]:
-    return {path[0]: value if len(path) == 1 else _nest(path[1:], value)}
-
-
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-3 (no dot) as a string.
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """A YAML file as a nested dictionary. Raises UserError when it is missing or is not a mapping."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration file {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UserError(
-            f"configuration file {path}: not valid YAML{line}; see a run's config.yaml for an example"
-        ) from None
-    if not isinstance(data, dict):
-        raise UserError(f"configuration file {path}: expected a mapping of settings; see a run's config.yaml")
-    return data
-
-
-def make_config(
-    preset: str | None = None,
-    file: Mapping[str, Any] | None = None,
-    assignments: Mapping[str, Any] | None = None,
-    flags: Mapping[str, Any] | None = None,
-) -> Config:
-    """Merge the layers and validate. The flag policy.base = consistency brings its few steps without guidance along.
-
-    Raises UserError: one line that names the key, the value and what is allowed.
-    """
-    few_steps = _CONSISTENCY_SAMPLING if ((flags or {}).get("policy") or {}).get("base") == "consistency" else None
-    layers = [dict(layer) for layer in (few_steps, file, assignments, flags) if layer]
-    for layer in layers:
-        preset = layer.get("preset") or preset
-    merged: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in PRESETS:
-            raise UserError(f"preset {preset!r} is unknown; allowed: {', '.join(sorted(PRESETS))}")
-        merged = _merge(PRESETS[preset], {"preset": preset})
-    for layer in layers:
-        merged = _merge(merged, layer)
-    return validate(Config, merged)
-
-
-def given_settings(
-    file: Mapping[str, Any] | None = None,
-    assignments: Mapping[str, Any] | None = None,
-    flags: Mapping[str, Any] | None = None,
-) -> tuple[str, ...]:
-    """Dotted keys that the layers of `make_config` set themselves: what a plan keeps.
-
-    A file with every setting, a run's config.yaml, counts as none: what of it was planned and what was asked for can no
-    longer be told apart.
-    """
-    whole = file is not None and set(file) >= set(Config.model_fields)
-    layers = (None if whole else file, assignments, flags)
-    return tuple(dict.fromkeys(key for layer in layers if layer for key in _dotted(layer)))
-
-
-def validate(section: type[S], values: Mapping[str, Any]) -> S:
-    """``values`` as a section. Raises UserError: one line that names the key, the value and what is allowed."""
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_one_line(error, section)) from None
-
-
-def _one_line(error: ValidationError, section: type[Section]) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-int", "constrained-float"))
-    if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, setting_names(section), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(setting_names(section))}"
-        return f"setting {key!r} is unknown; {hint}"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    message = first["msg"].removeprefix("Input should be ").rstrip(".")
-    return f"setting {key} = {first['input']!r} is not allowed: it must be {message}"
-
-
-def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The configuration with these dotted keys changed, validated anew. Raises UserError as `validate`."""
-    values = config.model_dump(mode="json")
-    for key, value in settings.items():
-        values = _merge(values, _nest(key.split("."), value))
-    return validate(Config, values)
-
-
-def dump_config(config: Config) -> str:
-    """The whole configuration as YAML, readable back with :func:`read_config_file`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def describe_settings(section: type[BaseModel] = Config, prefix: str = "") -> str:
-    """Every setting with its default and meaning, one a line: what ``--help-settings`` prints."""
-    lines = []
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            heading = (field.annotation.__doc__ or "").strip().splitlines()[0]
-            lines += ["", heading, describe_settings(field.annotation, f"{prefix}{name}.")]
-        else:
-            default = field.get_default(call_default_factory=True, validated_data={})
-            shown = ",".join(default) if isinstance(default, tuple) else default
-            lines.append(f"  {prefix + name:<34}{shown!s:<24}{field.description or ''}".rstrip())
-    return "\n".join(lines)
+def without_effect(config: Config) -> dict[str, str]:
+    """The settings that a run of this configuration does not read: dotted key to the reason, in words."""
+    reasons = {}
+    values = dotted(config.model_dump())
+    for key in values:
+        if not config.reads(key):
+            only = ", ".join(readers(key))
+            reasons[key] = f"algorithm = {config.algorithm} does not read it, only {only} would"
+        elif key in _CONDITIONS and values[_CONDITIONS[key][0]] != _CONDITIONS[key][1]:
+            other, needed = _CONDITIONS[key]
+            reasons[key] = f"it is only read with {other} = {needed}, not {values[other]}"
+    return reasons
