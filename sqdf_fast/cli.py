@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import Interrupted, UserError
 
 # What the commands import is imported inside them: --help and a typing error must not wait for torch.
 
@@ -121,7 +121,6 @@ def train(
         _refuse_beside_resume({**flags, "set": assignments or None, "config": file, "output": output})
     # What is wrong with the settings shows before torch is loaded.
     from sqdf_fast.commands.train import continue_training, start_training
-    from sqdf_fast.training.trainer import Interrupted
 
     try:
         summary = continue_training(resume, _say) if resume else start_training(*settings, output, _say)
@@ -205,7 +204,7 @@ def sample(
     click.echo(f"{path}")
     if cost is not None:
         click.echo(
-            f"network rows {cost.unet_evaluations}, of them with a gradient {cost.unet_pullbacks}; "
+            f"network rows {cost.unet_evaluations}, of them with a gradient {cost.unet_backward_rows}; "
             f"images scored {cost.reward_evaluations}"
         )
 
@@ -242,14 +241,14 @@ def evaluate(
     A TARGET is a run folder, a LoRA folder or file, or a base model (shapes, a diffusers folder, a hub id). The base
     model of the first one is always included.
     """
-    from sqdf_fast.commands.evaluate import judge_targets
+    from sqdf_fast.commands.evaluate import evaluate_models
     from sqdf_fast.config import parse_assignments
     from sqdf_fast.display import StageProgress
 
     evaluation = {"prompts": prompts, "images_per_prompt": images, "held_out": held_out or None}
     settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     settings["evaluation"] = {name: value for name, value in evaluation.items() if value is not None}
-    verdict = judge_targets(
+    verdict = evaluate_models(
         targets,
         settings=settings,
         assignments=parse_assignments(assignments),

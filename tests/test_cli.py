@@ -259,7 +259,10 @@ def test_a_plan_is_printed_as_a_table_and_as_json(capsys, monkeypatch, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "--model", "sd15", "--vram", "much"], "invalid --vram 'much': expected a size such as 24G, 8GiB or 80%"),
+        (
+            ["plan", "--model", "sd15", "--vram", "much"],
+            "invalid --vram 'much': expected a size such as 24G, 8GiB or 80%",
+        ),
         (["plan", "--model", "sd15", "--vram", "80%"], "no GPU to take a share of"),
         (["plan", "--model", "nothing/here", "--vram", "8G"], "architecture of model"),
         (["plan", "--model", "shapes", "--reward", "jpeg", "--vram", "8G"], "reward"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from sqdf_fast.config import parse_assignments
 from sqdf_fast.display import StageProgress
 from sqdf_fast.distill import accuracy_table, distill, make_distillation
-from sqdf_fast.engine.runtime import pick_device, pick_dtype
+from sqdf_fast.engine.loading import pick_device, pick_dtype
 from sqdf_fast.prompts import load_prompts
 from sqdf_fast.rewards import checked_reward, load_reward
 

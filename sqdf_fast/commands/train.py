@@ -17,18 +17,18 @@ Say = Callable[[str], None]
 
 def start_training(config: Config, keep: Sequence[str], output: Path | None, say: Say) -> str:
     """Train a new run in ``output`` and return its summary; ``keep``, ``output`` and what raises: see `new_run`."""
-    with _interruption(say) as interrupted:
-        return new_run(config, output, interrupted, keep)
+    with _interruption(say) as stop:
+        return new_run(config, output, stop, keep)
 
 
 def continue_training(path: Path, say: Say) -> str:
     """Continue the run in ``path`` and return its summary; what raises: see `continue_run`."""
-    with _interruption(say) as interrupted:
-        return continue_run(path, interrupted)
+    with _interruption(say) as stop:
+        return continue_run(path, stop)
 
 
 @contextmanager
-def _interruption(say: Say) -> Iterator[Callable[[], bool]]:
+def _interruption(say: Say) -> Iterator[threading.Event]:
     """The first Ctrl-C (or SIGTERM) asks the run to stop after its current network call, the second one kills it."""
     asked = threading.Event()
 
@@ -40,7 +40,7 @@ def _interruption(say: Say) -> Iterator[Callable[[], bool]]:
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
