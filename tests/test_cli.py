@@ -90,8 +90,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--resume", "absent"], "absent"),
         (["--resume", "runs/x", "--steps", "3"], "--steps"),
         (["--colour"], "--colour"),
-        (["--set", "algorithm=ddpo", "--gamma", "0.8"], "objective.gamma has no effect here: algorithm = ddpo"),
-        (["--set", "ddpo.clip_range=1"], "ddpo.clip_range has no effect here: algorithm = sqdf"),
+        (["--set", "algorithm=ddpo"], "objective.lookahead has no effect with algorithm = ddpo (only with sqdf)"),
+        (["--set", "ddpo.clip_range=1"], "ddpo.clip_range has no effect with algorithm = sqdf (only with ddpo)"),
     ],
 )
 def test_bad_input_is_one_line_status_2_and_leaves_nothing(model, folder, capsys, arguments, said):

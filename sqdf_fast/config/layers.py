@@ -78,7 +78,7 @@ def refuse_without_effect(given: Iterable[str], *configs: Config) -> None:
     for key in given:
         if all(new in reasons for reasons in idle for new in OLD_KEYS.get(key, (key,))):
             name = OLD_KEYS.get(key, (key,))[0]
-            raise UserError(f"setting {key} has no effect here: {idle[0][name]}; leave it out")
+            raise UserError(f"setting {key} has no effect with {idle[0][name]}; leave it out")
 
 
 def given_settings(

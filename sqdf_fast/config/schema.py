@@ -159,7 +159,7 @@ class Monitor(Section):
 
     @field_validator("action", mode="before")
     @classmethod
-    def _off_is_a_word(cls, given: Any) -> Any:
+    def _read_off(cls, given: Any) -> Any:
         # YAML 1.1 reads a bare off as false.
         return "off" if given is False else given
 
@@ -180,7 +180,7 @@ class Config(Section):
     vram: str | None = Field(
         None, description="memory budget, e.g. 24G or 80%; `sqdf-fast plan` fills in the execution"
     )
-    resolution: Positive | None = Field(None, description="side of the pictures in pixels; default: the model's own")
+    resolution: Positive | None = Field(None, description="side of the images in pixels; default: the model's own")
     reward: str = Field("taste", description="a registered reward, module:function, or a sum: aesthetic*1.0 + clip*0.5")
     reward_options: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="keywords of the reward's loader"
@@ -229,18 +229,18 @@ class Config(Section):
 
     @field_validator("reward_options", mode="before")
     @classmethod
-    def _options_are_dotted(cls, given: Any) -> Any:
+    def _as_dotted_keys(cls, given: Any) -> Any:
         # `--set reward_options.clip.model=F` is an option of one part of a weighted sum.
         return dotted(given) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
-    def _reward_options_are_the_rewards_own(self) -> Config:
+    def _check_reward_options(self) -> Config:
         if taken := {"spec", "device", "dtype"} & self.reward_options.keys():
-            raise ValueError(f"reward_options.{min(taken)} is the run's to decide; set device or dtype of the run")
+            raise ValueError(f"reward_options.{min(taken)} cannot be set; it is the run's own reward, device or dtype")
         return self
 
     @model_validator(mode="after")
-    def _weights_can_be_where_they_are_asked_for(self) -> Config:
+    def _check_weights(self) -> Config:
         execution = self.execution
         if self.policy.kind == "full" and execution.quantization != "none":
             raise ValueError(
@@ -261,7 +261,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_consistency_policy_is_whole(self) -> Config:
+    def _check_consistency_policy(self) -> Config:
         if self.policy.base == "network":
             return self
         if self.vram is not None:
@@ -280,7 +280,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_plan_is_of_the_algorithm(self) -> Config:
+    def _check_plan(self) -> Config:
         if self.vram is not None and self.algorithm != "sqdf":
             raise ValueError(
                 f"--vram plans the steps of SQDF, and algorithm is {self.algorithm}; leave --vram out and set "
@@ -289,16 +289,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _points_need_a_limit(self) -> Config:
+    def _check_points(self) -> Config:
         if self.evaluation.points and self.limits == Limits():
             raise ValueError(
-                f"evaluation.points = {self.evaluation.points} spreads evaluations over a limit and there is none; set "
+                f"evaluation.points = {self.evaluation.points} needs a limit to spread evaluations over; set "
                 "limits.unet_evaluations or limits.seconds, or use evaluation.every"
             )
         return self
 
     @model_validator(mode="after")
-    def _buffer_holds_a_refill(self) -> Config:
+    def _check_refill(self) -> Config:
         if self.reads("replay.capacity") and self.replay.refill > self.replay.capacity:
             raise ValueError(
                 f"replay.refill = {self.replay.refill} does not fit replay.capacity = {self.replay.capacity}: "
@@ -315,18 +315,17 @@ _CONDITIONS: dict[str, tuple[str, str]] = {
     "policy.target_modules": ("policy.kind", "lora"),
     "sampling.eta": ("policy.base", "network"),
 }
-"""Settings that are read only where another one has this value."""
+"""Settings that are read only with a certain value of another one."""
 
 
 def without_effect(config: Config) -> dict[str, str]:
-    """The settings that a run of this configuration does not read: dotted key to the reason, in words."""
+    """The settings that a run of this configuration does not read: dotted key to what they have no effect with."""
     reasons = {}
     values = dotted(config.model_dump())
     for key in values:
         if not config.reads(key):
-            only = ", ".join(readers(key))
-            reasons[key] = f"algorithm = {config.algorithm} does not read it, only {only} would"
+            reasons[key] = f"algorithm = {config.algorithm} (only with {', '.join(readers(key))})"
         elif key in _CONDITIONS and values[_CONDITIONS[key][0]] != _CONDITIONS[key][1]:
             other, needed = _CONDITIONS[key]
-            reasons[key] = f"it is only read with {other} = {needed}, not {values[other]}"
+            reasons[key] = f"{other} = {values[other]} (only with {needed})"
     return reasons

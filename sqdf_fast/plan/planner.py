@@ -97,7 +97,7 @@ class Plan:
     def from_json(text: str) -> Plan:
         """What `as_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
         values = json.loads(text)
-        values["settings"] = current_names(values["settings"])
+        values["settings"] = current_names(dict(values["settings"]))
         values["stages"] = tuple(PlannedStage(**stage) for stage in values["stages"])
         values["switches"] = tuple(Switch(**switch) for switch in values.get("switches", ()))
         return Plan(**values)

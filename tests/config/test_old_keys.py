@@ -22,6 +22,7 @@ from sqdf_fast.config import (
     with_settings,
 )
 from sqdf_fast.errors import UserError
+from sqdf_fast.plan import Plan
 from sqdf_fast.runs.folder import RunFolder
 
 DATA = Path(__file__).parent / "data"
@@ -84,7 +85,7 @@ def test_an_old_key_of_the_command_line_is_the_chosen_algorithms(caplog):
         "setting execution.residency is now execution.offload",
         "setting baseline.timesteps is now ddpo.timesteps, dpok.timesteps or awm.timesteps",
     ]
-    with pytest.raises(UserError, match=r"setting refl\.margin has no effect here: algorithm = dpok does not read it"):
+    with pytest.raises(UserError, match=r"setting refl\.margin has no effect with algorithm = dpok \(only with refl\)"):
         make_config("shapes", assignments=parse_assignments(["algorithm=dpok", "baseline.margin=2"]))
 
 
@@ -103,6 +104,8 @@ def test_the_settings_of_a_stored_plan():
     old = {"execution.residency": "resident", "execution.network_rows": 2, "sampling.batch_size": 4}
     expected = {"execution.offload": "none", "execution.backward_batch_rows": 2, "sampling.batch_size": 4}
     assert current_names(old) == expected
+    plan = Plan(True, "shapes", "CPU", 2.0, 1.0, 0.1, "staged", 1, old, (), 1.0, 1.0)
+    assert Plan.from_json(plan.as_json()).settings == expected
 
 
 @pytest.mark.parametrize("settings", [{"execution": 3}, {"baseline": [1]}, {"execution": {"residency": ["x"]}}])
