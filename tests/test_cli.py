@@ -176,18 +176,6 @@ def test_report_can_be_written_again(run, capsys):
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--best-of", "2", "--guide-scale", "1"], "--best-of and --guide-scale are mutually exclusive"),
-        (["--reward", "jpeg"], "--reward jpeg has no effect without --best-of N or --guide-scale S"),
-    ],
-)
-def test_options_of_sample_that_do_not_go_together(run, folder, capsys, arguments, said):
-    assert said in refused(capsys, "sample", str(run), "a ring", *arguments)
-    assert os.listdir(folder) == ["prompts.txt"]
-
-
 @pytest.mark.parametrize("command", [["sample", "absent", "a ring"], ["evaluate", "absent"], ["report", "absent"]])
 def test_commands_on_no_run(capsys, command):
     assert "absent" in refused(capsys, *command)
