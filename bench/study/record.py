@@ -61,7 +61,7 @@ def cost_table(results: Results) -> tuple[list[str], list[list[str]]]:
     for run, end in zip(results.runs, results.end, strict=True):
         spent = [curve.points[-1].cost for curve in run.curves if "seconds" in curve.points[-1].cost]
         # The ablated method stands once, among the methods; training-free ones have their cost in every picture.
-        if not spent or run.free or (run.group and run.name == results.protocol.ablated):
+        if not spent or run.training_free or (run.group and run.name == results.protocol.ablated):
             continue
         fastest = min(spent, key=lambda cost: cost["seconds"])
         counts = [fastest[name] for name in ("unet_evaluations", "reward_evaluations", "seconds")]

@@ -79,7 +79,7 @@ def _figure(results: Results, group: str, x: str, y: str, directions: Mapping[st
     for position, index in enumerate(results.of(group)):
         run = results.runs[index]
         # What a picture costs each time is nothing to set beside what training cost once.
-        points = [] if run.free and x in COSTS else _mean_points(run.curves, x, y)
+        points = [] if run.training_free and x in COSTS else _mean_points(run.curves, x, y)
         if points:
             colour, shape = f"s{position % SERIES}", SHAPES[position % len(SHAPES)]
             series.append(Series(run.label, points, colour, shape))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,12 +34,20 @@ _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
 
 
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _announce(old: str, new: str) -> None:
+    _log.warning("the key %s of a protocol's methods is now %s", old, new)
+
+
 class Method(Section):
     """One method of a protocol."""
 
     like: str | None = Field(None, description="the built-in method it starts from; default: the one of its name")
     settings: Dotted = Field(default_factory=dict, description="dotted keys, on top of that and of the shared ones")
-    strengths: tuple[float, ...] = Field((), description="best-of-n: candidates; guided: scales; default: the table's")
+    sweep: tuple[float, ...] = Field((), description="best-of-n: candidates; guided: scales; default: the table's")
     trials: tuple[Dotted, ...] = Field((), description="tuning: the settings that are tried, one mapping a trial")
     grid: dict[str, list[Any]] = Field(default_factory=dict, description="tuning: keys and values, every combination")
 
@@ -47,6 +57,14 @@ class Method(Section):
         if not self.grid:
             return [dict(trial) for trial in self.trials]
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "strengths" not in values:
+            return values
+        _announce("strengths", "sweep")
+        return {"sweep" if key == "strengths" else key: value for key, value in values.items()}
 
     @model_validator(mode="after")
     def _trials_or_grid(self) -> Method:
@@ -117,7 +135,7 @@ class Protocol(Section):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"method name {name!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
             builtin(method.like or name)
-            _check_strengths(name, method)
+            _check_sweep(name, method)
         for axis in self.ablate:
             if axis not in ABLATIONS:
                 raise ValueError(f"ablate: {axis!r} is unknown; allowed: {', '.join(ABLATIONS)}")
@@ -147,7 +165,7 @@ class Protocol(Section):
         if self.tuning.seed in (*self.seeds, *(self.ablate_seeds or ())):
             raise ValueError(f"tuning.seed = {self.tuning.seed} is one of the reported seeds; choose another")
         for name, method in self.methods.items():
-            if self.strengths_of(name):
+            if self.sweep_of(name):
                 continue
             if len(method.tried) != self.tuning.trials:
                 raise ValueError(
@@ -167,10 +185,10 @@ class Protocol(Section):
         method = self.methods[name]
         return {**builtin(method.like or name, self.base().policy.base), **method.settings}
 
-    def strengths_of(self, name: str) -> tuple[float, ...]:
-        """Of a method that trains nothing; empty for all others."""
+    def sweep_of(self, name: str) -> tuple[float, ...]:
+        """Candidates or scales of a method that trains nothing; empty for all others."""
         method = self.methods[name]
-        return method.strengths or TRAINING_FREE.get(method.like or name, ())
+        return method.sweep or TRAINING_FREE.get(method.like or name, ())
 
 
 def _refuse_repeated(key: str, values: tuple[Any, ...]) -> None:
@@ -179,16 +197,16 @@ def _refuse_repeated(key: str, values: tuple[Any, ...]) -> None:
             raise ValueError(f"{key}: {value} is given twice; give it once")
 
 
-def _check_strengths(name: str, method: Method) -> None:
+def _check_sweep(name: str, method: Method) -> None:
     kind = method.like or name
-    if method.strengths and kind not in TRAINING_FREE:
-        raise ValueError(f"method {name!r} has strengths; only {' and '.join(TRAINING_FREE)} have any")
-    _refuse_repeated(f"methods.{name}.strengths", method.strengths)
-    for strength in method.strengths:
-        if kind == "best-of-n" and (strength < 1 or strength % 1):
-            raise ValueError(f"methods.{name}.strengths: {strength:g} candidates; give whole numbers from 1 on")
-        if strength < 0:
-            raise ValueError(f"methods.{name}.strengths: a guidance scale of {strength:g}; give numbers >= 0")
+    if method.sweep and kind not in TRAINING_FREE:
+        raise ValueError(f"method {name!r} has a sweep; only {' and '.join(TRAINING_FREE)} have one")
+    _refuse_repeated(f"methods.{name}.sweep", method.sweep)
+    for value in method.sweep:
+        if kind == "best-of-n" and (value < 1 or value % 1):
+            raise ValueError(f"methods.{name}.sweep: {value:g} candidates; give whole numbers from 1 on")
+        if value < 0:
+            raise ValueError(f"methods.{name}.sweep: a guidance scale of {value:g}; give numbers >= 0")
 
 
 def parse_budget(text: str) -> Limits:
@@ -202,7 +220,7 @@ def parse_budget(text: str) -> Limits:
     if time and float(time[1]) > 0:
         return Limits(seconds=float(time[1]) * _UNITS[time[2]])
     raise UserError(
-        f"budget {text!r} is none; give UNet evaluations (network rows) such as 20000, or training time such as 120s"
+        f"invalid budget {text!r}: expected UNet evaluations such as 20000 or 20k, or training time such as 120s"
     )
 
 

@@ -30,7 +30,7 @@ from sqdf_fast.compare.curves import (
 )
 from sqdf_fast.compare.protocol import Protocol
 from sqdf_fast.compare.tuning import Choice
-from sqdf_fast.files import disk_errors
+from sqdf_fast.files import write_text
 
 # In this order; what a run does not measure is left out, what is not here comes after it.
 KNOWN = (
@@ -55,7 +55,7 @@ class Runs:
         label: its name within its group, for people; group: the axis of an ablation, "" for the methods.
         curves: of the finished runs, one a seed; folders: theirs.
         unfinished: seed to the reason in one line.
-        free: nothing is trained; costs are those of one picture, each time one is drawn.
+        training_free: nothing is trained; costs are those of one image, each time one is sampled.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Runs:
     curves: list[Curve]
     folders: list[Path]
     unfinished: dict[int, str]
-    free: bool = False
+    training_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def make_results(
     metrics = _metrics(runs)
     groups = list(dict.fromkeys(run.group for run in runs))
     levels = {
-        group: common_level({run.label: run.curves for run in runs if run.group == group and not run.free})
+        group: common_level({run.label: run.curves for run in runs if run.group == group and not run.training_free})
         for group in groups
     }
     places = [[_at(curve, levels[run.group]) for curve in run.curves] for run in runs]
@@ -203,7 +203,7 @@ def _standing(run: Runs, places: Sequence[Place | None], metrics: Sequence[str],
 
 
 def _untrained(run: Runs, there: Sequence[tuple[Curve, Place]]) -> bool:
-    return not run.free and bool(there) and all(place == Place(0, 0.0) for _, place in there)
+    return not run.training_free and bool(there) and all(place == Place(0, 0.0) for _, place in there)
 
 
 def _rows(there: Sequence[tuple[Curve, Place]], name: str) -> list[Array]:
@@ -221,7 +221,7 @@ def _duel(one: Runs, other: Runs, metrics: Sequence[str], draws: Draws) -> Duel:
         if (found := difference(_rows(sides[0], name), _rows(sides[1], name), draws)) is not None:
             differences[name] = found
     costs = {}
-    for name in COSTS if not (one.free or other.free) else ():
+    for name in COSTS if not (one.training_free or other.training_free) else ():
         spent = [[value for side in there if (value := cost_at(*side, name)) is not None] for there in sides]
         if all(spent) and np.mean(spent[1]) > 0:
             costs[name] = float(np.mean(spent[0]) / np.mean(spent[1]))
@@ -232,10 +232,7 @@ def _duel(one: Runs, other: Runs, metrics: Sequence[str], draws: Draws) -> Duel:
 def write_results(results: Results, folder: Path) -> Path:
     """Write ``results.json``. Raises UserError when the disk refuses."""
     path = folder / "results.json"
-    partial = path.with_name("results.json.partial")
-    with disk_errors(path):
-        partial.write_text(json.dumps(as_dict(results, folder), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+    write_text(path, json.dumps(as_dict(results, folder), indent=1) + "\n")
     return path
 
 
@@ -267,7 +264,7 @@ def _method(results: Results, index: int, folder: Path) -> dict[str, Any]:
         "label": run.label,
         "group": run.group or "methods",
         "settings": run.settings,
-        "cost_is": "of one picture" if run.free else "of training",
+        "cost_is": "of one picture" if run.training_free else "of training",
         "end": _standing_dict(results.end[index]),
         "at_equal_reward": _standing_dict(results.equal[index]),
         "unfinished": {str(seed): reason for seed, reason in run.unfinished.items()},

@@ -150,7 +150,7 @@ def _row(results: Results, index: int, standing: Standing, scores: Sequence[str]
     return [
         run.label + seeds + (" (before training)" if standing.untrained else ""),
         *cells,
-        *_costs(costs, " a picture" if run.free else ""),
+        *_costs(costs, " a picture" if run.training_free else ""),
         format_bytes(costs["peak_bytes"]) if "peak_bytes" in costs else "-",
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sqdf_fast.compare.jobs import Free, Job, check_settings
+from sqdf_fast.compare.jobs import Job, TrainingFreeSpec, check_settings
 from sqdf_fast.engine.rollouts import decode_images
 from sqdf_fast.engine.runtime import HeldOut, load_backbone, make_sampler, pick_dtype
 from sqdf_fast.evaluate import evaluate_images, load_judges
@@ -28,7 +28,7 @@ class SamplingStopped(Exception):
     """The user asked to stop; the strengths that are evaluated stay."""
 
 
-def sample_free(job: Job, free: Free, interrupted: Callable[[], bool]) -> None:
+def sample_training_free(job: Job, spec: TrainingFreeSpec, interrupted: Callable[[], bool]) -> None:
     """Evaluate each strength that the run folder has no record of. Costs are those of one picture.
 
     Raises:
@@ -41,19 +41,19 @@ def sample_free(job: Job, free: Free, interrupted: Callable[[], bool]) -> None:
         with disk_errors(job.folder):
             shutil.rmtree(job.folder, ignore_errors=True)
         RunFolder.create(job.folder, config)
-    sampled = _Sampled(job, free, interrupted)
+    sampled = _Sampled(job, spec, interrupted)
     with MetricsLog(run.metrics) as log:
-        for number in range(len(read_metrics(run.metrics)), len(free.strengths)):
+        for number in range(len(read_metrics(run.metrics)), len(spec.sweep)):
             log.append(sampled.evaluate(number))
-        log.append({"kind": "end", "step": len(free.strengths) - 1, "reason": "steps"})
+        log.append({"kind": "end", "step": len(spec.sweep) - 1, "reason": "steps"})
 
 
 class _Sampled:
     """The base model with all that judges it, loaded once for all strengths."""
 
-    def __init__(self, job: Job, free: Free, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, job: Job, spec: TrainingFreeSpec, interrupted: Callable[[], bool]) -> None:
         config = job.config
-        self.job, self.free, self.interrupted = job, free, interrupted
+        self.job, self.spec, self.interrupted = job, spec, interrupted
         self.held_out = HeldOut.of(config)
         self.backbone = load_backbone(config)
         self.sampler = make_sampler(config, self.backbone)
@@ -69,7 +69,7 @@ class _Sampled:
     def evaluate(self, number: int) -> Record:
         """The record of one strength, its pictures saved."""
         started = time.monotonic()
-        prompts, strength = self.held_out.prompts, self.free.strengths[number]
+        prompts, strength = self.held_out.prompts, self.spec.sweep[number]
         found = self._sample(strength)
         seconds = time.monotonic() - started
         images = self._decode(found)
@@ -91,7 +91,7 @@ class _Sampled:
         }
 
     def _sample(self, strength: float) -> TrainingFree:
-        kind = self.free.kind
+        kind = self.spec.kind
         options: dict[str, Any] = {"candidates": int(strength)} if kind == "best-of-n" else {"scale": strength}
         return training_free(
             kind,
@@ -110,7 +110,7 @@ class _Sampled:
     def _base_embeddings(self, strength: float, there: Tensor) -> Tensor:
         """Of the base model's own pictures: those of the plain strength, or drawn once for strengths without it."""
         if self._base is None:
-            plain = PLAIN[self.free.kind]
+            plain = PLAIN[self.spec.kind]
             if strength != plain:
                 there = self._decode(self._sample(plain)).to(there.device)
             self._base = self.judges.embed(there)

@@ -183,7 +183,7 @@ def test_what_stands_at_the_level_before_training_says_so(results):
     ahead = Runs("ahead", "ahead", "", {}, [curve(0, 3.0, 0.0)], [Path()], {})
     points = [replace(one, scores={**one.scores, "proxy_reward": 5.0}) for one in ahead.curves[0].points]
     ahead = replace(ahead, curves=[replace(ahead.curves[0], points=points)])
-    found = make_results(results.protocol, [*results.runs[:2], ahead, replace(ahead, free=True)], {}, {})
+    found = make_results(results.protocol, [*results.runs[:2], ahead, replace(ahead, training_free=True)], {}, {})
     assert [row[0] for row in equal_table(found, "")[1]] == ["sqdf", "draft-1", "ahead (before training)", "ahead"]
     assert [row[0] for row in end_table(found, "")[1]] == ["sqdf", "draft-1", "ahead", "ahead"]
     assert [row[0] for row in duel_table(found, "")[1]] == ["draft-1", "ahead (ahead before training)", "ahead"]
