@@ -79,14 +79,13 @@ class LocalLauncher:
             return executor.submit(RunProcess(job, os.getcwd(), parent=os.getpid()))
 
     def _python(self, slot: int) -> str:
-        """Python with the slot's environment: submitit would hide all GPUs, or show those with a number alone."""
+        """Python with the slot's devices: submitit itself would hide all GPUs, or show those with a number alone."""
         devices = self._slots[slot]
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES") if devices.gpu is None else devices.gpu
         environment = ["--unset=CUDA_VISIBLE_DEVICES"] if gpu is None else [f"CUDA_VISIBLE_DEVICES={gpu}"]
         if devices.threads is not None:
             environment.append(f"OMP_NUM_THREADS={devices.threads}")
-        # The working directory must not come before the installed packages.
-        return shlex.join(["env", *environment, "PYTHONSAFEPATH=1", sys.executable])
+        return _python(*environment)
 
     def ask_to_stop(self, handle: Handle) -> None:
         # submitit's own `cancel` leaves a run one second.
@@ -165,7 +164,7 @@ def open_launcher(
 
 def _slurm(folder: Path, settings: Mapping[str, Any]) -> submitit.SlurmExecutor:
     try:
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=_REQUEUES)
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=_REQUEUES, python=_python())
     except RuntimeError:
         raise UserError("--launcher slurm: there is no `srun` here; start it where jobs are submitted") from None
     try:
@@ -173,6 +172,11 @@ def _slurm(folder: Path, settings: Mapping[str, Any]) -> submitit.SlurmExecutor:
     except ValueError as error:
         raise UserError(f"--slurm: {' '.join(str(error).split())}") from None
     return executor
+
+
+def _python(*environment: str) -> str:
+    """This Python with a changed environment, as a command line. Packages come before the working directory."""
+    return shlex.join(["env", *environment, "PYTHONSAFEPATH=1", sys.executable])
 
 
 def _debug(folder: Path) -> submitit.Executor:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.fake_slurm import write_commands
 from support.tiny import write_pipeline
 
 from sqdf_fast.cli import main
@@ -252,6 +253,38 @@ def test_a_run_that_is_killed_says_so(model, folder, capsys):
     log = Path("out") / "runs" / "sqdf" / "seed-0.log"
     said = f"1 run failed; sqdf seed 0: its process was killed (out of memory, perhaps); see {log}."
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_preempted_job_of_a_cluster_continues(model, folder, capsys, monkeypatch):
+    write_commands(folder)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    run = folder / "out" / "runs" / "sqdf" / "seed-0"
+
+    def preempt() -> None:
+        wait_for(lambda: len(checkpointed(run)) >= 2)
+        (job,) = [found for found in psutil.process_iter() if runs_in(found, folder / "out" / ".submitit")]
+        job.send_signal(signal.SIGUSR2)
+
+    preempting = threading.Thread(target=preempt)
+    preempting.start()
+    command = arguments(model, "--methods", "sqdf", "--seeds", "0", "--launcher", "slurm", "--slurm", "partition=gpu")
+    assert main(command) == 0
+    preempting.join()
+    assert (folder / "requeued").read_text() == "requeue 7\nrequeue 7\n"
+    assert is_finished(run)
+    steps = [record["step"] for record in evaluations(run)]
+    assert len(steps) >= 5
+    assert steps == sorted(set(steps))
+    assert "At equal proxy reward" in capsys.readouterr().out
+
+
+def runs_in(process: psutil.Process, folder: Path) -> bool:
+    """Whether a process is one that Slurm started for the comparison of a folder."""
+    try:
+        return process.cmdline()[-2:] == ["submitit.core._submit", str(folder)]
+    except psutil.Error:
+        return False
 
 
 def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.fake_gpu import Nvml
+from support.fake_slurm import write_commands
 
 from sqdf_fast.compare.devices import DeviceSlot, device_slots, visible_gpus
 from sqdf_fast.compare.jobs import Job
@@ -192,20 +193,8 @@ def test_slots_are_used_again(tmp_path):
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch) -> Path:
-    """The commands of Slurm, as far as submitit calls them: a job runs as soon as it is submitted."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    scripts = {
-        "sbatch": f'cp "$1" {tmp_path}/submitted.sh; SLURM_JOB_ID=7 bash "$1" >&2 & echo "Submitted batch job 7"',
-        "srun": 'while [ "$1" != env ]; do shift; done; SLURM_LOCALID=0 SLURM_PROCID=0 SLURM_NTASKS=1 exec "$@"',
-        "sacct": "echo 'JobID|State'; echo '7|RUNNING'",
-        "scancel": f"echo $1 >> {tmp_path}/cancelled",
-    }
-    for name, script in scripts.items():
-        path = commands / name
-        path.write_text(f"#!/bin/bash\n{script}\n")
-        path.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    write_commands(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     return tmp_path
 
 
