@@ -90,7 +90,7 @@ class Comparison:
         Raises:
             UserError: a run's model, prompts, reward, judge or device is missing; another process works in the folder;
                 the launcher cannot be used; the disk refuses.
-            Stopped: the user stopped it; what is finished stays finished.
+            Interrupted: the user stopped it; what is finished stays finished.
         """
         trials = self._trials()
         later = [job for variant in self._expand({name: {} for name in self.own}) for job in self._jobs(variant)]

@@ -21,8 +21,8 @@ import submitit
 from sqdf_fast.compare.devices import device_slots
 from sqdf_fast.compare.jobs import Job, Tail
 from sqdf_fast.compare.progress import CompareProgress
-from sqdf_fast.compare.worker import RunProcess, failure, stop_requests
-from sqdf_fast.errors import UserError
+from sqdf_fast.compare.worker import RunProcess, failure, on_stop_request
+from sqdf_fast.errors import Interrupted, UserError
 from sqdf_fast.files import disk_errors
 
 LAUNCHERS = ("local", "slurm", "debug")
@@ -35,10 +35,6 @@ _DAY = 24 * 60
 _REQUEUES = 100
 
 Handle = submitit.Job[int]
-
-
-class Stopped(Exception):
-    """The user asked to stop; every run that was under way has saved its state."""
 
 
 class Launcher(Protocol):
@@ -212,13 +208,14 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, progress: CompareProgress)
         name and one-line reason of each job that failed.
 
     Raises:
-        Stopped: after Ctrl-C or SIGTERM; no process of ours is left.
+        Interrupted: after Ctrl-C or SIGTERM; every run under way has saved its state, and no process of ours is left.
     """
     waiting = deque(job for job in jobs if not job.ended)
     free = deque(range(launcher.capacity(len(waiting))))
     active: dict[int, Active] = {}
     failed: dict[str, str] = {}
-    with stop_requests() as requests:
+    requests: list[int] = []
+    with on_stop_request(requests.append):
         try:
             while (waiting or active) and not requests:
                 while waiting and free and not requests:
@@ -243,7 +240,7 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, progress: CompareProgress)
             if requests:
                 progress.message("Stopping: the runs under way save their state; once more to stop at once.")
                 _stop(list(active.values()), launcher, requests)
-                raise Stopped
+                raise Interrupted
         finally:
             for run in active.values():
                 launcher.kill(run.handle)

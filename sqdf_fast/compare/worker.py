@@ -20,7 +20,7 @@ import psutil
 from submitit.helpers import Checkpointable
 
 from sqdf_fast.compare.jobs import Job, make_ready
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import Interrupted, UserError
 
 FAILED, REFUSED, STOPPED = 1, 2, 130
 # How a log's last line begins when the run failed.
@@ -48,28 +48,28 @@ class RunProcess(Checkpointable):
             threading.Thread(target=_end_with, args=(self.parent,), daemon=True).start()
         os.chdir(self.directory)
         self.job.log.parent.mkdir(parents=True, exist_ok=True)
-        with stop_requests() as requests, _output_to(self.job.log):
-            status = _guarded(self.job, lambda: bool(requests))
+        stop = threading.Event()
+        with on_stop_request(lambda number: stop.set()), _output_to(self.job.log):
+            status = _guarded(self.job, stop)
         if self.parent is not None:
             # Threads of libraries must not keep the process of a finished run alive.
             os._exit(status)
         if status == STOPPED:
             # For whoever handled the signal before.
-            signal.raise_signal(requests[0])
+            signal.raise_signal(signal.SIGTERM)
         return status
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """A list that gets the number of each Ctrl-C or SIGTERM."""
-    requests: list[int] = []
+def on_stop_request(ask: Callable[[int], None]) -> Iterator[None]:
+    """Call ``ask`` with the number of the signal at each Ctrl-C or SIGTERM."""
     previous: dict[int, Any] = {}
     # Only the main thread may; elsewhere the caller has its own way to stop.
     with suppress(ValueError):
         for kind in (signal.SIGINT, signal.SIGTERM):
-            previous[kind] = signal.signal(kind, lambda number, frame: requests.append(number))
+            previous[kind] = signal.signal(kind, lambda number, frame: ask(number))
     try:
-        yield requests
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -84,19 +84,16 @@ def failure(log: Path) -> str | None:
     return lines[-1].removeprefix(FAILURE) if lines and lines[-1].startswith(FAILURE) else None
 
 
-def _guarded(job: Job, interrupted: Callable[[], bool]) -> int:
+def _guarded(job: Job, stop: threading.Event) -> int:
     # Libraries narrate their loading; users need their errors.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from sqdf_fast.compare.training_free import SamplingStopped
-    from sqdf_fast.training.trainer import Interrupted
-
     try:
         with job.folder.with_name(f".{job.folder.name}.lock").open("w") as lock:
             # The process of an earlier, killed comparison may still be about to end.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not job.ended:
-                _run(job, interrupted)
-    except (Interrupted, SamplingStopped):
+                _run(job, stop)
+    except Interrupted:
         return STOPPED
     except UserError as error:
         _say(str(error))
@@ -111,16 +108,16 @@ def _guarded(job: Job, interrupted: Callable[[], bool]) -> int:
     return 0
 
 
-def _run(job: Job, interrupted: Callable[[], bool]) -> None:
+def _run(job: Job, stop: threading.Event) -> None:
     from sqdf_fast.compare.training_free import sample_training_free
     from sqdf_fast.training.lifecycle import continue_run, new_run
 
     if job.training_free is not None:
-        sample_training_free(job, job.training_free, interrupted)
+        sample_training_free(job, job.training_free, stop)
     elif make_ready(job):
-        continue_run(job.folder, interrupted)
+        continue_run(job.folder, stop)
     else:
-        new_run(job.config, job.folder, interrupted)
+        new_run(job.config, job.folder, stop)
 
 
 def _say(reason: str) -> None:

@@ -16,12 +16,12 @@ from support.fake_slurm import write_commands
 
 from sqdf_fast.compare.devices import DeviceSlot, device_slots, visible_gpus
 from sqdf_fast.compare.jobs import Job
-from sqdf_fast.compare.launch import ClusterLauncher, LocalLauncher, Stopped, open_launcher, run_jobs
+from sqdf_fast.compare.launch import ClusterLauncher, LocalLauncher, open_launcher, run_jobs
 from sqdf_fast.compare.names import look_up
 from sqdf_fast.compare.progress import CompareProgress
 from sqdf_fast.compare.worker import RunProcess
 from sqdf_fast.config import make_config
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import Interrupted, UserError
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def run(folder: Path, launcher: Scripted, number: int = 3) -> dict[str, str]:
 
 def test_a_second_ctrl_c_ends_the_runs_at_once(tmp_path):
     launcher = Scripted(ends=False, on_start=lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         run(tmp_path, launcher)
     (handle,) = launcher.handles
     assert handle.log == ["asked", "killed"]
