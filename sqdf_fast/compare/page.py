@@ -13,10 +13,10 @@ from sqdf_fast.compare.curves import Estimate
 from sqdf_fast.compare.drawing import inline_svg, save, stylesheet
 from sqdf_fast.compare.figures import Figure, figures
 from sqdf_fast.compare.protocol import dump_protocol
-from sqdf_fast.compare.results import Duel, Results
+from sqdf_fast.compare.results import PairwiseComparison, Results
 from sqdf_fast.compare.table import (
-    duel_sentence,
-    duel_table,
+    comparison_sentence,
+    comparison_table,
     end_table,
     equal_table,
     label,
@@ -97,19 +97,19 @@ def _budget(text: str) -> str:
 
 def verdict(results: Results) -> list[str]:
     """A sentence for each score: than whose the first method's is clearly higher or lower at equal reward."""
-    duels = results.duels_of("")
-    if not duels:
+    comparisons = results.comparisons_of("")
+    if not comparisons:
         return ["Fewer than two methods have finished runs."]
-    found = [(score, standing) for score in VERDICT_SCORES if (standing := _standing_words(duels, score))]
+    found = [(score, standing) for score in VERDICT_SCORES if (standing := _standing_words(comparisons, score))]
     if not found:
         return ["No score but the proxy reward was measured."]
     (score, standing), *others = found
-    first = f"At equal proxy reward, the {label(score)} of {duels[0].one} is {standing}."
+    first = f"At equal proxy reward, the {label(score)} of {comparisons[0].one} is {standing}."
     return [first, *(f"Its {label(score)} is {standing}." for score, standing in others)]
 
 
-def _standing_words(duels: Sequence[Duel], score: str) -> str:
-    signs = {duel.other: _sign(duel.differences[score]) for duel in duels if score in duel.differences}
+def _standing_words(comparisons: Sequence[PairwiseComparison], score: str) -> str:
+    signs = {one.other: _sign(one.differences[score]) for one in comparisons if score in one.differences}
     words = {1: "higher than", -1: "lower than", 0: "not clearly different from"}
     names = {word: [name for name, found in signs.items() if found == sign] for sign, word in words.items()}
     return "; ".join(f"{word} {', '.join(there)}" for word, there in names.items() if there)
@@ -142,10 +142,10 @@ def _group(results: Results, group: str, drawn: Sequence[Figure]) -> str:
             f'<div class="charts">{charts}</div>'
         )
     parts.append(_film(results, group))
-    if results.duels_of(group):
+    if results.comparisons_of(group):
         parts += [
-            f'<p class="soft">{escape(duel_sentence(results, group))}. Bold where the interval leaves out 0.</p>',
-            figure_table(*duel_table(results, group), differences=True),
+            f'<p class="soft">{escape(comparison_sentence(results, group))}. Bold where the interval leaves out 0.</p>',
+            figure_table(*comparison_table(results, group), differences=True),
         ]
     if level := level_sentence(results, group):
         parts += [f'<p class="soft">{escape(level)}.</p>', figure_table(*equal_table(results, group))]
@@ -184,11 +184,11 @@ def _at_equal_reward(results: Results, group: str) -> list[tuple[str, list[str],
     found: list[tuple[str, list[str], list[Path | None]]] = []
     for index in results.of(group):
         run = results.runs[index]
-        if not run.folders or results.places[index][0] is None:
+        if not run.folders or results.positions[index][0] is None:
             continue
-        place, samples = results.places[index][0], read_samples(run.folders[0])
-        assert place is not None
-        steps = [0, run.curves[0].points[place.nearest].step]
+        position, samples = results.positions[index][0], read_samples(run.folders[0])
+        assert position is not None
+        steps = [0, run.curves[0].points[position.nearest].step]
         if any(step not in samples.steps for step in steps):
             continue
         prompts = samples.prompts[:GRID_COLUMNS]
