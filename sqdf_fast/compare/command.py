@@ -49,13 +49,13 @@ class Variant:
 
 
 class Comparison:
-    """A folder and its protocol; where the folder has one already, that one and what is new in the given one.
+    """A folder and its protocol: the stored one, where there is one, with what the given one adds.
 
     protocol.yaml, tuning/METHOD/trial-N/ and runs/METHOD/seed-N/ (run folders, a log beside each), results.json,
     report.html, plots/.
 
     Raises:
-        UserError: the folder is of another comparison; a method or a setting that is none.
+        UserError: the folder belongs to another comparison, or a method or setting is unknown.
     """
 
     def __init__(self, protocol: Protocol, folder: Path) -> None:
@@ -107,7 +107,7 @@ class Comparison:
                 choices = self._choices(failed)
                 variants = self._variants(choices)
                 wanted = [job for variant in variants for job in self._jobs(variant)]
-                # Seed by seed: what is there when time is up can be compared.
+                # Seed by seed: what is finished when time is up can be compared.
                 wanted.sort(key=lambda job: self._position(job.seed))
                 progress.total = len(trials) + len(wanted)
                 progress.known([job for job in wanted if job.ended])
@@ -239,7 +239,7 @@ class Comparison:
 
 
 def _unfinished(job: Job, failed: Mapping[str, str]) -> str:
-    """Why a run is not there, in one line; `failed` knows what a log cannot, such as a process that was killed."""
+    """Why a run is not finished, in one line; `failed` knows what a log cannot, such as a process that was killed."""
     if reason := failed.get(job.name) or failure(job.log):
         return f"{FAILURE}{reason}"
     return "broken off, or under way" if job.log.exists() else "not run yet"
@@ -278,7 +278,7 @@ def compare(
 
 
 def stored_protocol(folder: Path) -> Protocol:
-    """The protocol of a comparison's folder. Raises UserError when it is none."""
+    """The protocol of a comparison's folder. Raises UserError when the folder holds none."""
     if not (folder / PROTOCOL).is_file():
         raise UserError(f"{folder} is no comparison: it has no {PROTOCOL}; give the folder that `compare` wrote")
     return make_protocol(read_protocol(folder / PROTOCOL))

@@ -78,7 +78,7 @@ class LocalLauncher:
         """Python with the slot's devices: submitit itself would hide all GPUs, or show those with a number alone."""
         devices = self._slots[slot]
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES") if devices.gpu is None else devices.gpu
-        environment = ["--unset=CUDA_VISIBLE_DEVICES"] if gpu is None else [f"CUDA_VISIBLE_DEVICES={gpu}"]
+        environment = ["-u", "CUDA_VISIBLE_DEVICES"] if gpu is None else [f"CUDA_VISIBLE_DEVICES={gpu}"]
         if devices.threads is not None:
             environment.append(f"OMP_NUM_THREADS={devices.threads}")
         return _python(*environment)
@@ -139,14 +139,15 @@ def open_launcher(
         slurm: parameters of `sbatch` by submitit's names.
 
     Raises:
-        UserError: there is no Slurm here, or it does not know a parameter.
+        UserError: Slurm is not installed here, or does not know a parameter.
     """
     if slurm and kind != "slurm":
         raise UserError(f"--slurm {next(iter(slurm))}=... has no use without --launcher slurm; leave it out")
     files = folder / ".submitit"
     if kind == "slurm":
-        # Its jobs read their files whenever they start.
         yield ClusterLauncher(_slurm(files, slurm), jobs)
+        # Not after an interruption: jobs in the queue read their files when they start.
+        shutil.rmtree(files, ignore_errors=True)
         return
     # Those of a comparison that was killed may have the names of new ones: process ids come again.
     shutil.rmtree(files, ignore_errors=True)
@@ -162,7 +163,7 @@ def _slurm(folder: Path, settings: Mapping[str, Any]) -> submitit.SlurmExecutor:
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=_REQUEUES, python=_python())
     except RuntimeError:
-        raise UserError("--launcher slurm: there is no `srun` here; start it where jobs are submitted") from None
+        raise UserError("--launcher slurm: `srun` is not installed here; run it on a host that submits jobs") from None
     try:
         executor.update_parameters(**{"job_name": "sqdf-fast", "time": _DAY, "gpus_per_node": 1, **settings})
     except ValueError as error:
@@ -222,18 +223,15 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, progress: CompareProgress)
                     started = _start(launcher, waiting.popleft(), free.popleft())
                     active[started.slot] = started
                     progress.began(started.job, started.tail)
-                for run in [run for run in active.values() if run.handle.done()]:
-                    if requests:
-                        break
-                    del active[run.slot]
-                    free.append(run.slot)
-                    run.tail.read()
-                    reason = _failure(run)
-                    if reason is not None:
-                        failed[run.job.name] = reason
-                    progress.finished(run.job, reason)
+                ended = [run for run in active.values() if run.handle.done()]
                 for run in active.values():
                     run.tail.read()
+                # A run that was asked to stop has not failed.
+                for run in ended if not requests else ():
+                    free.append(active.pop(run.slot).slot)
+                    if (reason := _failure(run)) is not None:
+                        failed[run.job.name] = reason
+                    progress.finished(run.job, reason)
                 progress.tick()
                 if active:
                     time.sleep(POLL)
@@ -256,10 +254,13 @@ def _start(launcher: Launcher, job: Job, slot: int) -> Active:
 def _failure(run: Active) -> str | None:
     if run.job.ended:
         return None
-    # submitit's own log tells of what failed before the run had one.
+    if (reason := failure(run.job.log)) is not None:
+        return reason
+    # submitit's own log says what failed before the run had one.
     lines = (run.handle.stderr() or "").rstrip().splitlines()
-    killed = f"its process was killed (out of memory, perhaps); see {run.job.log}"
-    return failure(run.job.log) or (lines[-1] if lines else killed)
+    if lines and not run.job.log.exists():
+        return lines[-1]
+    return f"its process was killed (out of memory, perhaps); see {run.job.log}"
 
 
 def _stop(active: Sequence[Active], launcher: Launcher, requests: list[int]) -> None:

@@ -24,7 +24,7 @@ def look_up(config: Config, followers: Sequence[str]) -> None:
         followers: names of the methods that follow the reward's gradient.
 
     Raises:
-        UserError: one of them is not there, or the reward is known to have no gradient.
+        UserError: one of them is missing, or the reward is known to have no gradient.
     """
     _look_up_device(config.device)
     refuse_unknown_model(config.model)

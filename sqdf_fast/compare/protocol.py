@@ -45,11 +45,11 @@ def _announce(old: str, new: str) -> None:
 class Method(Section):
     """One method of a protocol."""
 
-    like: str | None = Field(None, description="the built-in method it starts from; default: the one of its name")
-    settings: Dotted = Field(default_factory=dict, description="dotted keys, on top of that and of the shared ones")
-    sweep: tuple[float, ...] = Field((), description="best-of-n: candidates; guided: scales; default: the table's")
-    trials: tuple[Dotted, ...] = Field((), description="tuning: the settings that are tried, one mapping a trial")
-    grid: dict[str, list[Any]] = Field(default_factory=dict, description="tuning: keys and values, every combination")
+    like: str | None = Field(None, description="built-in method it starts from; default: its name's")
+    settings: Dotted = Field(default_factory=dict, description="settings on top of those, dotted or nested")
+    sweep: tuple[float, ...] = Field((), description="candidates of best-of-n, or scales of guided")
+    trials: tuple[Dotted, ...] = Field((), description="settings to try in tuning, one mapping per trial")
+    grid: dict[str, list[Any]] = Field(default_factory=dict, description="values to try, by key, in every combination")
 
     @property
     def tried(self) -> list[Settings]:
@@ -76,14 +76,14 @@ class Method(Section):
 class Tuning(Section):
     """Every method gets the same number of trials of the same budget; docs/compare.md."""
 
-    budget: str = Field(..., description="of a trial, as the budget of a run")
-    trials: Annotated[int, Field(ge=1)] = Field(..., description="of each method")
-    seed: Seed = Field(1000, description="of the trials; none of the reported seeds")
-    points: Annotated[int, Field(ge=2)] = Field(2, description="evaluations of a trial")
-    reward: str = Field("proxy_reward", description="the score whose last value decides, eval_<reward> of the records")
+    budget: str = Field(..., description="budget of a trial, in the units of a run's")
+    trials: Annotated[int, Field(ge=1)] = Field(..., description="number of trials of each method")
+    seed: Seed = Field(1000, description="seed of the trials, not one of the reported seeds")
+    points: Annotated[int, Field(ge=2)] = Field(2, description="number of evaluations of a trial")
+    reward: str = Field("proxy_reward", description="score whose last value decides, eval_<reward> of the records")
     keep: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=lambda: {"alignment": 0.9},
-        description="share of the base model's score that a trial has to keep, for each of these scores",
+        description="by score, the share of the base model's value that a trial has to keep",
     )
 
     @field_validator("budget", mode="before")
@@ -101,16 +101,16 @@ class Tuning(Section):
 class Protocol(Section):
     """Everything that decides a comparison."""
 
-    preset: str | None = Field(None, description="the named preset that the shared settings start from")
-    settings: Dotted = Field(default_factory=dict, description="shared by all methods: nested, or dotted keys")
-    budget: str = Field(..., description="of a run: 20000 UNet evaluations (network rows), or seconds such as 120s")
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field((0, 1, 2), description="one run of a method each")
+    preset: str | None = Field(None, description="named preset that the shared settings start from")
+    settings: Dotted = Field(default_factory=dict, description="settings shared by all methods, dotted or nested")
+    budget: str = Field(..., description="budget of a run: 20000 UNet evaluations, or seconds: 120s")
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field((0, 1, 2), description="a run of each method per seed")
     points: Annotated[int, Field(ge=2)] = Field(6, description="evaluations of a run, the first before training")
     methods: dict[str, Method] = Field(..., min_length=1)
     ablate: tuple[str, ...] = Field((), description="axes along which `ablated` is varied")
-    ablated: str = Field("sqdf", description="the method that is ablated and that the others are compared with")
-    ablate_seeds: tuple[Seed, ...] | None = Field(None, description="of the variants; default: seeds")
-    tuning: Tuning | None = Field(None, description="how each method's settings are chosen; none: as they are given")
+    ablated: str = Field("sqdf", description="method that is ablated and that the others are compared with")
+    ablate_seeds: tuple[Seed, ...] | None = Field(None, description="seeds of the variants; default: seeds")
+    tuning: Tuning | None = Field(None, description="how each method's settings are chosen; none: as given")
 
     @model_validator(mode="before")
     @classmethod
@@ -145,9 +145,9 @@ class Protocol(Section):
 
     def _check_ablated(self) -> None:
         name, method = self.ablated, self.methods.get(self.ablated)
-        # Where nothing is ablated the default need not be there.
+        # Where nothing is ablated the default need not be among the methods.
         if method is None and (self.ablate or name != type(self).model_fields["ablated"].default):
-            raise ValueError(f"ablated = {name!r} is none of the methods ({', '.join(self.methods)}); add it")
+            raise ValueError(f"ablated = {name!r} is not one of the methods ({', '.join(self.methods)}); add it")
         if method is None or not self.ablate:
             return
         if {**builtin(method.like or name), **method.settings}.get("algorithm") != "sqdf":

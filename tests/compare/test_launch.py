@@ -209,11 +209,19 @@ def test_a_slurm_job_has_the_settings_that_were_given(cluster, monkeypatch):
         assert isinstance(handle.submission().function, RunProcess)
         assert handle.submission().function == RunProcess(job, os.getcwd())
         launcher.ask_to_stop(handle)
+        assert (cluster / ".submitit" / "7_submitted.pkl").exists()
     script = (cluster / "submitted.sh").read_text().splitlines()
     for line in ("--partition=gpu", "--time=240", "--gpus-per-node=1", "--job-name=sqdf-fast", "--signal=USR2@90"):
         assert f"#SBATCH {line}" in script
     assert (cluster / "cancelled").read_text() == "7\n"
-    # Jobs that have not begun yet still need it.
+    assert not (cluster / ".submitit").exists()
+
+
+def test_an_interrupted_comparison_leaves_the_files_that_jobs_in_the_queue_need(cluster):
+    (cluster / "bin" / "srun").write_text("#!/bin/bash\n")
+    launchers = open_launcher("slurm", cluster, None, "auto", {})
+    launchers.__enter__().start(*jobs_in(cluster / "runs", 1), 0)
+    launchers.__exit__(Interrupted, Interrupted(), None)
     assert (cluster / ".submitit" / "7_submitted.pkl").exists()
 
 
@@ -228,7 +236,7 @@ def test_what_slurm_cannot_take_is_one_line(cluster, monkeypatch):
     with pytest.raises(UserError, match=r"--slurm time=\.\.\. has no use without --launcher slurm"):
         opened("local", time=20)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="--launcher slurm: there is no `srun` here"):
+    with pytest.raises(UserError, match="--launcher slurm: `srun` is not installed here"):
         opened("slurm")
 
 
