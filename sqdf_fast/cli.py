@@ -259,9 +259,10 @@ def evaluate(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def rewards(as_json: bool) -> None:
     """List the rewards that come with it: size, download, input, gradient and licence; docs/rewards.md."""
+    from sqdf_fast.commands.rewards import as_text
     from sqdf_fast.rewards import catalogue
 
-    click.echo(json.dumps(catalogue.as_dict(), indent=1) if as_json else catalogue.as_text())
+    click.echo(json.dumps(catalogue.as_dict(), indent=1) if as_json else as_text())
 
 
 @app.command()
@@ -424,7 +425,8 @@ def main(arguments: list[str] | None = None) -> int:
     # diffusers, transformers and peft narrate their loading; a user needs their errors only.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         result = app.main(arguments, prog_name="sqdf-fast", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -1,4 +1,4 @@
-"""What runs say: scores against cost, the same at equal reward, and how far a mean over few seeds can be trusted."""
+"""Scores of runs against cost and at equal reward, with bootstrap intervals of means over few seeds."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ def crossing(curve: Curve, level: float) -> CurvePosition | None:
 
 
 def score_at(curve: Curve, position: CurvePosition, name: str) -> Array | None:
-    """A score there, of each prompt, or [1] where only the mean is known; None where it is not known at all."""
+    """A score at a position, of each prompt, or [1] where only the mean is known; None where it is unknown."""
     return _interpolated(curve, position, lambda point: _score(point, name))
 
 
 def cost_at(curve: Curve, position: CurvePosition, name: str) -> float | None:
-    """What training had cost there."""
+    """What training had cost up to a position."""
     found = _interpolated(
         curve,
         position,
@@ -137,8 +137,8 @@ class Estimate:
     """A mean over seeds and prompts.
 
     Attributes:
-        low, high: 95 % percentile bootstrap; None where there is one seed and no prompt to draw from.
-        over: what was drawn anew: "seeds and prompts", "seeds", "prompts" or "".
+        low, high: 95 % percentile bootstrap; None for one seed without scores by prompt.
+        over: what was resampled: "seeds and prompts", "seeds", "prompts" or "".
     """
 
     mean: float
