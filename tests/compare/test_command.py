@@ -153,7 +153,7 @@ def test_methods_that_train_nothing_have_a_point_for_each_strength(model, folder
     proxies = [point["scores"]["proxy_reward"] for point in run["curve"]]
     assert proxies == sorted(proxies)
     assert proxies[0] < proxies[-1]
-    assert "64 a picture" in capsys.readouterr().out
+    assert "64 an image" in capsys.readouterr().out
 
     # Broken off after two strengths: those stay as they are, the others are drawn again.
     metrics = folder / "out" / "runs" / "best-of-n" / "seed-3" / "metrics.jsonl"
