@@ -56,13 +56,13 @@ class Curve:
         return max(point.scores[PROXY] for point in self.points)
 
     @property
-    def last(self) -> Place:
+    def last(self) -> CurvePosition:
         """The last evaluation."""
-        return Place(len(self.points) - 1, 0.0)
+        return CurvePosition(len(self.points) - 1, 0.0)
 
 
 @dataclass(frozen=True)
-class Place:
+class CurvePosition:
     """Between two evaluations: ``1 - weight`` of ``before`` and ``weight`` of the one after it."""
 
     before: int
@@ -92,26 +92,28 @@ def _point(record: Mapping[str, Any]) -> Point:
     return Point(int(record["step"]), scores, record.get("by_prompt") or {}, cost)
 
 
-def crossing(curve: Curve, level: float) -> Place | None:
+def crossing(curve: Curve, level: float) -> CurvePosition | None:
     """Where a curve's proxy reward first reaches ``level``, by linear interpolation; None where it never does."""
     values = [point.scores[PROXY] for point in curve.points]
     for index, value in enumerate(values):
         if value >= level:
             if index == 0:
-                return Place(0, 0.0)
-            return Place(index - 1, (level - values[index - 1]) / (value - values[index - 1]))
+                return CurvePosition(0, 0.0)
+            return CurvePosition(index - 1, (level - values[index - 1]) / (value - values[index - 1]))
     return None
 
 
-def score_at(curve: Curve, place: Place, name: str) -> Array | None:
-    """A score at a place, of each prompt, or [1] where only the mean is known; None where it is unknown."""
-    return _interpolated(curve, place, lambda point: _score(point, name))
+def score_at(curve: Curve, position: CurvePosition, name: str) -> Array | None:
+    """A score at a position, of each prompt, or [1] where only the mean is known; None where it is unknown."""
+    return _interpolated(curve, position, lambda point: _score(point, name))
 
 
-def cost_at(curve: Curve, place: Place, name: str) -> float | None:
-    """What training had cost up to a place."""
+def cost_at(curve: Curve, position: CurvePosition, name: str) -> float | None:
+    """What training had cost up to a position."""
     found = _interpolated(
-        curve, place, lambda point: None if name not in point.cost else np.array([point.cost[name]], dtype=np.float64)
+        curve,
+        position,
+        lambda point: None if name not in point.cost else np.array([point.cost[name]], dtype=np.float64),
     )
     return None if found is None else float(found[0])
 
@@ -122,12 +124,12 @@ def _score(point: Point, name: str) -> Array | None:
     return None if name not in point.scores else np.array([point.scores[name]], dtype=np.float64)
 
 
-def _interpolated(curve: Curve, place: Place, read: Any) -> Array | None:
-    before = read(curve.points[place.before])
-    if before is None or place.weight == 0.0:
+def _interpolated(curve: Curve, position: CurvePosition, read: Any) -> Array | None:
+    before = read(curve.points[position.before])
+    if before is None or position.weight == 0.0:
         return before
-    after = read(curve.points[place.before + 1])
-    return None if after is None else (1 - place.weight) * before + place.weight * after
+    after = read(curve.points[position.before + 1])
+    return None if after is None else (1 - position.weight) * before + position.weight * after
 
 
 @dataclass(frozen=True)

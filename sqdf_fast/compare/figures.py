@@ -44,7 +44,7 @@ def _chart(results: Results, group: str, x: str, y: str, directions: Mapping[str
     for position, index in enumerate(results.of(group)):
         run = results.runs[index]
         # A cost paid for every image does not compare with one that training paid once.
-        points = [] if run.free and x in COSTS else _mean_points(run.curves, x, y)
+        points = [] if run.training_free and x in COSTS else _mean_points(run.curves, x, y)
         if points:
             series.append(Series.of(run.label, points, position))
     if not series:

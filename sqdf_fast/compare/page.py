@@ -11,10 +11,10 @@ from PIL import Image
 from sqdf_fast.compare.curves import Estimate
 from sqdf_fast.compare.figures import figures, prefix
 from sqdf_fast.compare.protocol import dump_protocol
-from sqdf_fast.compare.results import Duel, Results
+from sqdf_fast.compare.results import PairwiseComparison, Results
 from sqdf_fast.compare.table import (
-    duel_sentence,
-    duel_table,
+    comparison_sentence,
+    comparison_table,
     end_table,
     equal_table,
     label,
@@ -71,19 +71,19 @@ def _budget(text: str) -> str:
 
 def verdict(results: Results) -> list[str]:
     """A sentence a score: than whose the first method's is clearly higher or lower at equal reward."""
-    duels = results.duels_of("")
-    if not duels:
+    comparisons = results.comparisons_of("")
+    if not comparisons:
         return ["Fewer than two methods have finished runs."]
-    found = [(score, words) for score in VERDICT_SCORES if (words := _comparison_words(duels, score))]
+    found = [(score, words) for score in VERDICT_SCORES if (words := _comparison_words(comparisons, score))]
     if not found:
         return ["No score but the proxy reward was measured."]
     (score, words), *others = found
-    first = f"At equal proxy reward, the {label(score)} of {duels[0].one} is {words}."
+    first = f"At equal proxy reward, the {label(score)} of {comparisons[0].one} is {words}."
     return [first, *(f"Its {label(score)} is {words}." for score, words in others)]
 
 
-def _comparison_words(duels: Sequence[Duel], score: str) -> str:
-    signs = {duel.other: _sign(duel.differences[score]) for duel in duels if score in duel.differences}
+def _comparison_words(comparisons: Sequence[PairwiseComparison], score: str) -> str:
+    signs = {one.other: _sign(one.differences[score]) for one in comparisons if score in one.differences}
     words = {1: "higher than", -1: "lower than", 0: "not clearly different from"}
     names = {word: [name for name, found in signs.items() if found == sign] for sign, word in words.items()}
     return "; ".join(f"{word} {', '.join(others)}" for word, others in names.items() if others)
@@ -99,12 +99,12 @@ def _group(results: Results, group: str, drawn: Mapping[str, Chart]) -> dict[str
     """One section of the page: plots, images and tables of the methods, or of one axis of an ablation."""
     rows = _at_equal_reward(results, group)
     level = level_sentence(results, group)
-    compared = bool(results.duels_of(group))
+    compared = bool(results.comparisons_of(group))
     return {
         "heading": f"Ablation: {label(group)}" if group else "Methods",
         "charts": list(drawn.values()),
         "film": (rows[0][1], [(name, paths) for name, _, paths in rows]) if rows else None,
-        "differences": (duel_sentence(results, group), duel_table(results, group)) if compared else None,
+        "differences": (comparison_sentence(results, group), comparison_table(results, group)) if compared else None,
         "equal": (level, equal_table(results, group)) if level else None,
         "end": end_table(results, group),
     }
@@ -115,11 +115,11 @@ def _at_equal_reward(results: Results, group: str) -> list[Row]:
     found: list[Row] = []
     for index in results.of(group):
         run = results.runs[index]
-        place = results.places[index][0] if run.folders else None
-        if place is None:
+        position = results.positions[index][0] if run.folders else None
+        if position is None:
             continue
         samples = read_samples(run.folders[0])
-        steps = [0, run.curves[0].points[place.nearest].step]
+        steps = [0, run.curves[0].points[position.nearest].step]
         if any(step not in samples.steps for step in steps):
             continue
         prompts = samples.prompts[:GRID_COLUMNS]
