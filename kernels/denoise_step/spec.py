@@ -87,7 +87,9 @@ def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> s
 
 def noise_behind(given: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
     """z of x_prev = mean + sigma z."""
-    inputs = {name: tensor for name, tensor in given.items() if name != "seed"} | {"noise": torch.zeros_like(given["x"])}
+    inputs = {name: tensor for name, tensor in given.items() if name != "seed"} | {
+        "noise": torch.zeros_like(given["x"])
+    }
     with torch.no_grad():
         mean, _ = denoise_step(**inputs, guidance_scale=GUIDANCE_SCALE, impl="reference")
     *_, sigma = spec.columns(given["transition"], given["index"], mean)
