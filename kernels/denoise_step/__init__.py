@@ -136,8 +136,9 @@ def denoise_step_vjp(
         if name == "reference":
             return unfused.denoise_step_vjp(grad_x_prev, grad_kl, delta, transition, index, *settings)
         dtypes = grad_x_prev.dtype, torch.float32
-        arguments = (grad_x_prev, grad_kl, delta, transition, index, *settings, *dtypes, False, True, name)
-        return fused.denoise_step_backward(*arguments)[1]
+        arguments = (grad_x_prev, grad_kl, delta, transition, index, *settings, *dtypes, False, True)
+        grad_policy: Tensor = fused.denoise_step_backward(*arguments)[1]
+        return grad_policy
 
 
 def _step(
@@ -166,7 +167,7 @@ def _step(
     arguments = (x, policy, constant(reference), constant(transition), index, *settings)
     if name == "reference":
         return unfused.denoise_step_staged(*arguments)
-    x_prev, kl, delta = fused.denoise_step(*arguments, with_delta, name)
+    x_prev, kl, delta = fused.denoise_step(*arguments, with_delta)
     return x_prev, kl, delta
 
 

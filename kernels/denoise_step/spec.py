@@ -15,6 +15,29 @@ from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.kernels.spec import GUIDANCE_SCALE, LATENTS, Benchmark, Inputs, Normal, Outputs, Problem, Spec
 
 
+def operator_calls(device: str) -> spec.Calls:
+    step, backward = torch.ops.sqdf_fast.denoise_step, torch.ops.sqdf_fast.denoise_step_backward
+    x, policy, reference, table, index, noise, seed = spec.example(device)
+    # sampling keeps no gradients, and no delta
+    sampling = x, policy, reference, table, index, 5.0, None, seed, 1.0, False
+    x, policy, alone = (tensor.clone().requires_grad_() for tensor in (x, policy, policy[:2]))
+    inputs, rest = (x, policy, reference, table, index, 5.0), (0.7, True)
+    grads = torch.randn_like(noise), torch.randn(2, device=device), torch.randn_like(reference[:2])
+    settings = table, index, 5.0, 0.7, torch.float32, torch.bfloat16
+    return {
+        "denoise_step, noise": (step, (*inputs, noise, None, *rest)),
+        "denoise_step, seed": (step, (*inputs, None, seed, *rest)),
+        "denoise_step, one output a sample": (
+            step,
+            (x, alone, reference[:2], table, index, 1.0, noise, None, 1.0, True),
+        ),
+        "denoise_step, sampling": (step, sampling),
+        "denoise_step_backward": (backward, (*grads, *settings, True, True)),
+        "denoise_step_backward, x alone": (backward, (*grads, *settings, True, False)),
+        "denoise_step_backward, policy alone": (backward, (*grads, *settings, False, True)),
+    }
+
+
 def launches(quick: bool) -> Iterator[Callable[[], object]]:
     from sqdf_fast.kernels.denoise_step import triton
 
@@ -69,7 +92,7 @@ def in_pytorch(
 
 
 def in_pytorch_drawing(x: Tensor, *arguments: Any) -> Outputs:
-    """`in_pytorch` that draws its noise: our counter-based generator in PyTorch integers would be an unfair opponent."""
+    """`in_pytorch` that draws its noise: our generator, written in PyTorch integers, would be an unfair opponent."""
     return in_pytorch(x, *arguments, torch.randn_like(x))
 
 
@@ -97,7 +120,8 @@ def noise_behind(given: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
 
 
 SPEC = Spec(
-    launches=launches,
+    operator_calls,
+    launches,
     benchmark=Benchmark(
         sizes=LATENTS,
         inputs=inputs,

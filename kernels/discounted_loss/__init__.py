@@ -39,7 +39,8 @@ def discounted_loss(
             program).
         denominator: divisor of the sum; None: the number of samples, masked ones included. Give the size of
             the whole batch to every micro-batch, and their losses and gradients add up to those of the batch.
-        impl: "auto", "triton", "native" or "reference".
+        impl: "auto", "triton", "native" or "reference". A C++ version of so few numbers would gain nothing: on the CPU
+            "native" is the reference.
 
     Returns:
         Scalar float32 (float64 when reward or kl is float64), differentiable with respect to reward and kl.
@@ -67,10 +68,12 @@ def discounted_loss(
             f"{op}: remaining is {remaining.dtype} on {remaining.device}; "
             f"it must be int64, and reward ({reward.device}) and kl ({kl.device}) on the same device"
         )
+    if impl == "native" and reward.device.type == "cpu":
+        impl = "reference"
     name = resolve(op, impl, reward.device, math_dtype(reward, kl))
     total = float(reward.numel() if denominator is None else denominator)
     arguments = (reward, kl, remaining, float(gamma), float(alpha), bool(mask_nonpositive), total)
     if name == "reference":
         return unfused.discounted_loss(*arguments)
-    loss: Tensor = fused.discounted_loss(*arguments, name)[0]
+    loss: Tensor = fused.discounted_loss(*arguments)[0]
     return loss

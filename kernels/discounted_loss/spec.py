@@ -15,6 +15,12 @@ from sqdf_fast.kernels.spec import Benchmark, Inputs, Normal, Outputs, Problem, 
 GAMMA, ALPHA = 0.9, 0.01
 
 
+def operator_calls(device: str) -> spec.Calls:
+    reward, kl = (torch.rand(3, device=device, requires_grad=True) for _ in range(2))
+    terms = reward, kl, torch.tensor([0, 3, 9], device=device)
+    return {"discounted_loss": (torch.ops.sqdf_fast.discounted_loss, (*terms, 0.9, 2.0, True, 4.0))}
+
+
 def launches(quick: bool) -> Iterator[Callable[[], object]]:
     from sqdf_fast.kernels.discounted_loss import triton
 
@@ -49,7 +55,8 @@ def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> s
 
 
 SPEC = Spec(
-    launches=launches,
+    operator_calls,
+    launches,
     benchmark=Benchmark(
         sizes=(Size("batch64", (64,), toy=(64,)), Size("4x64", (4, 64), toy=(4, 64))),
         inputs=inputs,

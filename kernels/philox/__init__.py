@@ -14,6 +14,8 @@ import torch
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.dispatch import module, resolve
+from sqdf_fast.kernels.operators import Operator
+from sqdf_fast.kernels.philox import reference
 
 __all__ = ["MAX_ELEMENTS", "derive_seed", "derive_seeds", "philox_normal", "philox_uint32"]
 
@@ -44,11 +46,12 @@ def philox_normal(
     Raises:
         UserError: the seed is not int64 [B], a sample is too large, or impl cannot run here.
     """
-    shape = list(shape)
-    _check(seed, math.prod(shape))
+    numel = math.prod(shape)
+    _check(seed, numel)
     seed = seed if device is None else seed.to(device)
-    impl = resolve("philox", impl, seed.device, torch.float32)
-    return torch.ops.sqdf_fast.philox_normal(seed, shape, impl).to(dtype)
+    name = resolve("philox", impl, seed.device, torch.float32)
+    noise: torch.Tensor = (_reference if name == "reference" else _fused)(seed, numel)
+    return noise.view(len(seed), *shape).to(dtype)
 
 
 def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torch.Tensor:
@@ -89,14 +92,19 @@ def derive_seeds(*base: int, ids: torch.Tensor) -> torch.Tensor:
     return _mix_tensor(ids.to(torch.int64) ^ prefix)
 
 
-@torch.library.custom_op("sqdf_fast::philox_normal", mutates_args=())
-def _philox_normal(seed: torch.Tensor, shape: Sequence[int], impl: str) -> torch.Tensor:
-    return module("philox", impl).normal(seed, math.prod(shape)).view(len(seed), *shape)
+_SCHEMA = "(Tensor seed, SymInt numel) -> Tensor"
 
 
-@_philox_normal.register_fake
-def _(seed: torch.Tensor, shape: Sequence[int], impl: str) -> torch.Tensor:
-    return seed.new_empty((len(seed), *shape), dtype=torch.float32)
+def _fake(seed: torch.Tensor, numel: int) -> torch.Tensor:
+    return seed.new_empty((len(seed), numel), dtype=torch.float32)
+
+
+_fused = Operator("philox", "normal", "philox_normal", _SCHEMA, _fake)
+# The reference is an operator too: a simulation of the memory must not count its integers, which no fused kernel has.
+_reference = torch.library.custom_op(
+    "sqdf_fast::philox_normal_reference", reference.normal, mutates_args=(), schema=_SCHEMA
+)
+_reference.register_fake(_fake)
 
 
 def _check(seed: torch.Tensor, numel: int) -> None:

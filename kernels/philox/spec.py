@@ -12,6 +12,12 @@ from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.kernels.spec import LATENTS, Benchmark, Inputs, Normal, Outputs, Problem, Spec
 
 
+def operator_calls(device: str) -> spec.Calls:
+    arguments = torch.tensor([7, -9], device=device), 20
+    ops = torch.ops.sqdf_fast
+    return {name: (getattr(ops, name), arguments) for name in ("philox_normal", "philox_normal_reference")}
+
+
 def launches(quick: bool) -> Iterator[Callable[[], object]]:
     from sqdf_fast.kernels.philox import triton
 
@@ -34,7 +40,8 @@ def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> s
 
 
 SPEC = Spec(
-    launches=launches,
+    operator_calls,
+    launches,
     benchmark=Benchmark(
         sizes=LATENTS,
         inputs=inputs,

@@ -67,7 +67,7 @@ def posterior_mean(
     arguments = (x, model_output, constant(posterior), index, float(guidance_scale), dtype)
     if name == "reference":
         return unfused.posterior_mean(*arguments)
-    x0: Tensor = fused.posterior_mean(*arguments, name)
+    x0: Tensor = fused.posterior_mean(*arguments)
     return x0
 
 
@@ -103,5 +103,6 @@ def posterior_mean_vjp(
     with torch.no_grad():
         if name == "reference":
             return unfused.posterior_mean_vjp(grad_x0, posterior, index, float(guidance_scale))
-        arguments = (grad_x0, constant(posterior), index, float(guidance_scale), dtype, dtype, True, True, name)
-        return fused.posterior_mean_backward(*arguments)
+        arguments = (grad_x0, constant(posterior), index, float(guidance_scale), dtype, dtype, True, True)
+        grad_x, grad_output = fused.posterior_mean_backward(*arguments)
+        return grad_x, grad_output

@@ -12,6 +12,17 @@ from sqdf_fast.kernels.posterior_mean import posterior_mean
 from sqdf_fast.kernels.spec import GUIDANCE_SCALE, LATENTS, Benchmark, Inputs, Normal, Outputs, Problem, Spec
 
 
+def operator_calls(device: str) -> spec.Calls:
+    mean, backward = torch.ops.sqdf_fast.posterior_mean, torch.ops.sqdf_fast.posterior_mean_backward
+    x, output, _, table, index, *_ = spec.example(device)
+    inputs, grad = (x.requires_grad_(), output.requires_grad_()), torch.randn_like(x)
+    settings = table[:, :2], index, 5.0
+    return {
+        "posterior_mean": (mean, (*inputs, *settings, torch.float16)),
+        "posterior_mean_backward": (backward, (grad, *settings, torch.float32, torch.bfloat16, True, True)),
+    }
+
+
 def launches(quick: bool) -> Iterator[Callable[[], object]]:
     from sqdf_fast.kernels.posterior_mean import triton
 
@@ -53,7 +64,8 @@ def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> s
 
 
 SPEC = Spec(
-    launches=launches,
+    operator_calls,
+    launches,
     benchmark=Benchmark(
         sizes=LATENTS,
         inputs=inputs,

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_targets import assert_within_budget, without_gradient
+from kernel_targets import Target, assert_within_budget, without_gradient
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import discounted_loss
+
+OP = "discounted_loss"
 
 
 def make(shape, dtype, seed=0):
@@ -216,6 +218,25 @@ def test_a_changing_coefficient_compiles_too(target):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for values in ((2.0, 0.9, 5), (1.5, 0.8, 6), (1.25, 0.7, 7.5)):
         torch.testing.assert_close(compiled(*terms, *values), loss(*terms, *values))
+
+
+def test_native_is_the_reference_on_a_cpu():
+    """A run of native kernels needs no C++ for a few numbers."""
+    reward, kl, remaining = make((9,), torch.float32)
+    losses = [discounted_loss(reward, kl, remaining, gamma=0.9, alpha=2.0, impl=i) for i in ("native", "reference")]
+    assert torch.equal(*losses)
+    with pytest.raises(UserError, match="impl='native' of discounted_loss cannot run here"):
+        discounted_loss(*(t.to("meta") for t in (reward, kl, remaining)), gamma=0.9, alpha=2.0, impl="native")
+
+
+def test_the_reference_adds_up_in_float64():
+    """So that the loss and its gradients are those of the numbers given, rounded once."""
+    reward, kl, remaining = make((9,), torch.float32)
+    settings = {"gamma": 0.97, "alpha": 0.0137, "denominator": 7}
+    exact = run(Target("cpu", "reference"), reward.double(), kl.double(), remaining, **settings)
+    found = run(Target("cpu", "reference"), reward, kl, remaining, **settings)
+    for value, expected in zip(found, exact, strict=True):
+        assert torch.equal(value, expected.float())
 
 
 @pytest.mark.parametrize(

@@ -78,14 +78,14 @@ def test_bits_do_not_depend_on_where_a_tensor_starts(target):
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_loss_over_more_terms_than_a_block(fused, mask):
+def test_loss_over_more_terms_than_a_block(target, mask):
     generator = torch.Generator().manual_seed(0)
     reward, kl = torch.randn(3, 211, generator=generator), torch.rand(3, 211, generator=generator)
     remaining = torch.randint(0, 999, (3, 211), generator=generator)
     settings = {"gamma": 0.997, "alpha": 2.0, "mask_nonpositive": mask}
     expected = discounted_loss(reward.double(), kl.double(), remaining, **settings, impl="reference")
-    terms = [t.to(fused.device).requires_grad_(t.is_floating_point()) for t in (reward, kl, remaining)]
-    loss = discounted_loss(*terms, **settings, impl=fused.impl)
+    terms = [t.to(target.device).requires_grad_(t.is_floating_point()) for t in (reward, kl, remaining)]
+    loss = discounted_loss(*terms, **settings, impl=target.impl)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
     counted = (reward > 0) if mask else torch.ones_like(reward, dtype=torch.bool)
