@@ -76,7 +76,7 @@ def _resolve(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
             level = logging.WARNING if device_type == "cuda" and name == "reference" else logging.INFO
             _log.log(level, "%s on %s takes %s (%s)", op, device_type, name, "; ".join(skipped))
         return name
-    reason = reasons[impl]
+    reason = reasons.get(impl)
     if reason is None and impl not in (name, "reference"):
         reason = f"{name} takes its place"  # under Triton's interpreter, which runs on the CPU
     if reason is not None:
@@ -85,9 +85,10 @@ def _resolve(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def _reasons(op: str, device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
+    """Of the fused implementations; the reference runs everywhere."""
     device = torch.device(device_type)
-    return {name: reason_against(op, name, device, dtype) for name in IMPLEMENTATIONS}
+    return {name: reason_against(op, name, device, dtype) for name in IMPLEMENTATIONS if name != "reference"}
 
 
 def _first_that_runs(reasons: dict[str, str | None]) -> str:
-    return next(name for name, reason in reasons.items() if reason is None)
+    return next((name for name, reason in reasons.items() if reason is None), "reference")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +17,13 @@ OPS = tuple(op for op in registry.OPS if registry.spec(op).launches is not None)
 
 BUDGET = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative L2 error of a sample that a dtype is allowed; a fused kernel also twice what the reference errs."""
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this process runs Triton's kernels in its interpreter, on the CPU, an element at a time."""
+
+slow_interpreted = [pytest.mark.slow] if INTERPRETED else []
+"""Marks of a case that only the interpreter takes long for."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Target:
 
 def targets() -> list[Target]:
     """Under Triton's interpreter the Triton kernels, on the CPU; otherwise all but them, and on a GPU them too."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         return [Target("cpu", "triton")]
     found = [Target("cpu", "reference")]
     if native.available():

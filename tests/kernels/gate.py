@@ -241,8 +241,8 @@ def table(fresh: dict[Cell, str]) -> str:
         f"Compiled by Triton {triton.__version__}.",
         "",
         "A cell holds the registers of a thread and the bytes of shared memory of a program. No kernel has a stack",
-        "frame or spills, none computes in float64, and where the elements of a sample are a multiple of 16 each access",
-        "to a tensor of samples is 128 bits wide.",
+        "frame or spills, none computes in float64, and where the elements of a sample are a multiple of 16 each",
+        "access to a tensor of samples is 128 bits wide.",
         "",
         "Flags: `ragged` is a sample whose elements are not a multiple of 16, `64-bit length` one of more than 2^31;",
         "`no NAME` is a tensor that is not given or not wanted (`no noise`: drawn in the kernel).",
@@ -250,7 +250,7 @@ def table(fresh: dict[Cell, str]) -> str:
     for kernel, labels in itertools.groupby(sorted({key[:3] for key in fresh}), key=lambda label: label[0]):
         lines += ["", f"## {kernel}", "", "| dtypes | flags | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |"]
         lines += ["| --- " * (2 + len(ARCHITECTURES)) + "|"]
-        lines += [f"| {' | '.join([*label[1:], *(fresh[*label, a] for a in ARCHITECTURES)])} |" for label in labels]
+        lines += [f"| {' | '.join([*label[1:], *(fresh[(*label, a)] for a in ARCHITECTURES)])} |" for label in labels]
     return "\n".join(lines) + "\n"
 
 

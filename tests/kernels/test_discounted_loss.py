@@ -138,6 +138,19 @@ def test_a_cotangent_scales_both_gradients(target):
     torch.testing.assert_close(kl.grad.cpu(), 3 * grad_kl)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_timesteps_by_hand(target, masked):
+    reward = torch.tensor([[1.0, -2.0], [0.0, 3.0]], dtype=torch.float16)
+    kl, remaining = torch.tensor([[0.5, 0.25], [1.0, 2.0]]), torch.tensor([[0, 1], [2, 3]])
+    settings = {"gamma": 0.5, "alpha": 0.1, "mask_nonpositive": masked, "denominator": 8.0}
+    loss, grad_reward, grad_kl = run(target, reward, kl, remaining, **settings)
+    keep = torch.tensor([[1.0, 0.0], [0.0, 1.0]]) if masked else torch.ones(2, 2)
+    weight = torch.tensor([[1.0, 0.5], [0.25, 0.125]])
+    torch.testing.assert_close(loss, (keep * (0.1 * kl - weight * reward.float())).sum() / 8)
+    assert torch.equal(grad_reward.float(), -keep * weight / 8)
+    torch.testing.assert_close(grad_kl, keep * 0.1 / 8, rtol=1e-7, atol=0)
+
+
 def test_mask_is_off_by_default_and_keeps_out_a_masked_sample_whole(target):
     reward, kl = torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([torch.nan, 5.0, 1.0])
     remaining = torch.zeros(3, dtype=torch.int64)

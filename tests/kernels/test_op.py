@@ -120,7 +120,7 @@ def test_a_mode_sees_the_operators_and_both_lanes_agree(fused):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_loss_is_the_eager_one(fused, backend):
     plain = gradients(fused, loss_of)
     compiled = gradients(fused, torch.compile(loss_of, fullgraph=True, backend=backend))
