@@ -95,7 +95,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def dtype_number(dtype: torch.dtype) -> int:
-    """What the library calls `dtype`.
+    """The library's number for `dtype`.
 
     Raises:
         UserError: a dtype that native ops neither read nor write.
@@ -108,17 +108,39 @@ def dtype_number(dtype: torch.dtype) -> int:
     return number
 
 
-def coefficients(table: Tensor) -> Tensor:
-    """A coefficient table as native ops read it: float32, contiguous."""
-    return (table if table.dtype == torch.float32 else table.to(torch.float32)).contiguous()
+def address(tensor: Tensor | None) -> int | None:
+    """Address of the values; null for no tensor."""
+    return None if tensor is None else tensor.data_ptr()
 
 
-def check_index(outside: int, steps: int) -> None:
-    """What a native op that met an index outside its table raises, as PyTorch's indexing does.
+def typed(tensor: Tensor | None) -> tuple[int | None, int]:
+    """Address and dtype number as ops take a tensor of any dtype; null and 0 for no tensor."""
+    return (None, 0) if tensor is None else (tensor.data_ptr(), dtype_number(tensor.dtype))
+
+
+def run_rows(
+    name: str,
+    letters: str,
+    inputs: tuple[Any, ...],
+    table: Tensor,
+    index: Tensor,
+    scales: tuple[float, ...],
+    x: Tensor,
+    outputs: tuple[Any, ...],
+) -> None:
+    """Call an exported function that computes every sample of x [B, ...] from its row of a coefficient table.
+
+    Its arguments are inputs, table, steps, index, scales, B, elements of a sample, outputs, threads.
 
     Raises:
-        IndexError: `outside` is not 0.
+        IndexError: an index outside the table, as PyTorch's indexing raises it.
     """
+    table = (table if table.dtype == torch.float32 else table.to(torch.float32)).contiguous()
+    index, steps, batch = index.contiguous(), len(table), len(x)
+    rows = table.data_ptr(), steps, index.data_ptr()
+    outside = function(name, letters, "i")(
+        *inputs, *rows, *scales, batch, x.numel() // batch, *outputs, torch.get_num_threads()
+    )
     if outside:
         raise IndexError(f"index holds a position outside a schedule of {steps} steps")
 

@@ -28,6 +28,7 @@ __all__ = [
     "BLOCK",
     "aligned",
     "jit",
+    "layout",
     "on",
     "piece_of_row",
     "pieces",
@@ -88,6 +89,18 @@ def pieces(elements: int) -> int:
 def warps(elements: int) -> int:
     """Warps of a program that handles rows of so many elements."""
     return WARPS["aligned" if elements % 16 == 0 else "ragged"]
+
+
+def layout(x: Tensor, table: Tensor) -> tuple[tuple[int, ...], tuple[int], int]:
+    """Of a kernel that computes every sample of x [B, ...] from its row of a table: sizes, grid and warps.
+
+    The sizes are samples, elements of a sample, programs that share one, steps and strides of the table.
+    """
+    rows = len(x)
+    elements = x.numel() // rows
+    n_pieces = pieces(elements)
+    sizes = rows, elements, n_pieces, len(table), *table.stride()
+    return sizes, (rows * n_pieces,), warps(elements)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
