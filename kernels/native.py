@@ -115,7 +115,10 @@ def address(tensor: Tensor | None) -> int | None:
 
 def typed(tensor: Tensor | None) -> tuple[int | None, int]:
     """Address and dtype number as ops take a tensor of any dtype; null and 0 for no tensor."""
-    return (None, 0) if tensor is None else (tensor.data_ptr(), dtype_number(tensor.dtype))
+    if tensor is None:
+        return None, 0
+    number = _DTYPES.get(tensor.dtype)
+    return tensor.data_ptr(), dtype_number(tensor.dtype) if number is None else number
 
 
 def run_rows(
@@ -136,7 +139,7 @@ def run_rows(
         IndexError: an index outside the table, as PyTorch's indexing raises it.
     """
     table = (table if table.dtype == torch.float32 else table.to(torch.float32)).contiguous()
-    index, steps, batch = index.contiguous(), len(table), len(x)
+    index, steps, batch = index.contiguous(), table.shape[0], x.shape[0]
     rows = table.data_ptr(), steps, index.data_ptr()
     outside = function(name, letters, "i")(
         *inputs, *rows, *scales, batch, x.numel() // batch, *outputs, torch.get_num_threads()

@@ -92,7 +92,7 @@ class Operator:
         self._call = function.apply
 
     def _run(self, *arguments: Any) -> Any:
-        device: str = arguments[0].device.type
+        device = "cuda" if arguments[0].is_cuda else "cpu"
         implementation = self._modules.get(device)
         if implementation is None:
             implementation = self._modules[device] = module(self._op, fused(self._op, device))

@@ -17,26 +17,28 @@ def math_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def check_floating(op: str, **tensors: Tensor | None) -> None:
-    """Every tensor is floating point and lies on the device of the first."""
-    first, device = next((name, tensor.device) for name, tensor in tensors.items() if tensor is not None)
+    """Every tensor is floating point and on the device of the first."""
+    first, device = "", None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not tensor.is_floating_point():
             raise UserError(f"{op}: {name} is {tensor.dtype}; pass a floating-point tensor")
-        if tensor.device != device:
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
             raise UserError(f"{op}: {name} is on {tensor.device}, {first} on {device}; move them to one device")
 
 
 def check_network_output(op: str, name: str, output: Tensor, x: Tensor, guidance_scale: float) -> None:
     """A network output is [2B, ...] ordered [uncond; cond] under guidance, [B, ...] without."""
-    rows = x.shape[0] * (1 if guidance_scale == 1 else 2)
-    expected = (rows, *x.shape[1:])
-    if tuple(output.shape) != expected:
+    batch, *sample = x.shape
+    expected = [batch if guidance_scale == 1 else 2 * batch, *sample]
+    if list(output.shape) != expected:
         layout = "[B, ...]" if guidance_scale == 1 else "[2B, ...] ordered [uncond; cond]"
         raise UserError(
             f"{op}: {name} has shape {tuple(output.shape)}; with x {tuple(x.shape)} "
-            f"and guidance_scale={guidance_scale:g} it must be {layout} = {expected}"
+            f"and guidance_scale={guidance_scale:g} it must be {layout} = {tuple(expected)}"
         )
 
 
@@ -47,7 +49,7 @@ def check_table(op: str, name: str, table: Tensor, columns: int, index: Tensor, 
             f"{op}: {name} is {table.dtype} {tuple(table.shape)}; "
             f"it must be float32 or float64 [T, {columns}], as in DenoisingSchedule"
         )
-    if index.dtype != torch.int64 or tuple(index.shape) != (x.shape[0],):
+    if index.dtype != torch.int64 or index.shape != x.shape[:1]:
         raise UserError(f"{op}: index is {index.dtype} {tuple(index.shape)}; it must be int64 [{x.shape[0]}]")
     if table.device != x.device or index.device != x.device:
         raise UserError(

@@ -28,7 +28,7 @@ def forward(
     noise = None if noise is None else noise.contiguous()
     seed = None if seed is None else seed.contiguous()
     x_prev = torch.empty_like(x, memory_format=torch.contiguous_format)
-    kl = x.new_empty(len(x), dtype=torch.float32)
+    kl = x.new_empty(x.shape[0], dtype=torch.float32)
     delta = torch.empty_like(x_prev, dtype=policy.dtype) if with_delta else policy.new_empty(0)
     inputs = *typed(x), *typed(policy), *typed(reference), *typed(noise), address(seed)
     scales, outputs = (guidance_scale, kl_scale), (x_prev.data_ptr(), kl.data_ptr(), delta.data_ptr())

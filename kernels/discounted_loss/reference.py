@@ -22,7 +22,7 @@ def discounted_loss(
     In float64, which costs nothing for so few numbers; float32 (float64 when an input is float64) is the result.
     """
     reward_scale = torch.pow(gamma, remaining.double()) / denominator
-    loss = (alpha / denominator) * kl.double() - reward_scale * reward.double()
+    loss = (alpha / denominator) * kl.double() - reward_scale * reward
     if mask_nonpositive:
         loss = torch.where(reward <= 0, torch.zeros_like(loss), loss)
     return loss.sum().to(math_dtype(reward, kl))
