@@ -50,7 +50,7 @@ def fused(op: str, device_type: str) -> str:
     """The fused implementation of `op` on a device, the one kernel that its PyTorch operators have there.
 
     Raises:
-        UserError: there is none.
+        UserError: none runs there.
     """
     name = _first_that_runs(_reasons(op, device_type, torch.float32))
     if name == "reference":

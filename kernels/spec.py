@@ -102,10 +102,10 @@ class Benchmark:
         tensors_moved: by direction, how many times N elements are read or written (noise that is given comes on top).
         noise: the values of `Problem.noise` measured.
         half_precision_on_cuda: whether bfloat16 is measured on CUDA beside float32.
-        compiled: whether torch.compile is measured: not where a single call is all there is to compile.
+        compiled: whether torch.compile is measured; False where eager is a single call.
         own_precision: names of the inputs that a lower precision of the problem leaves as they are.
-        noise_behind: (inputs in float64, outputs) -> the standard normal numbers behind the outputs of an
-            implementation that draws noise of its own choosing.
+        noise_behind: (inputs in float64, outputs) -> the standard normal numbers that an implementation drew with a
+            generator of its own.
     """
 
     sizes: tuple[Size, ...]
@@ -140,7 +140,7 @@ class Spec:
         operator_calls: (device) -> every PyTorch operator of the op with arguments for it.
         launches: (quick) -> calls of its Triton launchers on tensors without memory, for every dtype and flag; quick:
             a subset. None without a Triton implementation.
-        benchmark: how it is measured by `pytest bench/`; None: bench/ has a case of its own for it.
+        benchmark: how `pytest bench/` measures it; None: bench/ has a case of its own.
     """
 
     operator_calls: Callable[[str], Calls] = lambda device: {}

@@ -1,4 +1,4 @@
-"""Checks at the door of the public ops: shapes, dtypes and devices, never values (no wait for the device)."""
+"""Checks of the arguments of public ops: shapes, dtypes and devices, never values (which would wait for the GPU)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sqdf_fast.errors import UserError
 
 
 def math_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Precision of an op's arithmetic: float64 as soon as one tensor is float64, float32 otherwise."""
+    """Precision of an op's arithmetic: float64 if any tensor is float64, else float32."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype == torch.float64:
             return torch.float64
@@ -59,14 +59,13 @@ def check_table(op: str, name: str, table: Tensor, columns: int, index: Tensor, 
 
 
 def check_batch(op: str, **tensors: Tensor) -> None:
-    """Each tensor has a batch axis and at least one element a sample."""
+    """Each tensor has a batch axis and at least one element per sample."""
     for name, tensor in tensors.items():
         if tensor.ndim < 2 or tensor.numel() == 0:
-            raise UserError(
-                f"{op}: {name} has shape {tuple(tensor.shape)}; it must be [B, ...] with at least one element a sample"
-            )
+            shape = tuple(tensor.shape)
+            raise UserError(f"{op}: {name} has shape {shape}; it must be [B, ...] with at least one element per sample")
 
 
 def constant(tensor: Tensor) -> Tensor:
-    """The tensor without its history: gradients reach the documented inputs and no others."""
+    """The tensor without its graph: gradients reach the documented inputs only."""
     return tensor.detach() if tensor.requires_grad else tensor

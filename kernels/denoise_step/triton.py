@@ -1,4 +1,4 @@
-"""denoise_step on CUDA: one pass over the latents each way, and a few numbers a row for the KL's second stage."""
+"""denoise_step on CUDA: one pass over the latents each way, and a few numbers per row for the KL's second stage."""
 
 # A kernel's arguments have no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -135,7 +135,7 @@ def backward_kernel(
         b_delta = tl.load(delta + i_x + o_n, mask=m_n, other=0).to(tl.float32)
         q, sigma = coefficient(p_row, m_row, column_stride), coefficient(p_row, m_row, 2 * column_stride)
         g_kl = tl.load(grad_kl + i_row * kl_stride).to(tl.float32)
-        # 0 * inf: a KL that is not in the loss pulls nowhere
+        # 0 * inf: a KL that is not in the loss gives no gradient
         pull = tl.where(g_kl == 0, 0.0, g_kl * kl_weight(q, sigma, kl_scale) * mean_scale)
         # 0 * inf again, element by element
         b_grad = q * b_grad + tl.where(b_delta == 0, 0.0, pull * b_delta)
