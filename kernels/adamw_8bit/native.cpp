@@ -233,8 +233,9 @@ Coefficients coefficients(const double* given) {
 }  // namespace
 
 // One step of one tensor of numel elements. parameter: float32 or bfloat16, the latter rounded stochastically with the
-// words of `seed`; codes: uint8 [numel]; scales: float32 [ceil(numel / 256)]; values: the bits of float32 [256]; lookup:
-// int32 [cells], the entry for upper half words up to `first` first; coefficients: nine float64, in the order of the struct.
+// words of `seed`; codes: uint8 [numel]; scales: float32 [ceil(numel / 256)]; values: the bits of float32 [256];
+// lookup: int32 [cells], the entry for upper half words up to `first` first; coefficients: nine float64, in the order
+// of the struct.
 SQDF_FAST_EXPORT void sqdf_fast_adamw_8bit(
     void* parameter, int32_t parameter_dtype, const void* gradient, int32_t gradient_dtype, uint8_t* codes1,
     uint8_t* codes2, float* scales1, float* scales2, const int32_t* values1, const int32_t* lookup1,

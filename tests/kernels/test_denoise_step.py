@@ -547,5 +547,5 @@ def test_bad_input_of_the_staged_backward(change, message):
 
 def test_more_elements_than_a_seed_can_draw():
     huge = torch.zeros(1).expand(2, 2**34 + 1)
-    with pytest.raises(UserError, match="more than seed can draw"):
+    with pytest.raises(UserError, match="more than a seed can draw"):
         denoise_step(huge, huge, huge, TRANSITION, torch.zeros(2, dtype=torch.int64), seed=torch.zeros(2).long())
