@@ -21,9 +21,9 @@ from sqdf_fast.compare.figures import Series, plot
 from sqdf_fast.compare.table import label
 from sqdf_fast.config import make_config, parse_assignments
 from sqdf_fast.errors import UserError
-from sqdf_fast.evaluate.monitor import PROXY, Alarm, new_alarm, watched
-from sqdf_fast.report import read_run
-from sqdf_fast.train import continue_run, new_run
+from sqdf_fast.monitor import PROXY, Alarm, new_alarm, watched
+from sqdf_fast.runs import read_run
+from sqdf_fast.training.lifecycle import continue_run, new_run
 
 TRUE = "eval_true_reward"
 COMMON = ["checkpoint_every=0", "evaluation.images_per_prompt=2", "evaluation.grid=64"]

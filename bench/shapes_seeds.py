@@ -17,10 +17,11 @@ from pathlib import Path
 from PIL import Image
 
 from sqdf_fast.config import make_config, parse_assignments
+from sqdf_fast.display import before_after_grid, save_png
 from sqdf_fast.errors import UserError
-from sqdf_fast.report import before_after_grid, read_run, save_png, summarise
-from sqdf_fast.report.run import Run
-from sqdf_fast.train import continue_run, new_run
+from sqdf_fast.runs import read_run, summarise
+from sqdf_fast.runs.run import Run
+from sqdf_fast.training.lifecycle import continue_run, new_run
 
 COLUMNS = (
     "seed",

@@ -62,6 +62,8 @@ class Problem:
         return math.prod(self.shape)
 
 
+Given = Mapping[str, Any]
+"""Tensors by the public function's argument names."""
 Outputs = tuple[Tensor, ...]
 Calls = dict[str, tuple[Any, tuple[Any, ...]]]
 """PyTorch operators with arguments, by the name of the case."""
@@ -110,15 +112,15 @@ class Benchmark:
 
     sizes: tuple[Size, ...]
     inputs: Callable[[Problem, Normal], Inputs]
-    ours: Callable[[Problem, Mapping[str, Tensor], str], Outputs]
-    eager: Callable[[Problem, Mapping[str, Tensor], Treat], Forward]
+    ours: Callable[[Problem, Given, str], Outputs]
+    eager: Callable[[Problem, Given, Treat], Forward]
     outputs: tuple[str, ...]
     tensors_moved: Mapping[str, int]
     noise: tuple[str, ...] = ("",)
     half_precision_on_cuda: bool = False
     compiled: bool = True
     own_precision: frozenset[str] = frozenset()
-    noise_behind: Callable[[Mapping[str, Tensor], Outputs], Tensor] | None = None
+    noise_behind: Callable[[Given, Outputs], Tensor] | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import Conditioning, Family
+from sqdf_fast.gradient_checkpointing import CheckpointedBlocks, Context, checkpoint_blocks
 from sqdf_fast.kernels.adamw_8bit import round_stochastically
-from sqdf_fast.recompute import Context, Recomputation, recompute
 
 Role = Literal["policy", "reference", "consistency"]
 _State = Literal["policy", "reference", "consistency", "bare"]
@@ -84,7 +84,7 @@ class Backbone:
         base: what policy and reference start from: the network, or its consistency model.
 
     Attributes:
-        recomputations: of the network's blocks in the backward pass, each in the role it ran in; off at first.
+        checkpointed: of the network's blocks in the backward pass, each in the role it ran in; off at first.
         evaluations: rows that went through the network so far.
 
     Raises:
@@ -136,7 +136,7 @@ class Backbone:
         for parameter in self._policy.values():
             parameter.requires_grad_(True)
         self._set("reference")
-        self.recomputations = self._recompute()
+        self.checkpointed = self._checkpoint()
 
     @property
     def policy_parameters(self) -> dict[str, nn.Parameter]:
@@ -286,12 +286,12 @@ class Backbone:
         below = ["consistency"] if role == "consistency" or self.base == "consistency" else []
         return [*below, "policy"] if role == "policy" and self.kind == "lora" else below
 
-    def _recompute(self) -> list[Recomputation]:
+    def _checkpoint(self) -> list[CheckpointedBlocks]:
         networks = {id(network): network for network in (self._trained, self.family.network)}
-        kinds = self.family.recompute_kinds["network"]
-        found = [recompute(network, kinds, self._reenter) for network in networks.values()]
-        for recomputation in found:
-            recomputation.enabled = False
+        kinds = self.family.checkpointed_block_types["network"]
+        found = [checkpoint_blocks(network, kinds, self._reenter) for network in networks.values()]
+        for checkpointed in found:
+            checkpointed.enabled = False
         return found
 
     def _reenter(self) -> Context:

@@ -100,16 +100,16 @@ class Execution(Section):
         "staged", description="a vector-Jacobian product at a time, or one graph of policy, look-ahead and reward"
     )
     micro_batch: Positive = Field(1, description="joint: samples whose graph is in memory at once")
-    forward_rows: Positive = Field(
+    forward_batch_rows: Positive = Field(
         8, description="staged: network rows a call without a graph; guidance has 2 a sample"
     )
-    network_rows: Positive = Field(1, description="staged: network rows whose graph is in memory at once")
+    backward_batch_rows: Positive = Field(1, description="staged: network rows whose graph is in memory at once")
     decode_images: Positive = Field(1, description="staged: images decoded and scored at once, their graph in memory")
-    recompute: tuple[Literal["network", "decoder", "reward"], ...] = Field(
+    gradient_checkpointing: tuple[Literal["network", "decoder", "reward"], ...] = Field(
         (), description="parts whose blocks are recomputed in the backward pass instead of kept"
     )
-    residency: Literal["resident", "staged"] = Field(
-        "resident", description="staged: a part's frozen weights are on the device only in the stages that use it"
+    offload: Literal["none", "staged"] = Field(
+        "none", description="staged: a part's frozen weights are on the device only in the stages that use it"
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none", description="of the frozen network under a LoRA (bitsandbytes); changes the base model a little"
@@ -253,16 +253,16 @@ class Config(Section):
                 f"execution.quantization = {execution.quantization} freezes the network that policy.kind = full "
                 "trains; set execution.quantization=none or policy.kind=lora"
             )
-        if execution.quantization == "int8" and execution.residency == "staged":
+        if execution.quantization == "int8" and execution.offload == "staged":
             raise ValueError(
-                "execution.residency = staged cannot move int8 weights, which bitsandbytes holds twice; "
-                "set execution.residency=resident or execution.quantization=nf4"
+                "execution.offload = staged cannot move int8 weights, which bitsandbytes holds twice; "
+                "set execution.offload=none or execution.quantization=nf4"
             )
-        moved = self.sampling.merge_lora or execution.residency == "staged"
+        moved = self.sampling.merge_lora or execution.offload == "staged"
         if self.sampling.compile == "cuda-graphs" and moved:
             raise ValueError(
                 "sampling.compile = cuda-graphs needs weights that stay in their place; "
-                "set sampling.merge_lora=false and execution.residency=resident, or sampling.compile=regional"
+                "set sampling.merge_lora=false and execution.offload=none, or sampling.compile=regional"
             )
         return self
 
@@ -290,7 +290,7 @@ class Config(Section):
         if self.vram is not None and self.algorithm != "sqdf":
             raise ValueError(
                 f"--vram plans the steps of SQDF, and algorithm is {self.algorithm}; leave --vram out and set "
-                "execution.micro_batch and execution.recompute"
+                "execution.micro_batch and execution.gradient_checkpointing"
             )
         return self
 
@@ -357,8 +357,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "execution": {
             "executor": "joint",
             "micro_batch": 16,
-            "forward_rows": 32,
-            "network_rows": 32,
+            "forward_batch_rows": 32,
+            "backward_batch_rows": 32,
             "decode_images": 16,
         },
         "replay": {"capacity": 64, "refill": 16, "steps_per_refill": 8},

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.errors import UserError
@@ -136,17 +136,17 @@ def test_recomputation_takes_its_own_role_and_gives_the_same_gradient(model, con
     gradients = []
     for recompute_blocks in (False, True):
         backbone = make(model, torch.float64, consistency_lora=consistency_lora)
-        backbone.recomputations[0].enabled = recompute_blocks
+        backbone.checkpointed[0].enabled = recompute_blocks
         stir(backbone)
         with backbone.role("policy"):
             first = backbone.predict(*inputs(backbone))
         with backbone.role("consistency"):
             x, timesteps, conditioning = inputs(backbone)
             second = backbone.predict(x + 0.1 * first, timesteps, conditioning)
-        assert [found.count for found in backbone.recomputations] == [0]
+        assert [found.count for found in backbone.checkpointed] == [0]
         second.square().sum().backward()
         gradients.append([parameter.grad for parameter in backbone.policy_parameters.values()])
-    (found,) = backbone.recomputations
+    (found,) = backbone.checkpointed
     # the policy's first two blocks come before any LoRA: no graph
     assert found.count == 2 * found.blocks - 2 > 10
     for plain, recomputed in zip(*gradients, strict=True):

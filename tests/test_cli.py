@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 
 from sqdf_fast.cli import main
-from sqdf_fast.report import read_metrics
+from sqdf_fast.runs import read_metrics
 
 SMALL = [
     *("--reward", "warmth", "--prompts", "prompts.txt", "--steps", "2"),

@@ -121,11 +121,11 @@ def test_every_setting_is_described():
     ("changes", "message"),
     [
         ({"policy": {"kind": "full"}, "execution": {"quantization": "nf4"}}, "policy.kind=lora"),
-        ({"execution": {"quantization": "int8", "residency": "staged"}}, "residency=resident"),
+        ({"execution": {"quantization": "int8", "offload": "staged"}}, "offload=none"),
         ({"sampling": {"compile": "cuda-graphs"}}, "merge_lora=false"),
         (
-            {"sampling": {"compile": "cuda-graphs", "merge_lora": False}, "execution": {"residency": "staged"}},
-            "resident",
+            {"sampling": {"compile": "cuda-graphs", "merge_lora": False}, "execution": {"offload": "staged"}},
+            "none",
         ),
     ],
 )

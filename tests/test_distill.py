@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 
 from sqdf_fast import shapes
 from sqdf_fast.backbone import Backbone

@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 from torch.func import functional_call
 
 from sqdf_fast.backbone import Backbone

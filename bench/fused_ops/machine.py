@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sqdf_fast.info import facts
+from sqdf_fast.commands.doctor import facts
 
 
 def machine_info() -> dict[str, Any]:

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.compare.command import Comparison, stored_protocol
 from sqdf_fast.compare.page import verdict
 from sqdf_fast.compare.results import Results, as_dict
@@ -31,8 +30,9 @@ from sqdf_fast.compare.table import (
     tuning_sentence,
     tuning_table,
 )
+from sqdf_fast.display.progress import format_bytes
 from sqdf_fast.errors import UserError
-from sqdf_fast.report.progress import format_bytes
+from sqdf_fast.files import disk_errors
 
 PICTURES = {
     "": {

@@ -11,11 +11,11 @@ PUBLISHED = "published"
 OURS: dict[str, dict[str, Any]] = {
     "joint": {"executor": "joint"},
     "staged": {"executor": "staged"},
-    "staged + recompute": {"executor": "staged", "recompute": ("network", "decoder", "reward")},
+    "staged + recompute": {"executor": "staged", "gradient_checkpointing": ("network", "decoder", "reward")},
     "staged + recompute + residency": {
         "executor": "staged",
-        "recompute": ("network", "decoder", "reward"),
-        "residency": "staged",
+        "gradient_checkpointing": ("network", "decoder", "reward"),
+        "offload": "staged",
     },
 }
 """Settings of `execution` by the name that the report gives them."""
@@ -32,7 +32,7 @@ class Problem:
         reward: a registered name; random weights for a model with random weights.
         dtype: of the frozen weights; device: "cpu" or "cuda".
         batch: samples of the step, one micro-batch where there is one graph.
-        network_rows, decode_images, forward_rows: chunks of the staged executor.
+        backward_batch_rows, decode_images, forward_batch_rows: chunks of the staged executor.
         steps, guidance_scale: of the sampler.
         toy: tiny and few, figures mean nothing.
     """
@@ -42,9 +42,9 @@ class Problem:
     dtype: torch.dtype
     device: str
     batch: int
-    network_rows: int
+    backward_batch_rows: int
     decode_images: int
-    forward_rows: int
+    forward_batch_rows: int
     steps: int
     guidance_scale: float
     toy: bool = False
@@ -64,9 +64,9 @@ def problem(model: str, device: str, toy: bool = False) -> Problem:
     A card's memory decides the batch: the published way has to fit.
     """
     if model == "shapes":
-        sizes = {"batch": 2 if toy else 4, "network_rows": 2, "decode_images": 1}
+        sizes = {"batch": 2 if toy else 4, "backward_batch_rows": 2, "decode_images": 1}
         return Problem(
-            model, "taste", torch.float32, device, **sizes, forward_rows=8, steps=20, guidance_scale=4.0, toy=toy
+            model, "taste", torch.float32, device, **sizes, forward_batch_rows=8, steps=20, guidance_scale=4.0, toy=toy
         )
     batch = 2 if toy else {"sd15": 4, "sdxl": 1}[model]
     return Problem(
@@ -76,9 +76,9 @@ def problem(model: str, device: str, toy: bool = False) -> Problem:
         torch.bfloat16,
         device,
         batch=batch,
-        network_rows=1,
+        backward_batch_rows=1,
         decode_images=1,
-        forward_rows=8,
+        forward_batch_rows=8,
         steps=50,
         guidance_scale=5.0,
         toy=toy,

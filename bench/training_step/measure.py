@@ -109,7 +109,7 @@ def _described(problem: Problem, name: str, errors: dict[str, float], faults: di
         "size": problem.model,
         "dtype": problem.dtype_name,
         "batch": problem.batch,
-        "chunks": [problem.forward_rows, problem.network_rows, problem.decode_images],
+        "chunks": [problem.forward_batch_rows, problem.backward_batch_rows, problem.decode_images],
         "toy": problem.toy,
         "gradient_error": errors[name],
         "fault": faults.get(name),

@@ -179,8 +179,8 @@ def execution(problem: Problem, name: str) -> Execution:
     """The settings of one of OURS."""
     return Execution(
         micro_batch=problem.batch,
-        forward_rows=problem.forward_rows,
-        network_rows=problem.network_rows,
+        forward_batch_rows=problem.forward_batch_rows,
+        backward_batch_rows=problem.backward_batch_rows,
         decode_images=problem.decode_images,
         **OURS[name],
     )
@@ -196,7 +196,7 @@ def make(problem: Problem) -> dict[str, Step]:
     ours, moving = Ours(problem), Ours(problem)
     steps = {PUBLISHED: ours.published()}
     for name, settings in OURS.items():
-        steps[name] = (moving if "residency" in settings else ours).step(name)
+        steps[name] = (moving if "offload" in settings else ours).step(name)
     return steps
 
 

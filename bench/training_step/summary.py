@@ -84,7 +84,7 @@ def verdicts(rows: Iterable[Row]) -> list[tuple[str, bool]]:
 def _flops_verdicts(rows: list[Row]) -> list[tuple[str, bool]]:
     """Whether a whole training step stays within `MOST_FLOPS`, at each replay ratio.
 
-    Of the staged executor; what recomputation adds is a price paid for memory and printed without a verdict.
+    Of the staged executor; what checkpointed adds is a price paid for memory and printed without a verdict.
     """
     found = []
     for row in rows:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,11 +49,10 @@ def launches(quick: bool) -> Iterator[Callable[[], object]]:
         delta = spec.empty(2, length, dtype=output)
         inputs, settings = (x, policy, reference, table, index, g), (table, index, g, 1.0, dtype, output)
         for drawn, with_delta in [(g != 1, True)] if few else itertools.product((True, False), repeat=2):
-            given = (None, seed) if drawn else (noise, None)
-            yield lambda inputs=inputs, rest=(*given, 1.0, with_delta): triton.forward(*inputs, *rest)
+            given, key = (None, seed) if drawn else (noise, None)
+            yield partial(triton.forward, *inputs, given, key, 1.0, with_delta)
         for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
-            grads = x, spec.empty(2), delta
-            yield lambda grads=grads, rest=(*settings, *needs): triton.backward(*grads, *rest)
+            yield partial(triton.backward, x, spec.empty(2), delta, *settings, *needs)
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:
@@ -76,7 +75,7 @@ def inputs(problem: Problem, normal: Normal) -> Inputs:
     return Inputs(given, ("x", "policy"), (normal(*problem.shape), kl_cotangent), noise)
 
 
-def ours(problem: Problem, given: Mapping[str, Tensor], impl: str) -> Outputs:
+def ours(problem: Problem, given: spec.Given, impl: str) -> Outputs:
     return denoise_step(**given, guidance_scale=GUIDANCE_SCALE, impl=impl)
 
 
@@ -91,12 +90,14 @@ def in_pytorch(
     return x_prev.to(x.dtype), kl
 
 
-def in_pytorch_drawing(x: Tensor, *arguments: Any) -> Outputs:
+def in_pytorch_drawing(
+    x: Tensor, policy: Tensor, reference: Tensor, transition: Tensor, index: Tensor, g: float
+) -> Outputs:
     """`in_pytorch` that draws its noise: our generator, written in PyTorch integers, would be an unfair opponent."""
-    return in_pytorch(x, *arguments, torch.randn_like(x))
+    return in_pytorch(x, policy, reference, transition, index, g, torch.randn_like(x))
 
 
-def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> spec.Forward:
+def eager(problem: Problem, given: spec.Given, treat: spec.Treat) -> spec.Forward:
     arguments = *(given[name] for name in ("x", "policy", "reference", "transition", "index")), GUIDANCE_SCALE
     if problem.noise == "drawn" and problem.device == "cuda":
         drawing = treat(in_pytorch_drawing)
@@ -108,7 +109,7 @@ def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> s
     return lambda: step(*arguments, torch.randn_like(given["x"]))
 
 
-def noise_behind(given: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
+def noise_behind(given: spec.Given, outputs: Outputs) -> Tensor:
     """z of x_prev = mean + sigma z."""
     inputs = {name: tensor for name, tensor in given.items() if name != "seed"} | {
         "noise": torch.zeros_like(given["x"])

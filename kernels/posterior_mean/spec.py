@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,11 +30,9 @@ def launches(quick: bool) -> Iterator[Callable[[], object]]:
     for dtype, output, length, g, few in spec.latents(quick):
         table, index, x = spec.empty(50, 2), spec.empty(2, dtype=torch.int64), spec.empty(2, length, dtype=dtype)
         model_output = spec.empty(2 if g == 1 else 4, length, dtype=output)
-        inputs = x, model_output, table, index, g, dtype
-        yield lambda inputs=inputs: triton.forward(*inputs)
+        yield partial(triton.forward, x, model_output, table, index, g, dtype)
         for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
-            inputs = x, table, index, g, dtype, output, *needs
-            yield lambda inputs=inputs: triton.backward(*inputs)
+            yield partial(triton.backward, x, table, index, g, dtype, output, *needs)
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:
@@ -47,7 +46,7 @@ def inputs(problem: Problem, normal: Normal) -> Inputs:
     return Inputs(given, ("x", "model_output"), (normal(*problem.shape),))
 
 
-def ours(problem: Problem, given: Mapping[str, Tensor], impl: str) -> Outputs:
+def ours(problem: Problem, given: spec.Given, impl: str) -> Outputs:
     return (posterior_mean(**given, guidance_scale=GUIDANCE_SCALE, impl=impl),)
 
 
@@ -57,7 +56,7 @@ def in_pytorch(x: Tensor, model_output: Tensor, posterior: Tensor, index: Tensor
     return (a * x.float() + b * spec.guided(model_output, g)).to(x.dtype)
 
 
-def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> spec.Forward:
+def eager(problem: Problem, given: spec.Given, treat: spec.Treat) -> spec.Forward:
     mean = treat(in_pytorch)
     arguments = [given[name] for name in ("x", "model_output", "posterior", "index")]
     return lambda: (mean(*arguments, GUIDANCE_SCALE),)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from sqdf_fast.algorithms import ALGORITHMS
-from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.compare.curves import Curve, read_curve
 from sqdf_fast.compare.jobs import Free, Job, check_settings, job_config
 from sqdf_fast.compare.methods import ablation, method_config
@@ -25,7 +24,8 @@ from sqdf_fast.compare.tuning import UNJUDGED, Choice, Trial, choose
 from sqdf_fast.compare.worker import FAILURE, failure
 from sqdf_fast.config import Config
 from sqdf_fast.errors import UserError
-from sqdf_fast.report import environment, read_run
+from sqdf_fast.files import disk_errors
+from sqdf_fast.runs import environment, read_run
 
 PROTOCOL = "protocol.yaml"
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sqdf_fast.evaluate.judge import Better
-from sqdf_fast.report.run import Run
+from sqdf_fast.runs.run import Run
 
 PROXY = "proxy_reward"
 COSTS = ("unet_evaluations", "reward_evaluations", "seconds")

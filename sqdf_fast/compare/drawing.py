@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sqdf_fast.checkpoint import disk_errors
-from sqdf_fast.report.chart import MINUS
+from sqdf_fast.display.chart import MINUS
+from sqdf_fast.files import disk_errors
 
 Point = tuple[float, float]
 

@@ -13,8 +13,8 @@ from sqdf_fast.compare.curves import COSTS, PROXY, Curve
 from sqdf_fast.compare.drawing import SERIES, SHAPES, Drawing, Mark, Point, Stroke, Text
 from sqdf_fast.compare.results import Results
 from sqdf_fast.compare.table import label
+from sqdf_fast.display.chart import number, ticks
 from sqdf_fast.evaluate.judge import Better
-from sqdf_fast.report.chart import number, ticks
 
 WIDTH, HEIGHT = 560.0, 400.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 20.0, 38.0, 48.0

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sqdf_fast.checkpoint import checkpoints, disk_errors
 from sqdf_fast.compare.protocol import parse_budget
 from sqdf_fast.config import Config, with_settings
 from sqdf_fast.errors import UserError
-from sqdf_fast.run_folder import RunFolder
+from sqdf_fast.files import disk_errors
+from sqdf_fast.runs.checkpoint import checkpoints
+from sqdf_fast.runs.folder import RunFolder
 
 # A limit ends the runs; the number of steps must not.
 ENDLESS = 10**9

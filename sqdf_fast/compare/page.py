@@ -9,7 +9,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from sqdf_fast import __version__
-from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.compare.curves import Estimate
 from sqdf_fast.compare.drawing import inline_svg, save, stylesheet
 from sqdf_fast.compare.figures import Figure, figures
@@ -26,10 +25,11 @@ from sqdf_fast.compare.table import (
     tuning_sentence,
     tuning_table,
 )
-from sqdf_fast.report import save_png
-from sqdf_fast.report.elements import figure_table
-from sqdf_fast.report.html import STYLE, data_uri
-from sqdf_fast.report.samples import read_samples
+from sqdf_fast.display import save_png
+from sqdf_fast.display.elements import figure_table
+from sqdf_fast.files import disk_errors
+from sqdf_fast.runs.page import STYLE, data_uri
+from sqdf_fast.runs.samples import read_samples
 
 VERDICT_SCORES = ("true_reward", "attribute_accuracy", "alignment", "diversity")
 GRID_COLUMNS = 8

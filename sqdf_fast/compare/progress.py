@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sqdf_fast.compare.jobs import Job, Tail
-from sqdf_fast.report.progress import format_seconds
+from sqdf_fast.display.progress import format_seconds
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from sqdf_fast import __version__
-from sqdf_fast.checkpoint import disk_errors
 from sqdf_fast.compare.curves import (
     COSTS,
     PROXY,
@@ -31,6 +30,7 @@ from sqdf_fast.compare.curves import (
 )
 from sqdf_fast.compare.protocol import Protocol
 from sqdf_fast.compare.tuning import Choice
+from sqdf_fast.files import disk_errors
 
 # In this order; what a run does not measure is left out, what is not here comes after it.
 KNOWN = (

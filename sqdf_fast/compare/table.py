@@ -8,7 +8,7 @@ from typing import Any
 
 from sqdf_fast.compare.curves import Estimate
 from sqdf_fast.compare.results import KNOWN, Duel, Results, Standing
-from sqdf_fast.report.progress import format_bytes, format_seconds
+from sqdf_fast.display.progress import format_bytes, format_seconds
 
 COST_HEADS = ("UNet evals", "rewards", "time", "peak memory")
 DUEL_SCORES = ("true_reward", "attribute_accuracy", "alignment", "diversity", "kl")

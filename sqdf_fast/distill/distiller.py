@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from sqdf_fast.backbone import Backbone
-from sqdf_fast.checkpoint import atomic_folder, disk_errors
 from sqdf_fast.distill.accuracy import Accuracy, measure_accuracy
 from sqdf_fast.distill.settings import Distillation
 from sqdf_fast.distill.trajectories import Trajectories, guided_trajectories, lookaheads
@@ -25,6 +24,7 @@ from sqdf_fast.engine import RewardFunction
 from sqdf_fast.engine.noise import Stream, generator, sample_seeds
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import Family, load_family
+from sqdf_fast.files import atomic_folder, disk_errors
 from sqdf_fast.kernels.philox import derive_seed
 from sqdf_fast.objective import look_ahead
 
@@ -108,8 +108,8 @@ class Distiller:
             target_modules=settings.target_modules,
             seed=derive_seed(settings.seed, Stream.LORA) & (2**63 - 1),
         )
-        for recomputation in self.backbone.recomputations:
-            recomputation.enabled = settings.gradient_checkpointing
+        for checkpointed in self.backbone.checkpointed:
+            checkpointed.enabled = settings.gradient_checkpointing
         self.parameters = list(self.backbone.policy_parameters.values())
 
     def run(self, reward: RewardFunction | None = None) -> dict[str, Any]:

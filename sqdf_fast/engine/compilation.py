@@ -1,7 +1,7 @@
 """Regional compilation: the repeated blocks of a network through torch.compile, only while it samples.
 
 A whole UNet takes minutes to compile and falls apart at every adapter; its repeated blocks share a few graphs. Training
-keeps the uncompiled blocks: its recomputation and its roles switch Python state that a graph would have to guard.
+keeps the uncompiled blocks: its checkpointed and its roles switch Python state that a graph would have to guard.
 """
 
 from __future__ import annotations

@@ -73,14 +73,14 @@ class Family(ABC):
         defaults: how it is sampled unless the user says otherwise.
         guided: whether classifier-free guidance applies; a guidance-distilled network runs with scale 1.
         lora_targets: suffixes of the layers that get a policy LoRA by default.
-        recompute_kinds: per part, "network" and "decoder", class names of the blocks worth recomputing.
+        checkpointed_block_types: per part, "network" and "decoder", class names of the blocks worth recomputing.
     """
 
     name: ClassVar[str]
     guided: ClassVar[bool] = True
     defaults: ClassVar[Defaults]
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    recompute_kinds: ClassVar[dict[str, frozenset[str]]]
+    checkpointed_block_types: ClassVar[dict[str, frozenset[str]]]
     network: Any
     vae: Any
     text_encoders: list[nn.Module]
@@ -120,6 +120,15 @@ class Family(ABC):
             encoded = self.encode_prompts(part).to("cpu")
             self._encoded.update({prompt: encoded[i : i + 1] for i, prompt in enumerate(part)})
         return Conditioning.cat([self._encoded[prompt] for prompt in prompts]).to(self.device)
+
+    def encode_all(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts and keep them, a few at a time, so that the text encoders are no longer needed."""
+        for start in range(0, len(prompts), 8):
+            self.encode(prompts[start : start + 8])
+
+    def unconditional(self, guidance_scale: float) -> Conditioning | None:
+        """The empty prompt's conditioning, one row; None at a guidance scale of 1, which runs the conditional half."""
+        return None if guidance_scale == 1 else self.encode([""])
 
     def remember(self, prompt: str, conditioning: Conditioning) -> None:
         """Take ``conditioning``, one row, for ``prompt`` from now on; no text encoder is asked."""

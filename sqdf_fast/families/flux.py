@@ -46,8 +46,8 @@ class Flux(PipelineFamily):
         *PipelineFamily.lora_targets,
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     )
-    recompute_kinds: ClassVar[dict[str, frozenset[str]]] = {
-        **PipelineFamily.recompute_kinds,
+    checkpointed_block_types: ClassVar[dict[str, frozenset[str]]] = {
+        **PipelineFamily.checkpointed_block_types,
         "network": frozenset({"FluxTransformerBlock", "FluxSingleTransformerBlock"}),
     }
     patch: ClassVar[int] = 2

@@ -48,7 +48,7 @@ class PipelineFamily(Family):
     pipeline_class: ClassVar[Any]
     network_part: ClassVar[Literal["unet", "transformer"]]
     patch: ClassVar[int] = 1
-    recompute_kinds: ClassVar[dict[str, frozenset[str]]] = {
+    checkpointed_block_types: ClassVar[dict[str, frozenset[str]]] = {
         "network": frozenset({"ResnetBlock2D", "BasicTransformerBlock"}),
         "decoder": frozenset({"ResnetBlock2D", "Upsample2D", "Attention", "AutoencoderTinyBlock"}),
     }

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import sqdf_fast
+import sqdf_fast.kernels
 from sqdf_fast import __version__
 
 Key = tuple[str, ...]
@@ -48,12 +50,10 @@ def write(key: str, values: dict[str, Any]) -> None:
 
 
 def _code() -> str:
+    """The whole package's: a list of what decides a plan would be forgotten where the code moves."""
     digest = hashlib.sha256(__version__.encode())
-    package = Path(__file__).parents[1]
-    for name in ("plan", "engine", "families", "rewards"):
-        for path in sorted((package / name).rglob("*")):
+    for folder in (*sqdf_fast.__path__, *sqdf_fast.kernels.__path__):
+        for path in sorted(Path(folder).rglob("*")):
             if path.suffix in (".py", ".json"):
                 digest.update(path.read_bytes())
-    for name in ("backbone.py", "config.py", "objective.py", "recompute.py", "schedule.py"):
-        digest.update((package / name).read_bytes())
     return digest.hexdigest()

@@ -369,12 +369,12 @@ def _note(name: str, choice: Choice, uploads: int) -> str:
     elif name == "reward":
         notes.append(f"{execution.decode_images} pictures at once")
     elif name in ("transition", "look-ahead", "look-ahead vjp", "policy vjp"):
-        rows = execution.network_rows if name.endswith("vjp") else execution.forward_rows
+        rows = execution.backward_batch_rows if name.endswith("vjp") else execution.forward_batch_rows
         notes.append(f"{rows} rows at once")
     elif name in ("forward", "backward"):
         notes.append(f"{execution.micro_batch} samples at once")
     part = "network" if name.endswith("vjp") else "decoder" if name == "reward" else None
-    if part in execution.recompute or (name == "backward" and execution.recompute):
+    if part in execution.gradient_checkpointing or (name == "backward" and execution.gradient_checkpointing):
         notes.append("blocks recomputed")
     if uploads:
         notes.append(f"{uploads / GIB:.2f} GiB of weights uploaded")

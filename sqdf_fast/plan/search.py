@@ -27,10 +27,10 @@ CPU_PARAMETERS_A_SECOND = 4e8
 """Of an AdamW step with states on the CPU: bound by memory, about 20 bytes a parameter over eight channels' worth."""
 
 _WAY = (
-    *("execution.executor", "execution.recompute", "execution.residency", "execution.quantization"),
+    *("execution.executor", "execution.gradient_checkpointing", "execution.offload", "execution.quantization"),
     *("optimizer.states", "sampling.merge_lora"),
 )
-_RESIDENCY, _STATES = "execution.residency", "optimizer.states"
+_OFFLOAD, _STATES = "execution.offload", "optimizer.states"
 _NETWORK_STAGES = ("transition", "look-ahead", "look-ahead vjp", "policy vjp")
 _SAMPLING_STAGES = ("sampling", "sampled pictures")
 _LARGE_STATES = 2**27
@@ -106,14 +106,14 @@ def profile(simulation: Simulation, quantization: str) -> Profile:
 def profiled(simulation: Simulation, executor: str, recomputed: bool) -> Steps:
     """One of a profile's runs. The staged ones sample too: one with merged weights, the other moves parts instead."""
     moving = executor == "staged" and recomputed
-    parts, residency = PARTS if recomputed else (), "staged" if moving else "resident"
+    parts, offload = PARTS if recomputed else (), "staged" if moving else "none"
     return simulation.run(
         Execution(
             executor=executor,
-            forward_rows=simulation.rows,
-            network_rows=simulation.rows,
-            recompute=parts,
-            residency=residency,
+            forward_batch_rows=simulation.rows,
+            backward_batch_rows=simulation.rows,
+            gradient_checkpointing=parts,
+            offload=offload,
         ),
         1,
         sampled=1 if executor == "staged" else 0,
@@ -184,13 +184,13 @@ def _choices(profile: Profile, config: Config, device: Device, keep: Mapping[str
     # bitsandbytes holds int8 weights twice: they cannot come and go, and the configuration refuses it. CUDA graphs hold
     # the addresses of weights.
     still = profile.quantization == "int8" or keep.get("sampling.compile") == "cuda-graphs"
-    residencies = ("resident",) if still else ("resident", "staged")
+    offloads = ("none",) if still else ("none", "staged")
     states = ("device",) if config.optimizer.kind == "paged_adamw8bit" else ("device", "cpu")
     if config.optimizer.states == "cpu":
         states = ("cpu",)
     elif profile.state_bytes < _LARGE_STATES:
         states = ("device",)
-    residencies, states = (_kept(keep, key, v) for key, v in ((_RESIDENCY, residencies), (_STATES, states)))
+    offloads, states = (_kept(keep, key, v) for key, v in ((_OFFLOAD, offloads), (_STATES, states)))
     executors = _kept(keep, "execution.executor", ("staged", "joint"))
     # 0 is a single row, half a guided sample.
     at_once = SAMPLES_AT_ONCE if profile.rows == 1 else (0, *SAMPLES_AT_ONCE)
@@ -198,12 +198,12 @@ def _choices(profile: Profile, config: Config, device: Device, keep: Mapping[str
     merging = _kept(keep, "sampling.merge_lora", switches.merging(config, profile.quantization))
     for place, sampled, merged in product(states, sampled_at_once, merging):
         common = _Common(profile, config, device, place, sampled, merged, keep)
-        for residency, network, rest in product(residencies, (False, True), (False, True)):
+        for offload, network, rest in product(offloads, (False, True), (False, True)):
             for samples, images in product(at_once, SAMPLES_AT_ONCE):
                 if "staged" in executors and images <= max(samples, 1) and samples <= config.optimizer.batch_size:
-                    yield common.staged(samples, images, network, rest, residency)
+                    yield common.staged(samples, images, network, rest, offload)
         for recomputed, samples in product((False, True), SAMPLES_AT_ONCE):
-            if "joint" in executors and "resident" in residencies and samples <= config.optimizer.batch_size:
+            if "joint" in executors and "none" in offloads and samples <= config.optimizer.batch_size:
                 yield common.joint(samples, recomputed)
 
 
@@ -223,36 +223,36 @@ class _Common:
     merged: bool
     keep: Mapping[str, Any]
 
-    def staged(self, samples: int, images: int, network: bool, rest: bool, residency: str) -> Choice:
+    def staged(self, samples: int, images: int, network: bool, rest: bool, offload: str) -> Choice:
         """samples: of a network call, 0 for a single row; network, rest: recomputed."""
         profile, batch = self.profile, self.config.optimizer.batch_size
-        peaks, seconds = self._sampling(residency)
+        peaks, seconds = self._sampling(offload)
         kept = 4 * _LATENTS_KEPT * profile.latent * batch
         recomputed = (*(("network",) if network else ()), *(("decoder", "reward") if rest else ()))
-        execution = self._execution("staged", samples, images, recomputed, residency)
+        execution = self._execution("staged", samples, images, recomputed, offload)
         for name in (*_NETWORK_STAGES, "reward", "optimizer"):
             parts = {"decoder", "reward"} if name == "reward" else {"network"}
-            stage = profile.stages["staged", parts <= set(execution.recompute)].get(name)
+            stage = profile.stages["staged", parts <= set(execution.gradient_checkpointing)].get(name)
             if stage is None:
                 continue
             chunk = _chunk(name, execution, profile.rows)
-            peaks[name] = self._peak(name, stage, chunk, residency) + (kept if name != "optimizer" else 0)
-            seconds[name] = self._seconds(name, stage, batch, chunk, residency)
+            peaks[name] = self._peak(name, stage, chunk, offload) + (kept if name != "optimizer" else 0)
+            seconds[name] = self._seconds(name, stage, batch, chunk, offload)
         return Choice(self._settings(execution), peaks, seconds)
 
     def joint(self, samples: int, recomputed: bool) -> Choice:
         """samples: of a micro-batch."""
-        peaks, seconds = self._sampling("resident")
-        execution = self._execution("joint", samples, 1, PARTS if recomputed else (), "resident")
-        everything = set(PARTS) <= set(execution.recompute)
+        peaks, seconds = self._sampling("none")
+        execution = self._execution("joint", samples, 1, PARTS if recomputed else (), "none")
+        everything = set(PARTS) <= set(execution.gradient_checkpointing)
         for name, stage in self.profile.stages["joint", everything].items():
             chunk = 1 if name == "optimizer" else execution.micro_batch
-            peaks[name] = self._peak(name, stage, chunk, "resident")
-            seconds[name] = self._seconds(name, stage, self.config.optimizer.batch_size, chunk, "resident")
+            peaks[name] = self._peak(name, stage, chunk, "none")
+            seconds[name] = self._seconds(name, stage, self.config.optimizer.batch_size, chunk, "none")
         return Choice(self._settings(execution), peaks, seconds)
 
     def _execution(
-        self, executor: str, samples: int, images: int, recomputed: Iterable[str], residency: str
+        self, executor: str, samples: int, images: int, recomputed: Iterable[str], offload: str
     ) -> Execution:
         if executor == "joint":
             samples = self.keep.get("execution.micro_batch", samples)
@@ -260,43 +260,43 @@ class _Common:
         values: dict[str, Any] = {
             "executor": executor,
             "micro_batch": max(samples, 1),
-            "forward_rows": rows,
-            "network_rows": rows,
+            "forward_batch_rows": rows,
+            "backward_batch_rows": rows,
             "decode_images": images,
-            "recompute": tuple(recomputed),
-            "residency": residency,
+            "gradient_checkpointing": tuple(recomputed),
+            "offload": offload,
         }
         kept = {name.partition(".")[2]: value for name, value in self.keep.items() if name.startswith("execution.")}
         kept.pop("quantization", None)
         return Execution(**{**values, **kept})
 
-    def _sampling(self, residency: str) -> tuple[dict[str, int], dict[str, float]]:
+    def _sampling(self, offload: str) -> tuple[dict[str, int], dict[str, float]]:
         replay, stages = self.config.replay, self.profile.stages["staged", not self.merged]
         number = replay.refill / replay.steps_per_refill
         adapted, merged = (self.profile.stages["staged", a]["sampling"].at_peak["activations"] for a in (True, False))
-        peaks = {name: self._peak(name, stages[name], self.sampled, residency) for name in _SAMPLING_STAGES}
+        peaks = {name: self._peak(name, stages[name], self.sampled, offload) for name in _SAMPLING_STAGES}
         if self.merged:
             # The copies of the weights do not grow with the batch.
             peaks["sampling"] -= max(merged - adapted, 0) * (self.sampled - 1)
-        seconds = {"sampling": self._seconds("sampling", stages["sampling"], number, self.sampled, residency)}
+        seconds = {"sampling": self._seconds("sampling", stages["sampling"], number, self.sampled, offload)}
         return peaks, seconds
 
-    def _peak(self, name: str, stage: StageCount, chunk: float, residency: str) -> int:
+    def _peak(self, name: str, stage: StageCount, chunk: float, offload: str) -> int:
         profile, at_peak = self.profile, stage.at_peak
-        weights = profile.staged_weights.get(name, 0) if residency == "staged" else profile.weights
+        weights = profile.staged_weights.get(name, 0) if offload == "staged" else profile.weights
         gradients = at_peak.get("gradients", 0)
         if name in ("policy vjp", "forward", "backward", "optimizer"):
             gradients = max(gradients, profile.trained_bytes)
         states = profile.state_bytes if self.states == "device" else 0
         return weights + gradients + states + ceil(at_peak.get("activations", 0) * chunk)
 
-    def _seconds(self, name: str, stage: StageCount, samples: float, chunk: float, residency: str) -> float:
+    def _seconds(self, name: str, stage: StageCount, samples: float, chunk: float, offload: str) -> float:
         if name == "optimizer":
             return self._update_seconds(stage)
         whole = scaled(stage, samples)
         # Fewer, larger calls launch fewer kernels.
         seconds = self.device.seconds(replace(whole, operators=round(whole.operators / chunk)))
-        uploads = self.profile.uploads.get(name, 0) if residency == "staged" else 0
+        uploads = self.profile.uploads.get(name, 0) if offload == "staged" else 0
         return seconds + self.device.upload_seconds(uploads)
 
     def _update_seconds(self, stage: StageCount) -> float:
@@ -311,7 +311,7 @@ class _Common:
         values = execution.model_dump(exclude={"attention"})
         settings = {f"execution.{key}": value for key, value in values.items()}
         settings["execution.quantization"] = self.profile.quantization
-        settings["execution.recompute"] = list(execution.recompute)
+        settings["execution.gradient_checkpointing"] = list(execution.gradient_checkpointing)
         settings |= {"optimizer.states": self.states, **self._sampling_settings()}
         return settings | switches.fixed(self.config, self.keep)
 
@@ -327,7 +327,7 @@ def whole(simulation: Simulation, choice: Choice, config: Config) -> Steps:
     execution, batch = choice.execution, config.optimizer.batch_size
     optimizer = config.optimizer.model_copy(update={"states": choice.settings["optimizer.states"]})
     joint = execution.executor == "joint"
-    unit = execution.micro_batch if joint else max(execution.network_rows // simulation.rows, 1)
+    unit = execution.micro_batch if joint else max(execution.backward_batch_rows // simulation.rows, 1)
     small, large = (min(unit * times, batch) for times in (2, 3))
     first = simulation.run(
         execution,
@@ -356,5 +356,5 @@ def _extended(stage: StageCount, more: int, work: float) -> StageCount:
 def _chunk(name: str, execution: Execution, rows: int) -> float:
     """Samples whose activations a stage of the staged executor holds at a time."""
     if name in _NETWORK_STAGES:
-        return (execution.network_rows if name.endswith("vjp") else execution.forward_rows) / rows
+        return (execution.backward_batch_rows if name.endswith("vjp") else execution.forward_batch_rows) / rows
     return execution.decode_images if name == "reward" else 1

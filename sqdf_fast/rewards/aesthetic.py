@@ -40,7 +40,7 @@ class AestheticReward(Reward):
     """
 
     name = "aesthetic"
-    recompute_kinds = BLOCKS
+    checkpointed_block_types = BLOCKS
 
     def __init__(self, vision: CLIPVisionModelWithProjection, head: nn.Linear) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ class AestheticV25Reward(Reward):
     """
 
     name = "aesthetic-v2.5"
-    recompute_kinds = frozenset({"SiglipEncoderLayer"})
+    checkpointed_block_types = frozenset({"SiglipEncoderLayer"})
 
     def __init__(self, vision: SiglipVisionModel, head: nn.Linear) -> None:
         super().__init__()

@@ -18,12 +18,12 @@ class Reward(nn.Module):
     Attributes:
         name: what the reports call it.
         differentiable: whether the score has a gradient with respect to the images.
-        recompute_kinds: class names of the blocks whose insides may be recomputed in the backward pass.
+        checkpointed_block_types: class names of the blocks whose insides may be recomputed in the backward pass.
     """
 
     name: str = "reward"
     differentiable: bool = True
-    recompute_kinds: frozenset[str] = frozenset()
+    checkpointed_block_types: frozenset[str] = frozenset()
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score every image on its own.

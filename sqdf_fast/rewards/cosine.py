@@ -24,7 +24,7 @@ class CosineReward(Reward):
         prompts: normalised text features [B, F] of B prompts, float32 or float64; the score is of that dtype.
     """
 
-    recompute_kinds = BLOCKS
+    checkpointed_block_types = BLOCKS
 
     def __init__(self, vision: CLIPVisionModelWithProjection, prompts: PromptFeatures | ConstantFeatures) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ class ImageReward(Reward):
     """
 
     name = "imagereward"
-    recompute_kinds = frozenset({"BlipEncoderLayer", "BlipTextLayer"})
+    checkpointed_block_types = frozenset({"BlipEncoderLayer", "BlipTextLayer"})
 
     def __init__(
         self, vision: BlipVisionModel, text: BlipTextModel, head: nn.Linear, tokens: Tokens | ConstantTokens

@@ -100,7 +100,7 @@ class WeightedSum(Reward):
         self.summands = nn.ModuleList(parts)
         self.weights = tuple(weights)
         self.differentiable = all(part.differentiable for part in parts)
-        self.recompute_kinds = frozenset().union(*(part.recompute_kinds for part in parts))
+        self.checkpointed_block_types = frozenset().union(*(part.checkpointed_block_types for part in parts))
 
     def parts(self) -> Sequence[Reward]:
         return [part for part in self.summands if isinstance(part, Reward)]

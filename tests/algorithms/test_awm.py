@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from direct_reward import apart, write_model
-from gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
+from support.direct_reward import apart, write_model
+from support.gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
 
 from sqdf_fast.engine.noise import Stream, sample_seeds
 from sqdf_fast.kernels.philox import philox_normal

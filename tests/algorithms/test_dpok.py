@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from direct_reward import apart, write_model
-from gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
+from support.direct_reward import apart, write_model
+from support.gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
 from torch.distributions import kl_divergence
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from direct_reward import BATCH, STEPS, Published, apart, gradient, make, settings, write_model
+from support.direct_reward import BATCH, STEPS, Published, apart, gradient, make, settings, write_model
 
 
 @pytest.fixture(scope="module")

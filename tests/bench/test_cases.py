@@ -9,8 +9,8 @@ import pytest
 import torch
 from fused_ops import cases, setups
 from fused_ops.traffic import bytes_moved
-from kernel_targets import OPS
 from record import FUSED_OPS
+from support.kernel_targets import OPS
 
 from sqdf_fast.errors import UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 from training_step import measure, prediction, setups, summary
 from training_step.cases import OURS, PUBLISHED, SUBJECTS, Problem, problem
 from training_step.published import NO_QUIRKS, Published, Quirks
@@ -203,7 +203,7 @@ def test_memory_is_weights_and_what_each_stage_allocates():
     assert stages == {"first": resident + (4 << 20), "second": resident + (2 << 20)}
 
 
-def test_flops_count_attention_on_the_cpu_and_what_is_recomputed():
+def test_flops_count_attention_on_the_cpu_and_what_is_checkpointed():
     q = torch.randn(1, 2, 16, 8, requires_grad=True)
 
     def attend() -> None:

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 
 from sqdf_fast.cli import main
 from sqdf_fast.compare.command import Comparison, stored_protocol
 from sqdf_fast.compare.jobs import is_finished
-from sqdf_fast.report import read_metrics
+from sqdf_fast.runs import read_metrics
 
 REWARDS = """
 import time

@@ -18,8 +18,8 @@ from sqdf_fast.compare.curves import (
 )
 from sqdf_fast.compare.protocol import Tuning
 from sqdf_fast.compare.tuning import Trial, choose
-from sqdf_fast.report.run import Run
-from sqdf_fast.report.samples import Samples
+from sqdf_fast.runs.run import Run
+from sqdf_fast.runs.samples import Samples
 
 
 def curve(*proxies: float, seed: int = 0, **scores: list[float]) -> Curve:

@@ -18,7 +18,7 @@ from sqdf_fast.compare.protocol import make_protocol
 from sqdf_fast.compare.results import Results, Runs, make_results, write_results
 from sqdf_fast.compare.table import as_text, duel_table, end_table, equal_table, tuning_sentence
 from sqdf_fast.compare.tuning import Trial, choose
-from sqdf_fast.report import save_samples
+from sqdf_fast.runs import save_samples
 
 VOID = frozenset({"meta", "link", "img", "br"})
 PROMPTS = ["a red star", "a <b>bold</b> ring"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, Objective

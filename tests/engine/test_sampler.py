@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.engine import compilation
@@ -195,14 +195,14 @@ def test_training_runs_uncompiled_with_recomputation_between_compiled_samplings(
 
     plain, compiled = trained(model), trained(model, compilation="regional")
     for found in (plain, compiled):
-        for recomputation in found.backbone.recomputations:
-            recomputation.enabled = True
+        for checkpointed in found.backbone.checkpointed:
+            checkpointed.enabled = True
     x0(compiled)
     graphs = traced["stats"]["unique_graphs"]
     assert graphs > 0
     expected, got = gradients(plain), gradients(compiled)
     assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
-    assert compiled.backbone.recomputations[0].count == plain.backbone.recomputations[0].count > 0
+    assert compiled.backbone.checkpointed[0].count == plain.backbone.checkpointed[0].count > 0
     assert apart(x0(compiled), x0(plain)) < 1e-12
     assert traced["stats"]["unique_graphs"] == graphs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, Objective
@@ -22,9 +22,9 @@ PROMPTS = ["a red star", "a blue ring", "a ring", "a star", "a red ring"]
 SEEDS = sample_seeds(0, Stream.TRANSITION, 0, 5)
 INDEX = [0, 3, 1, 2, 3]
 CHUNKS = [
-    {"forward_rows": 1, "network_rows": 1, "decode_images": 1},
-    {"forward_rows": 3, "network_rows": 2, "decode_images": 3},
-    {"forward_rows": 64, "network_rows": 64, "decode_images": 64},
+    {"forward_batch_rows": 1, "backward_batch_rows": 1, "decode_images": 1},
+    {"forward_batch_rows": 3, "backward_batch_rows": 2, "decode_images": 3},
+    {"forward_batch_rows": 64, "backward_batch_rows": 64, "decode_images": 64},
 ]
 LOOKAHEADS = [
     {"lookahead": "tweedie"},
@@ -90,7 +90,7 @@ JOINT = Execution(executor="joint", micro_batch=5)
 
 
 @pytest.mark.parametrize("objective", LOOKAHEADS, ids=lambda objective: objective["lookahead"])
-@pytest.mark.parametrize("chunks", CHUNKS, ids=lambda chunks: f"chunks of {chunks['network_rows']}")
+@pytest.mark.parametrize("chunks", CHUNKS, ids=lambda chunks: f"chunks of {chunks['backward_batch_rows']}")
 def test_equals_the_joint_executor(model, consistency_lora, objective, chunks):
     joint = make(model, consistency_lora, execution=JOINT, alpha=50.0, **objective)
     staged = make(model, consistency_lora, execution=Execution(**chunks), alpha=50.0, **objective)
@@ -98,6 +98,11 @@ def test_equals_the_joint_executor(model, consistency_lora, objective, chunks):
     assert relative(gradients(staged), gradients(joint)) < 1e-12
     for name in ("loss", "reward", "kl"):
         assert torch.allclose(getattr(two, name), getattr(one, name), rtol=1e-12, atol=0)
+
+
+# How far float32 rounding alone moves a gradient depends on the processor: the measure is the joint executor's own
+# distance from itself in float64. Staged has an error of that size too, and merges the look-ahead's LoRA.
+ROUNDING_ERRORS = 3
 
 
 def make_world(dtype: torch.dtype) -> tuple[Backbone, Reward]:
@@ -152,12 +157,13 @@ def test_in_float64_every_chunking_of_the_embedded_world_is_the_joint_executor(e
     # rows where all samples are one chunk.
     [("tweedie", 4, 1), ("tweedie", 4, 2), ("consistency", 4, 3), ("consistency", 1, 1), ("consistency", 1, 2)],
 )
-def test_in_float32_it_is_the_joint_executor_at_the_same_chunks(world, lookahead, guidance_scale, size):
+def test_in_float32_it_is_the_joint_executor_at_the_same_chunks(world, exact_world, lookahead, guidance_scale, size):
     rows = size if guidance_scale == 1 else 2 * size
     joint = Execution(executor="joint", micro_batch=size)
-    staged = Execution(forward_rows=rows, network_rows=rows, decode_images=size)
+    staged = Execution(forward_batch_rows=rows, backward_batch_rows=rows, decode_images=size)
     one, two = (in_the_world(world, found, guidance_scale, lookahead=lookahead) for found in (joint, staged))
-    assert relative(two, one) < 1e-6
+    exact = in_the_world(exact_world, joint, guidance_scale, lookahead=lookahead)
+    assert relative(two, one) < ROUNDING_ERRORS * relative(one, exact)
 
 
 @pytest.fixture
@@ -176,21 +182,24 @@ def row_by_row(world, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("row_by_row")
-def test_in_float32_every_chunking_is_the_joint_executor_beside_the_operators_rounding(world):
-    joint = in_the_world(world, Execution(executor="joint", micro_batch=3))
+def test_in_float32_every_chunking_is_the_joint_executor_beside_the_operators_rounding(world, exact_world):
+    joint, exact = (in_the_world(w, Execution(executor="joint", micro_batch=3)) for w in (world, exact_world))
     for chunks in CHUNKS:
-        assert relative(in_the_world(world, Execution(**chunks)), joint) < 1e-6
+        staged = in_the_world(world, Execution(**chunks))
+        assert relative(staged, joint) < ROUNDING_ERRORS * relative(joint, exact), chunks
 
 
 def test_chunks_hold_whole_samples_and_no_more_rows_than_allowed(model, consistency_lora):
     rows = []
-    for network_rows in (1, 2, 5):
-        found = make(model, consistency_lora, execution=Execution(forward_rows=1, network_rows=network_rows))
+    for backward_batch_rows in (1, 2, 5):
+        found = make(
+            model, consistency_lora, execution=Execution(forward_batch_rows=1, backward_batch_rows=backward_batch_rows)
+        )
         run = found.backbone.run
         found.backbone.run = lambda given, run=run: rows.append(len(given)) or run(given)
         found.on_stage = lambda stage: stage == "policy vjp" and rows.clear()
         found.accumulate(batch(INDEX), SEEDS)
-        assert rows == {1: [1] * 10, 2: [2] * 5, 5: [4, 4, 2]}[network_rows]
+        assert rows == {1: [1] * 10, 2: [2] * 5, 5: [4, 4, 2]}[backward_batch_rows]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +210,7 @@ def test_chunks_hold_whole_samples_and_no_more_rows_than_allowed(model, consiste
 def test_every_form_of_the_loss(model, consistency_lora, objective):
     joint, staged = (
         make(model, consistency_lora, execution=execution, alpha=50.0, **objective)
-        for execution in (JOINT, Execution(network_rows=2))
+        for execution in (JOINT, Execution(backward_batch_rows=2))
     )
     for found in (joint, staged):
         found.accumulate(batch(INDEX), SEEDS)
@@ -222,7 +231,7 @@ def test_without_guidance_a_sample_is_one_row(model, consistency_lora):
 def test_every_parameter_of_a_fully_trained_network(model, consistency_lora):
     joint, staged = (
         make(model, consistency_lora, kind="full", execution=execution, alpha=50.0)
-        for execution in (JOINT, Execution(network_rows=3))
+        for execution in (JOINT, Execution(backward_batch_rows=3))
     )
     reference = [parameter.clone() for parameter in staged.backbone.family.network.parameters()]
     for found in (joint, staged):
@@ -235,11 +244,11 @@ def test_every_parameter_of_a_fully_trained_network(model, consistency_lora):
 
 def test_blocks_are_recomputed_and_the_gradient_stays(model, consistency_lora):
     plain = make(model, consistency_lora, execution=Execution())
-    blocks = make(model, consistency_lora, execution=Execution(recompute=("network", "decoder")))
+    blocks = make(model, consistency_lora, execution=Execution(gradient_checkpointing=("network", "decoder")))
     for found in (plain, blocks):
         found.accumulate(batch([0, 1]), SEEDS[:2])
     assert relative(gradients(blocks), gradients(plain)) < 1e-12
-    (network,), (decoder,) = (blocks.parts.recomputations[name] for name in ("network", "decoder"))
+    (network,), (decoder,) = (blocks.groups.checkpointed[name] for name in ("network", "decoder"))
     # Two images. The network: two guidance halves of the policy, whose first two blocks come before any LoRA and have
     # no graph, and one look-ahead each.
     assert (network.count, decoder.count) == ((network.blocks - 2) * 4 + network.blocks * 2, decoder.blocks * 2)
@@ -264,7 +273,7 @@ def test_stages_are_named_in_their_order_and_gradients_accumulate(model, consist
 
 
 def test_a_fresh_policy_has_no_kl_and_no_gradient_of_it(model, consistency_lora):
-    found = make(model, consistency_lora, execution=Execution(forward_rows=3), alpha=1e6)
+    found = make(model, consistency_lora, execution=Execution(forward_batch_rows=3), alpha=1e6)
     with torch.no_grad():
         for name, parameter in found.backbone.policy_parameters.items():
             if "lora_B" in name:
@@ -281,7 +290,7 @@ def test_a_fresh_policy_has_no_kl_and_no_gradient_of_it(model, consistency_lora)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_frozen_weights_are_there_in_their_stages_only(model, consistency_lora, kind):
     plain = make(model, consistency_lora, kind=kind, execution=Execution())
-    moving = make(model, consistency_lora, kind=kind, execution=Execution(residency="staged"))
+    moving = make(model, consistency_lora, kind=kind, execution=Execution(offload="staged"))
     family, here = moving.backbone.family, {}
 
     def frozen_bytes(module):
@@ -305,7 +314,7 @@ def test_frozen_weights_are_there_in_their_stages_only(model, consistency_lora, 
         "look-ahead vjp": nothing,
         "policy vjp": nothing if kind == "full" else network,
     }
-    moving.parts.apply(Execution())
+    moving.groups.apply(Execution())
     assert frozen_bytes(family.network) == frozen_bytes(plain.backbone.family.network)
     unchanged = zip(family.network.parameters(), plain.backbone.family.network.parameters(), strict=True)
     assert all(torch.equal(one, two) for one, two in unchanged)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 
 from sqdf_fast.shapes import load_taste
 

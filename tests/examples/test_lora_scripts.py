@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 from torch.nn.functional import mse_loss
 
 from sqdf_fast import DenoisingSchedule

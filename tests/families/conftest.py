@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_families import WRITERS
+from support.tiny_families import WRITERS
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import pytest
 import torch
-from tiny_families import WRITERS
+from support.tiny_families import WRITERS
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import family_from_configs, known_model, load_family

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import save_file
-from tiny_families import WRITERS
+from support.tiny_families import WRITERS
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family
@@ -276,8 +276,8 @@ def test_default_lora_targets_reach_every_attention_projection(models, name):
 def test_blocks_worth_recomputing_exist_under_their_names(models, name):
     family = load(models, name)
     for part, module in (("network", family.network), ("decoder", family.vae.decoder)):
-        found = {type(block).__name__ for block in module.modules()} & family.recompute_kinds[part]
-        assert found >= family.recompute_kinds[part] - {"AutoencoderTinyBlock"}
+        found = {type(block).__name__ for block in module.modules()} & family.checkpointed_block_types[part]
+        assert found >= family.checkpointed_block_types[part] - {"AutoencoderTinyBlock"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
-from tiny_families import WRITERS
+from support.tiny_families import WRITERS
 
-from sqdf_fast import assembly
 from sqdf_fast.config import make_config
+from sqdf_fast.engine import loading
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family, set_attention
 
@@ -83,9 +83,9 @@ def test_native_attention_of_flux_is_a_backend(models):
     assert {processor._attention_backend for processor in processors(family.network)} == {"native"}
 
 
-@pytest.mark.parametrize("residency", ["resident", "staged"])
+@pytest.mark.parametrize("offload", ["none", "staged"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_xformers_reaches_every_attention_layer_wherever_the_weights_wait(models, monkeypatch, name, residency):
+def test_xformers_reaches_every_attention_layer_wherever_the_weights_wait(models, monkeypatch, name, offload):
     switched, backends = [], []
     monkeypatch.setattr(
         Attention,
@@ -94,10 +94,10 @@ def test_xformers_reaches_every_attention_layer_wherever_the_weights_wait(models
     )
     monkeypatch.setattr(ModelMixin, "set_attention_backend", lambda network, backend: backends.append(backend))
     # The run's device is a GPU that is not here: weights to be moved there stay.
-    monkeypatch.setattr(assembly, "pick_device", lambda name: CUDA)
+    monkeypatch.setattr(loading, "pick_device", lambda name: CUDA)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *device, **options: module)
     monkeypatch.setattr(
-        assembly, "Backbone", lambda family, **options: SimpleNamespace(family=family, policy_parameters={})
+        loading, "Backbone", lambda family, **options: SimpleNamespace(family=family, policy_parameters={})
     )
     config = make_config(
         "shapes",
@@ -106,10 +106,10 @@ def test_xformers_reaches_every_attention_layer_wherever_the_weights_wait(models
             "dtype": "float32",
             "objective": {"lookahead": "tweedie"},
             "sampling": {"guidance_scale": 1},
-            "execution": {"attention": "xformers", "residency": residency},
+            "execution": {"attention": "xformers", "offload": offload},
         },
     )
-    family = assembly.load_backbone(config).family
+    family = loading.load_backbone(config).family
     assert family.device == CUDA
     assert backends == ["xformers"]
     layers = [module for module in family.network.modules() if isinstance(module, Attention)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import WRITERS
+from support.tiny_families import WRITERS
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, Objective
@@ -40,7 +40,7 @@ def gradients(folder, name, execution, **objective):
     result = executor.accumulate(batch, sample_seeds(0, Stream.TRANSITION, 0, 3))
     assert torch.isfinite(torch.as_tensor(result.loss)).all()
     assert (torch.as_tensor(result.kl) > 0).any()
-    recomputed = sum(part.count for part in backbone.recomputations)
+    recomputed = sum(part.count for part in backbone.checkpointed)
     found = {key: parameter.grad for key, parameter in backbone.policy_parameters.items()}
     return found, recomputed
 
@@ -48,7 +48,9 @@ def gradients(folder, name, execution, **objective):
 @pytest.mark.parametrize("name", sorted(WRITERS))
 def test_staged_and_recomputed_gradients_are_the_joint_ones(models, name):
     joint, _ = gradients(models[name], name, Execution(executor="joint", micro_batch=3))
-    staged, recomputed = gradients(models[name], name, Execution(network_rows=2, recompute=("network",)))
+    staged, recomputed = gradients(
+        models[name], name, Execution(backward_batch_rows=2, gradient_checkpointing=("network",))
+    )
     assert recomputed > 0
     assert joint.keys() == staged.keys()
     scale = max(gradient.norm() for gradient in joint.values())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_targets import fused_targets, targets
+from support.kernel_targets import fused_targets, targets
 
 
 @pytest.fixture(autouse=True)

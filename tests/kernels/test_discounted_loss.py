@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_targets import Target, assert_within_budget, without_gradient
+from support.kernel_targets import Target, assert_within_budget, without_gradient
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import discounted_loss

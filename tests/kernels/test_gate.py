@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_targets import OPS
+from support.kernel_targets import OPS
 
 from sqdf_fast.kernels import native
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_targets import Target, assert_within_budget, slow_interpreted, without_gradient
+from support.kernel_targets import Target, assert_within_budget, slow_interpreted, without_gradient
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import posterior_mean, posterior_mean_vjp

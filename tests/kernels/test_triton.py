@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_targets import INTERPRETED, OPS, slow_interpreted, targets
+from support.kernel_targets import INTERPRETED, OPS, slow_interpreted, targets
 
 from sqdf_fast.kernels import denoise_step, discounted_loss, philox_normal
 from sqdf_fast.kernels import triton as shared

@@ -111,11 +111,11 @@ def test_int8_weights_never_come_and_go():
     profiles, _ = golden("sdxl")
     moved = {
         name: {
-            choice.settings["execution.residency"]
+            choice.settings["execution.offload"]
             for choice in choices(
                 replace(profiles["none"], quantization=name), paper_config("sdxl"), find_device(None, GIB)
             )
         }
         for name in ("nf4", "int8")
     }
-    assert moved == {"nf4": {"resident", "staged"}, "int8": {"resident"}}
+    assert moved == {"nf4": {"none", "staged"}, "int8": {"none"}}

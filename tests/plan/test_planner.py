@@ -102,9 +102,13 @@ def kept(shapes, **keep):
 @pytest.mark.parametrize(
     "keep",
     [
-        {"execution__executor": "staged", "execution__network_rows": 3, "execution__recompute": ("decoder",)},
+        {
+            "execution__executor": "staged",
+            "execution__backward_batch_rows": 3,
+            "execution__gradient_checkpointing": ("decoder",),
+        },
         {"execution__executor": "joint", "execution__micro_batch": 5},
-        {"execution__residency": "staged", "sampling__batch_size": 7},
+        {"execution__offload": "staged", "sampling__batch_size": 7},
         {"sampling__merge_lora": False, "sampling__compile": "cuda-graphs", "sampling__channels_last": True},
     ],
 )
@@ -126,10 +130,10 @@ def test_a_kept_chunk_is_estimated_as_it_is(shapes):
 
 
 def test_contradictions_among_kept_settings_are_refused(shapes):
-    keep = {"execution.executor": "joint", "execution.residency": "staged"}
+    keep = {"execution.executor": "joint", "execution.offload": "staged"}
     planner = Planner(CONFIG, use_cache=False, keep=keep)
     planner._profiles = shapes._profiles
-    with pytest.raises(UserError, match=r"execution\.executor=joint, execution\.residency=staged"):
+    with pytest.raises(UserError, match=r"execution\.executor=joint, execution\.offload=staged"):
         planner.choices(CARD)
 
 

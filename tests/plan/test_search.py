@@ -12,7 +12,7 @@ from sqdf_fast.plan.simulate import PARTS
 BATCH = 5
 CONFIG = with_settings(make_config("shapes"), {"optimizer.batch_size": BATCH})
 EXECUTIONS = {
-    "staged": Execution(forward_rows=1, network_rows=1, recompute=PARTS, residency="staged"),
+    "staged": Execution(forward_batch_rows=1, backward_batch_rows=1, gradient_checkpointing=PARTS, offload="staged"),
     "joint": Execution(executor="joint", micro_batch=1),
 }
 

@@ -9,7 +9,7 @@ import torch
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, make_config, with_settings
-from sqdf_fast.engine import Parts, make_executor
+from sqdf_fast.engine import ModuleGroups, make_executor
 from sqdf_fast.engine.optimizers import clip_grad_norm, make_optimizer
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.families import load_family
@@ -52,7 +52,7 @@ def real_step(execution, dtype, config=CONFIG, updated=False):
         config.objective,
         guidance_scale=config.sampling.guidance_scale,
         execution=execution,
-        parts=Parts(backbone, reward),
+        parts=ModuleGroups(backbone, reward),
         impl="reference",
     )
     x = torch.randn(BATCH, *family.latent_shape, dtype=torch.float16)
@@ -73,13 +73,13 @@ def real_step(execution, dtype, config=CONFIG, updated=False):
 
 
 def executions():
-    staged = Execution(forward_rows=4, network_rows=2, decode_images=1)
+    staged = Execution(forward_batch_rows=4, backward_batch_rows=2, decode_images=1)
     joint = Execution(executor="joint", micro_batch=2)
     return [
         staged,
-        staged.model_copy(update={"recompute": PARTS}),
+        staged.model_copy(update={"gradient_checkpointing": PARTS}),
         joint,
-        joint.model_copy(update={"recompute": PARTS}),
+        joint.model_copy(update={"gradient_checkpointing": PARTS}),
     ]
 
 
@@ -119,7 +119,7 @@ def test_a_step_with_its_update_is_predicted_within_two_per_cent(config, allocat
 
 
 def test_a_step_whose_parts_come_and_go_is_predicted_within_two_per_cent(embedded, allocated_peak):
-    execution = executions()[1].model_copy(update={"residency": "staged"})
+    execution = executions()[1].model_copy(update={"offload": "staged"})
     run, _ = real_step(execution, torch.float32)
     # What is there when the profiler begins is unknown to it: a first step brings every part anew.
     real = allocated_peak(lambda: (run(), run()))
@@ -159,7 +159,7 @@ def beside(counted, *kinds):
 def test_activations_of_every_stage_grow_in_a_straight_line_with_the_chunk(embedded):
     peaks = []
     for size in (1, 2, 3):
-        execution = Execution(forward_rows=2 * size, network_rows=2 * size, decode_images=size)
+        execution = Execution(forward_batch_rows=2 * size, backward_batch_rows=2 * size, decode_images=size)
         peaks.append(embedded.run(execution, 6).stages)
     for name in ("reward", "look-ahead vjp", "policy vjp"):
         one, two, three = (run[name].peak_bytes for run in peaks)
@@ -168,7 +168,7 @@ def test_activations_of_every_stage_grow_in_a_straight_line_with_the_chunk(embed
 
 
 def test_a_larger_batch_costs_latents_alone(embedded):
-    execution = Execution(forward_rows=2, network_rows=2, decode_images=1)
+    execution = Execution(forward_batch_rows=2, backward_batch_rows=2, decode_images=1)
     small, large = (embedded.run(execution, samples) for samples in (2, 10))
     latents = embedded.family.latent_shape
     one = 4 * latents[0] * latents[1] * latents[2]
@@ -177,7 +177,7 @@ def test_a_larger_batch_costs_latents_alone(embedded):
 
 
 def test_recomputing_trades_arithmetic_for_memory(embedded):
-    kept, again = (embedded.run(Execution(recompute=parts), 2) for parts in ((), PARTS))
+    kept, again = (embedded.run(Execution(gradient_checkpointing=parts), 2) for parts in ((), PARTS))
     for name in ("reward", "policy vjp"):
         assert again.stages[name].peak_bytes < kept.stages[name].peak_bytes
         assert again.stages[name].flops > kept.stages[name].flops
@@ -186,7 +186,7 @@ def test_recomputing_trades_arithmetic_for_memory(embedded):
 
 def test_parts_that_come_and_go_are_on_the_device_in_their_stages_alone(embedded):
     resident = embedded.run(Execution(), 2)
-    staged = embedded.run(Execution(residency="staged"), 2)
+    staged = embedded.run(Execution(offload="staged"), 2)
     frozen = embedded.frozen_bytes()
     everything = resident.stages["policy vjp"].at_peak["weights"]
     absent = frozen["decoder"] + frozen["reward"]
@@ -210,7 +210,7 @@ def test_the_optimizers_states_are_counted_where_they_are(embedded):
 
 def test_sampling_counts_a_whole_trajectory(embedded):
     steps = embedded.run(Execution(), 1, sampled=2)
-    plain = embedded.run(Execution(forward_rows=8), 2).stages["transition"].flops / 2
+    plain = embedded.run(Execution(forward_batch_rows=8), 2).stages["transition"].flops / 2
     # A network call of two samples' rows, without adapters, at each of the steps.
     assert 0.9 * 20 * plain < steps.stages["sampling"].flops < 1.1 * 20 * plain
     adapted = embedded.run(Execution(), 1, sampled=2, merged=False).stages["sampling"]

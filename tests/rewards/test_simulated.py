@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.recompute import recompute
+from sqdf_fast.gradient_checkpointing import checkpoint_blocks
 from sqdf_fast.rewards import architectures, available_rewards, load_reward, reward_from_config
 from sqdf_fast.rewards.catalogue import CATALOGUE
 
@@ -54,7 +54,7 @@ def test_parameters_and_blocks_of_the_true_architecture(name):
     assert sum(parameter.numel() for parameter in reward.parameters()) == CATALOGUE[name].parameters
     assert CATALOGUE[name].parameters == PARAMETERS.get(name, CATALOGUE[name].parameters)
     kinds = [type(module).__name__ for module in reward.modules()]
-    assert sum(kind in reward.recompute_kinds for kind in kinds) == BLOCKS.get(name, 0)
+    assert sum(kind in reward.checkpointed_block_types for kind in kinds) == BLOCKS.get(name, 0)
 
 
 @pytest.fixture
@@ -87,11 +87,11 @@ def test_forward_and_backward_run_on_fake_tensors(name, dtype, small_configs):
 def test_recomputation_runs_on_fake_tensors(small_configs):
     mode = FakeTensorMode()
     reward = faked(reward_from_config("aesthetic", device="meta", dtype=torch.bfloat16), mode)
-    recomputation = recompute(reward, reward.recompute_kinds)
+    checkpointed = checkpoint_blocks(reward, reward.checkpointed_block_types)
     with mode:
         images = torch.rand(1, 3, 224, 224, requires_grad=True)
         torch.autograd.grad(reward(images, ["a"]).sum(), images)
-    assert recomputation.count == recomputation.blocks == 3
+    assert checkpointed.count == checkpointed.blocks == 3
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -107,18 +107,18 @@ def test_recomputing_the_backbone_changes_neither_score_nor_gradient(name, small
         return scores.detach(), torch.autograd.grad(scores.sum(), pixels)[0]
 
     kept = scored()
-    recomputation = recompute(reward, reward.recompute_kinds)
+    checkpointed = checkpoint_blocks(reward, reward.checkpointed_block_types)
     again = scored()
     blocks = 5 if name == "imagereward" else 3
-    assert (recomputation.blocks, recomputation.count) == (blocks, blocks)
+    assert (checkpointed.blocks, checkpointed.count) == (blocks, blocks)
     for before, after in zip(kept, again, strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert kept[1].abs().max() > 0
     with torch.no_grad():
         reward(images, prompts)
-    recomputation.enabled = False
+    checkpointed.enabled = False
     scored()
-    assert recomputation.count == blocks
+    assert checkpointed.count == blocks
 
 
 def test_random_weights_are_usable_numbers(small_configs):
@@ -161,7 +161,7 @@ def test_sum_is_simulated_as_its_parts():
     assert isinstance(scores, FakeTensor)
     assert (scores.shape, gradient.shape) == ((2,), (2, 3, 64, 64))
     both = reward_from_config("aesthetic*1.0+imagereward*0.5", device="meta", dtype=torch.bfloat16)
-    assert both.recompute_kinds == {"CLIPEncoderLayer", "BlipEncoderLayer", "BlipTextLayer"}
+    assert both.checkpointed_block_types == {"CLIPEncoderLayer", "BlipEncoderLayer", "BlipTextLayer"}
     with pytest.raises(UserError, match="'jpeg' cannot be simulated"):
         reward_from_config("taste+jpeg")
 

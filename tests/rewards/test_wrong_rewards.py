@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import write_pipeline
+from support.tiny import write_pipeline
 
 from sqdf_fast.cli import main
 

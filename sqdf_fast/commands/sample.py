@@ -1,0 +1,95 @@
+"""`sqdf-fast sample`: images from a run or a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from sqdf_fast.backbone import Role
+from sqdf_fast.config import Config, make_config
+from sqdf_fast.display import StageProgress, image_grid, save_png
+from sqdf_fast.engine.loading import load_run_reward
+from sqdf_fast.engine.noise import Stream, sample_seeds
+from sqdf_fast.engine.runtime import Runtime
+from sqdf_fast.errors import UserError
+from sqdf_fast.families.loading import KNOWN_MODELS
+from sqdf_fast.files import disk_errors
+from sqdf_fast.guided_sampling import Cost, Method, training_free
+from sqdf_fast.rewards.preprocess import to_pil
+from sqdf_fast.runs.folder import RunFolder
+
+
+def draw(
+    run: Path,
+    prompts: Sequence[str],
+    *,
+    number: int,
+    seed: int,
+    base: bool,
+    output: Path,
+    method: Method | None = None,
+    reward: str | None = None,
+    **options: Any,
+) -> Cost | None:
+    """Sample ``number`` images of each prompt into one labelled PNG.
+
+    Args:
+        run: a run folder; or a base model, "shapes", a known short name or a diffusers folder.
+        base: sample from the run's base model instead of the fine-tuned one.
+        method: improves the samples without training, see :func:`sqdf_fast.guided_sampling.training_free`; options:
+            its own.
+        reward: what ``method`` maximizes; None: the run's.
+
+    Returns:
+        What ``method`` has cost; None without one.
+
+    Raises:
+        UserError: no run, no trained policy in it, or the file cannot be written; what ``method`` refuses.
+    """
+    config, policy = _opened(run)
+    config = with_lookahead(config, "consistency" if options.get("estimate") == "consistency" else "tweedie")
+    if reward is not None and reward != config.reward:
+        # Its options are the run's own reward's.
+        config = config.model_copy(update={"reward": reward, "reward_options": {}})
+    repeated = [prompt for prompt in prompts for _ in range(number)]
+    seeds = sample_seeds(seed, Stream.EVALUATION, 1, len(repeated))
+    role: Role = "reference" if base or policy is None else "policy"
+    with StageProgress() as progress:
+        scorer = None if method is None else load_run_reward(config, repeated)
+        runtime = Runtime.load(config, prompts=repeated, policy=policy, reward=scorer, progress=progress)
+        if method is None:
+            latents, cost = runtime.sample(repeated, seeds, role=role).x0, None
+        else:
+            improved = training_free(method, runtime, repeated, seeds, role=role, **options)
+            latents, cost = improved.x0, improved.cost
+        images = runtime.decode(latents)
+    with disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_png(image_grid(to_pil(images), repeated, columns=number), output)
+    return cost
+
+
+def _opened(run: Path) -> tuple[Config, str | None]:
+    """Configuration and trained policy of a run, or those of a base model, which has none."""
+    name = str(run)
+    known = name == "shapes" or name in KNOWN_MODELS or name in KNOWN_MODELS.values()
+    if not (run / "config.yaml").is_file() and (known or (run / "model_index.json").is_file()):
+        return make_config("shapes" if name == "shapes" else "aesthetic", flags={"model": name}), None
+    folder, config = RunFolder.open(run)
+    return config, trained_policy(folder, config)
+
+
+def trained_policy(run: RunFolder, config: Config) -> str:
+    """The folder of what a run trained. Raises UserError where it has saved nothing yet."""
+    folder = run.policy(config)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"run {run.path} has no trained {folder.name} yet; continue it with: sqdf-fast train --resume {run.path}"
+        )
+    return str(folder)
+
+
+def with_lookahead(config: Config, lookahead: Literal["consistency", "tweedie"]) -> Config:
+    """The configuration with another look-ahead; "tweedie" samples without a consistency LoRA, which may be missing."""
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"lookahead": lookahead})})

@@ -1,0 +1,87 @@
+"""Runs that train nothing: better sampling of the base model, one evaluation for each strength."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from typing import Any
+
+from torch import Tensor
+
+from sqdf_fast.compare.jobs import Free, Job, check_settings
+from sqdf_fast.engine.loading import load_run_reward
+from sqdf_fast.engine.runtime import Runtime
+from sqdf_fast.files import disk_errors
+from sqdf_fast.guided_sampling import TrainingFree, training_free
+from sqdf_fast.runs import MetricsLog, read_metrics
+from sqdf_fast.runs.folder import RunFolder
+from sqdf_fast.runs.metrics import Record
+from sqdf_fast.training.evaluator import Evaluator, HeldOut
+
+# At this strength each of them is plain sampling.
+PLAIN = {"best-of-n": 1.0, "guided": 0.0}
+
+
+def sample_free(job: Job, free: Free, stop: threading.Event) -> None:
+    """Evaluate each strength that the run folder has no record of. Costs are those of one image.
+
+    Raises:
+        UserError: the folder is of other settings; what the sampling refuses. Interrupted: strengths that are
+            evaluated stay.
+    """
+    run, config = RunFolder(job.folder), job.config
+    if run.config.exists() and run.metrics.exists():
+        check_settings(job)
+    else:
+        with disk_errors(job.folder):
+            shutil.rmtree(job.folder, ignore_errors=True)
+        RunFolder.create(job.folder, config)
+    sampled = _Sampled(job, free, stop)
+    with MetricsLog(run.metrics) as log:
+        for number in range(len(read_metrics(run.metrics)), len(free.strengths)):
+            log.append(sampled.evaluate(number))
+        log.append({"kind": "end", "step": len(free.strengths) - 1, "reason": "steps"})
+
+
+class _Sampled:
+    """The base model with all that judges it, loaded once for all strengths."""
+
+    def __init__(self, job: Job, free: Free, stop: threading.Event) -> None:
+        config = job.config
+        self.job, self.free = job, free
+        held_out = HeldOut.of(config)
+        reward = load_run_reward(config, held_out.prompts)
+        self.runtime = Runtime.load(config, prompts=held_out.prompts, reward=reward, stop=stop)
+        self.evaluator = Evaluator(config, reward, held_out)
+
+    def evaluate(self, number: int) -> Record:
+        """The record of one strength, its images saved."""
+        started = time.monotonic()
+        evaluator, strength = self.evaluator, self.free.strengths[number]
+        sampled = self._sample(strength)
+        seconds, count = time.monotonic() - started, len(evaluator.held_out.prompts)
+        images = self.runtime.decode(sampled.x0)
+        if evaluator.base is None and strength != PLAIN[self.free.kind]:
+            # Distances are measured from the base model's own images.
+            self._judge(self.runtime.decode(self._sample(PLAIN[self.free.kind]).x0), is_base=True)
+        scores = self._judge(images, is_base=evaluator.base is None)
+        evaluator.keep_samples(self.job.folder, number, images)
+        return {
+            "kind": "evaluation",
+            "step": number,
+            "strength": strength,
+            **scores,
+            "spent_unet_evaluations": sampled.cost.unet_evaluations / count,
+            "spent_reward_evaluations": sampled.cost.reward_evaluations / count,
+            "spent_seconds": seconds / count,
+        }
+
+    def _judge(self, images: Tensor, *, is_base: bool) -> dict[str, Any]:
+        self.runtime.begin("judging", "reward")
+        return self.evaluator.judge(images, self.runtime.family.device, is_base=is_base).record()
+
+    def _sample(self, strength: float) -> TrainingFree:
+        kind, held_out = self.free.kind, self.evaluator.held_out
+        options: dict[str, Any] = {"candidates": int(strength)} if kind == "best-of-n" else {"scale": strength}
+        return training_free(kind, self.runtime, held_out.prompts, held_out.seeds, **options)

@@ -1,0 +1,74 @@
+"""The folder of one run: where each file lies and who may write it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqdf_fast.config import Config, dump_config, make_config, read_config_file
+from sqdf_fast.errors import UserError
+from sqdf_fast.files import disk_errors
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run: config.yaml, metrics.jsonl, lora/ or network/, checkpoints/, samples/, report.html, plan.json."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def policy(self, config: Config) -> Path:
+        """The result: a folder that diffusers' load_lora_weights reads, or the trained network's own."""
+        return self.path / ("network" if config.policy.kind == "full" else "lora")
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @staticmethod
+    def refuse_existing(path: Path) -> None:
+        """Raises UserError when ``path`` exists and is not an empty folder."""
+        with disk_errors(path):
+            occupied = os.path.exists(path) and (not os.path.isdir(path) or bool(os.listdir(path)))
+        if occupied:
+            raise UserError(f"run folder {path} exists; continue it with --resume {path}, or choose another --output")
+
+    @staticmethod
+    def create(path: Path, config: Config) -> RunFolder:
+        """A new run. Raises UserError when ``path`` holds something or cannot be written."""
+        RunFolder.refuse_existing(path)
+        run = RunFolder(path)
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            run.config.write_text(dump_config(config), encoding="utf-8")
+        return run
+
+    @staticmethod
+    def open(path: Path) -> tuple[RunFolder, Config]:
+        """An existing run and its configuration. Raises UserError when it is none."""
+        run = RunFolder(path)
+        if not os.path.isfile(run.config):
+            raise UserError(
+                f"{path} is no run folder: it has no config.yaml; give the folder that `sqdf-fast train` wrote"
+            )
+        return run, make_config(file=read_config_file(run.config))
+
+    @staticmethod
+    def next_free(parent: Path, name: str) -> Path:
+        """``parent/name-001`` or the first number after it that is free."""
+        number = 1
+        while (path := parent / f"{name}-{number:03d}").exists():
+            number += 1
+        return path

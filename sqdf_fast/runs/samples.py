@@ -1,0 +1,71 @@
+"""``samples/``: the same seeds and prompts, drawn again as training goes on.
+
+samples/samples.json            [{"prompt": ..., "seed": ...}, ...]
+samples/step_000000/00.png ...  pictures of that list, in its order
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sqdf_fast.files import disk_errors
+from sqdf_fast.rewards.preprocess import to_pil
+
+_STEP_FOLDER = re.compile(r"step_(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a run folder holds of samples.
+
+    Attributes:
+        prompts, seeds: one entry a picture.
+        steps: by training step, in order, the file of each picture; None where it is missing.
+    """
+
+    prompts: list[str]
+    seeds: list[int | None]
+    steps: dict[int, list[Path | None]]
+
+
+def save_samples(run_folder: Path, step: int, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Write the pictures of one step, and the list of prompts and seeds.
+
+    Args:
+        images: float [N, 3, H, W] in [0, 1].
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    folder = run_folder / "samples" / f"step_{step:06d}"
+    listing = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder.parent / "samples.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+        for index, picture in enumerate(to_pil(images)):
+            picture.save(folder / f"{index:02d}.png", format="PNG")
+
+
+def read_samples(run_folder: Path) -> Samples:
+    """The samples of a run folder; empty where it has none, or where their list is damaged."""
+    folder = run_folder / "samples"
+    try:
+        listing: list[dict[str, Any]] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+        prompts = [str(entry["prompt"]) for entry in listing]
+        seeds = [entry.get("seed") for entry in listing]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Samples([], [], {})
+    steps = {}
+    for path in folder.iterdir():
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match:
+            files = [path / f"{index:02d}.png" for index in range(len(prompts))]
+            steps[int(match[1])] = [file if file.is_file() else None for file in files]
+    return Samples(prompts, seeds, dict(sorted(steps.items())))

@@ -1,0 +1,1 @@
+"""A training run: lifecycle, loop and evaluation."""
