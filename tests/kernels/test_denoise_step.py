@@ -6,7 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernel_targets import assert_within_budget, relative_error, slow_interpreted, without_gradient
+from support.kernel_targets import (
+    assert_within_budget,
+    relative_error,
+    slow_interpreted,
+    slow_when_interpreted,
+    without_gradient,
+)
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import denoise_step, denoise_step_staged, denoise_step_vjp, philox_normal
@@ -137,6 +143,7 @@ def test_extreme_coefficients(fused):
         check(fused, dtype, (4, 9, 11), 7.5, index=(4, 1, 4))
 
 
+@slow_when_interpreted
 @settings(deadline=None, max_examples=30)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
@@ -438,7 +445,9 @@ def test_seed_draws_the_counter_based_noise(target, dtype):
     assert (drawn[0].double() - given[0].double()).abs().max() <= 1e-6 + torch.finfo(dtype).eps * given[0].abs().max()
 
 
-@pytest.mark.parametrize("elements", [127, 16384 + 3, pytest.param(36001, marks=slow_interpreted)])
+@pytest.mark.parametrize(
+    "elements", [127, 2048 + 3, *(pytest.param(n, marks=slow_interpreted) for n in (16384 + 3, 36001))]
+)
 def test_row_does_not_depend_on_its_neighbours(target, elements):
     x, policy, reference, _, index = (t.to(target.device) for t in make((elements,), torch.float32, index=(2, 0, 1, 1)))
     seed, table = torch.arange(4, device=target.device), TRANSITION.to(target.device)
@@ -459,6 +468,7 @@ def test_row_does_not_depend_on_its_neighbours(target, elements):
             assert torch.equal(value, expected[of.to(expected.device)])
 
 
+@slow_when_interpreted
 def test_compiles_without_a_graph_break(target):
     x, policy, reference, noise, index = (t.to(target.device) for t in make((4, 6, 5), torch.float32))
     table = TRANSITION.to(target.device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernel_targets import Target, assert_within_budget, without_gradient
+from support.kernel_targets import Target, assert_within_budget, slow_when_interpreted, without_gradient
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import discounted_loss
@@ -205,6 +205,7 @@ def test_mixed_dtypes_add_up_in_float32(target):
     assert loss.item() == pytest.approx(-1.0009765625, rel=1e-6)
 
 
+@slow_when_interpreted
 def test_compiles_without_a_graph_break(target):
     reward, kl, remaining = (t.to(target.device) for t in make((5,), torch.float32))
     reward.requires_grad_()
@@ -219,6 +220,7 @@ def test_compiles_without_a_graph_break(target):
     torch.testing.assert_close(grad, torch.autograd.grad(loss(reward, kl, remaining), reward)[0])
 
 
+@slow_when_interpreted
 def test_a_changing_coefficient_compiles_too(target):
     """alpha, gamma and the denominator of a schedule of theirs: one graph each time, and the eager values."""
     torch.compiler.reset()

@@ -119,7 +119,7 @@ def transposing(x, out, n_elements, BLOCK: tl.constexpr):
         (transposing, 8, "bytes of shared memory"),
     ],
 )
-@pytest.mark.parametrize("architecture", [75, 90])
+@pytest.mark.parametrize("architecture", [75, pytest.param(90, marks=pytest.mark.slow)])
 def test_each_check_can_fail(gate, kernel, warps, violation, architecture, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     size = {spilling: 16 * BLOCK, transposing: 256 * 256}.get(kernel, 4 * BLOCK)

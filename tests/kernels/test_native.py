@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels import native
+from sqdf_fast.kernels import discounted_loss, native
 from sqdf_fast.kernels.denoise_step import native as denoise_step
 from sqdf_fast.kernels.philox import native as philox
 from sqdf_fast.kernels.posterior_mean import native as posterior_mean
@@ -366,33 +364,22 @@ def test_results_are_plainly_contiguous_where_an_input_has_odd_strides() -> None
         assert result.stride() == (30, 30, 5, 1)
 
 
-ELSEWHERE = """
-import torch
-from sqdf_fast.kernels import discounted_loss
-from sqdf_fast.kernels.denoise_step import native as denoise_step
-from sqdf_fast.kernels.philox import native as philox
-from sqdf_fast.kernels.posterior_mean import native as posterior_mean
-
-torch.set_default_device("meta")
-x, index = torch.ones(2, 300, device="cpu"), torch.zeros(2, dtype=torch.int64, device="cpu")
-table = torch.tensor([[2.0, 3.0, 1.0]], device="cpu")
-dtypes = torch.float32, torch.bfloat16
-results = [philox.words(index, 300), philox.normal(index, 300)]
-results += denoise_step.forward(x, x, x, table, index, 1.0, x, None, 1.0, True)
-results += denoise_step.forward(x, x, x, table, index, 1.0, None, index, 1.0, False)
-results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, True, True)
-results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, False, False)
-results += [posterior_mean.forward(x, x, table[:, :2], index, 1.0, torch.float16)]
-results += posterior_mean.backward(x, table[:, :2], index, 1.0, *dtypes, True, True)
-loss = discounted_loss(x, x, index[:, None].expand(2, 300), gamma=0.5, alpha=0.25)
-print({result.device.type for result in (*results, loss)}, loss.item(), results[2].unique().item())
-"""
-
-
 @needs_native
 def test_results_are_on_the_device_of_the_inputs_and_not_on_the_default_one() -> None:
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "{'cpu'} -0.75 6.0\n"), done.stderr
+    x, index = torch.ones(2, 300), torch.zeros(2, dtype=torch.int64)
+    table, dtypes = torch.tensor([[2.0, 3.0, 1.0]]), (torch.float32, torch.bfloat16)
+    with torch.device("meta"):
+        results = [philox.words(index, 300), philox.normal(index, 300)]
+        results += denoise_step.forward(x, x, x, table, index, 1.0, x, None, 1.0, True)
+        results += denoise_step.forward(x, x, x, table, index, 1.0, None, index, 1.0, False)
+        results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, True, True)
+        results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, False, False)
+        results += [posterior_mean.forward(x, x, table[:, :2], index, 1.0, torch.float16)]
+        results += posterior_mean.backward(x, table[:, :2], index, 1.0, *dtypes, True, True)
+        loss = discounted_loss(x, x, index[:, None].expand(2, 300), gamma=0.5, alpha=0.25)
+        assert torch.empty(1).device.type == "meta"
+    assert {result.device.type for result in (*results, loss)} == {"cpu"}
+    assert (loss.item(), results[2].unique().item()) == (-0.75, 6.0)
 
 
 @needs_native

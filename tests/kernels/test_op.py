@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.kernel_targets import OPS, fused_targets
+from support.kernel_targets import OPS, fused_targets, slow_when_interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,6 +49,7 @@ def test_every_operator_has_cases_and_every_folder_is_in_the_registry():
     assert sorted(path.parent.name for path in folder.glob("*/triton.py")) == sorted(OPS)
 
 
+@slow_when_interpreted
 @each_case
 def test_opcheck(where, op, name):
     """Schema, autograd registration, fake tensors and AOT dispatch, as PyTorch checks them."""
@@ -128,6 +129,7 @@ def test_a_compiled_loss_is_the_eager_one(fused, backend):
         torch.testing.assert_close(a, b)
 
 
+@slow_when_interpreted
 def test_compiled_once_for_every_batch_size(fused):
     """dynamic=True: a second batch size compiles nothing new."""
     torch.compiler.reset()

@@ -6,7 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernel_targets import Target, assert_within_budget, slow_interpreted, without_gradient
+from support.kernel_targets import (
+    Target,
+    assert_within_budget,
+    slow_interpreted,
+    slow_when_interpreted,
+    without_gradient,
+)
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import posterior_mean, posterior_mean_vjp
@@ -75,6 +81,7 @@ def test_equals_definition(target, dtype, shape, g):
     check(target, dtype, shape, g)
 
 
+@slow_when_interpreted
 @settings(deadline=None, max_examples=30)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
@@ -254,6 +261,7 @@ def test_the_table_gets_no_gradient(target):
     assert not posterior_mean(x, output, table, index, impl=target.impl).requires_grad
 
 
+@slow_when_interpreted
 def test_compiles_without_a_graph_break(target):
     x, output, index = (t.to(target.device) for t in make((4, 6, 5), torch.float32))
     table = POSTERIOR.to(target.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,16 @@ OPS = tuple(op for op in registry.OPS if registry.spec(op).launches is not None)
 BUDGET = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative L2 error of a sample that a dtype is allowed; a fused kernel also twice what the reference errs."""
 
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process runs Triton's kernels in its interpreter, on the CPU, an element at a time."""
 
 slow_interpreted = [pytest.mark.slow] if INTERPRETED else []
 """Marks of a case that only the interpreter takes long for."""
+
+
+def slow_when_interpreted(test: Any) -> Any:
+    """`slow_interpreted` for a test function."""
+    return pytest.mark.slow(test) if INTERPRETED else test
 
 
 @dataclass(frozen=True)
