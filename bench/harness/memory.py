@@ -1,0 +1,87 @@
+"""Peak memory of a call by PyTorch's own account: the CUDA allocator's peak, or the profiler's allocation events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from harness.timing import Subject
+
+Begin = Callable[[str], None]
+Watch = Callable[[Begin], None]
+"""Receives a function that the call invokes with the name of each of its stages as it begins."""
+
+_MARK = "stage: "
+
+
+def peak_bytes(subject: Subject, device: str) -> int:
+    """The most that one call allocates at a time beyond what it receives."""
+    state = subject.prepare()
+    return max(stage_peaks(lambda: subject.call(state), device).values())
+
+
+def stage_peaks(
+    call: Callable[[], object],
+    device: str,
+    watch: Watch = lambda begin: None,
+    settle: Callable[[], object] = lambda: None,
+) -> dict[str, int]:
+    """The most that is allocated at a time in each stage, beyond what is allocated when `call` starts.
+
+    Args:
+        call: the call to observe.
+        device: "cpu" or "cuda".
+        watch: how the call announces its stages; what comes before the first one is called "".
+        settle: a call to run before, observed too: the profiler misses the release of what was allocated before it began.
+    """
+    return (_cuda_peaks if device == "cuda" else _cpu_peaks)(call, watch, settle)
+
+
+def _cuda_peaks(call: Callable[[], object], watch: Watch, settle: Callable[[], object]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    current = ""
+
+    def close() -> None:
+        torch.cuda.synchronize()
+        found[current] = max(found.get(current, 0), torch.cuda.max_memory_allocated() - before)
+        torch.cuda.reset_peak_memory_stats()
+
+    def begin(name: str) -> None:
+        nonlocal current
+        close()
+        current = name
+
+    settle()
+    watch(begin)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    close()
+    return found
+
+
+def _cpu_peaks(call: Callable[[], object], watch: Watch, settle: Callable[[], object]) -> dict[str, int]:
+    def begin(name: str) -> None:
+        with torch.profiler.record_function(_MARK + name):
+            pass
+
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        settle()
+        watch(begin)
+        begin("")
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" or _MARK in e.name()]
+    events.sort(key=lambda event: event.start_ns())
+    begun = next(number for number, event in enumerate(events) if event.name() == _MARK)
+    found, live, current = {"": 0}, 0, ""
+    for event in events[begun:]:
+        if event.name() == "[memory]":
+            live += event.nbytes()
+        else:
+            current = event.name().removeprefix(_MARK)
+            found.setdefault(current, live)
+        found[current] = max(found[current], live)
+    return found
