@@ -54,8 +54,9 @@ clean:  ## Remove the environment and everything built
 # The package as it is once installed, with kernels/ inside, for tools that read folders and run no import hooks.
 .PHONY: build/package
 build/package:
-	rm -rf $@ && mkdir -p $@/sqdf_fast
-	ln -s $(filter-out %/__pycache__,$(wildcard $(CURDIR)/sqdf_fast/*)) $(CURDIR)/kernels $@/sqdf_fast/
+	rm -rf $@ && mkdir -p $@/sqdf_fast/kernels
+	ln -s $(filter-out %/__pycache__ %/kernels,$(wildcard $(CURDIR)/sqdf_fast/*)) $@/sqdf_fast/
+	ln -s $(filter-out %/__pycache__,$(wildcard $(CURDIR)/sqdf_fast/kernels/* $(CURDIR)/kernels/*)) $@/sqdf_fast/kernels/
 
 # Each stamp says which extra is installed; a larger installation makes the smaller stamps too.
 $(VENV)/.installed: $(INPUTS)
