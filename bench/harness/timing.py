@@ -56,6 +56,8 @@ def interleave(subjects: Mapping[str, Subject], device: str, pace: Pace) -> dict
     calls = {name: _calls_per_turn(subject, device, pace) for name, subject in subjects.items()}
     taken: dict[str, list[float]] = {name: [] for name in subjects}
     order = list(subjects)
+    if not order:
+        return taken
     collecting = gc.isenabled()
     gc.disable()
     try:

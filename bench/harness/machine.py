@@ -1,19 +1,34 @@
-"""What a recorded result says of the machine: its hardware and its versions, nothing that tells which one it is.
+"""The devices that are measured, and what a recorded result says about the machine: hardware and versions alone.
 
-`python bench/fused_ops/machine.py` prints it as JSON.
+Nothing in it identifies the machine. `python bench machine` prints it as JSON.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sqdf_fast.commands.doctor import facts
+from sqdf_fast.errors import UserError
+
+
+def devices(choice: str) -> list[str]:
+    """ "all" -> the CPU, and CUDA where there is a GPU; otherwise the one named.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    found = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if choice == "all":
+        return found
+    if choice not in found:
+        raise UserError(f"no device {choice} on this machine: choose one of all, {', '.join(found)}")
+    return [choice]
 
 
 def machine_info() -> dict[str, Any]:
@@ -65,6 +80,3 @@ def _version(name: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
 
-
-if __name__ == "__main__":
-    json.dump(machine_info(), sys.stdout)

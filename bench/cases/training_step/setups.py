@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,17 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from cases.training_step.problem import OURS, PUBLISHED, Problem
+from cases.training_step.published import NO_QUIRKS, Published
+from harness.memory import Begin, Watch
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, Objective
 from sqdf_fast.engine import Executor, Parts, make_executor
 from sqdf_fast.families import Conditioning, Family, family_from_configs, load_family
+from sqdf_fast.families.loading import known_model
 from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.rewards import Reward, load_reward, reward_from_config
-from training_step import narrow
-from training_step.cases import OURS, PUBLISHED, Problem
-from training_step.published import NO_QUIRKS, Published
 
 OBJECTIVE = Objective(alpha=2.0, gamma=0.9, lookahead="consistency")
 _PROMPTS = ("a red circle", "a blue square", "a green star", "a yellow triangle")
@@ -34,25 +38,44 @@ _CONSISTENCY_LAYERS = (
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
 
+_NARROW_UNET: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "block_out_channels": [32, 64, 64, 64],
+        "attention_head_dim": 2,
+    },
+    "sdxl": {
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "block_out_channels": [32, 64, 64],
+        "attention_head_dim": [1, 2, 4],
+        "transformer_layers_per_block": [1, 1, 2],
+    },
+}
+_NARROW_VAE = {"sample_size": 64, "layers_per_block": 1, "block_out_channels": [32, 32, 32, 32]}
+
 
 @dataclass(frozen=True)
 class Step:
     """A way to run the step.
 
     Attributes:
-        prepare: untimed, before each run; call: adds the batch's gradient to `parameters`.
-        modules: what holds the weights it needs.
-        watch: hands it a function that is told the name of each stage as it begins.
+        prepare: what happens untimed before each run.
+        call: a run: adds the batch's gradient to `parameters`.
+        parameters: the policy's parameters.
+        modules: the modules whose weights it needs.
+        watch: how it announces its stages.
     """
 
     prepare: Callable[[], None]
     call: Callable[[], Any]
     parameters: list[nn.Parameter]
     modules: tuple[nn.Module, ...]
-    watch: Callable[[Callable[[str], None]], None]
+    watch: Watch
 
     def gradient(self) -> Tensor:
-        """Of one run, in float64 on the CPU, all parameters in one vector."""
+        """The gradient of one run, in float64 on the CPU, all parameters in one vector."""
         self.prepare()
         self.call()
         return torch.cat([parameter.grad.flatten().double().cpu() for parameter in self.parameters])
@@ -63,8 +86,8 @@ class Ours:
 
     Args:
         problem: model and sizes.
-        dtype: of the arithmetic; the weights are those of the problem's dtype, exactly, so that a wider one is the
-            truth that the problem's own is held to.
+        dtype: dtype of the arithmetic. The weights are exactly those of the problem's dtype, so that a wider one gives
+            the gradient that the problem's own is compared with.
     """
 
     def __init__(self, problem: Problem, dtype: torch.dtype | None = None) -> None:
@@ -110,7 +133,7 @@ class Ours:
             lambda: executor.accumulate(self.batch, self.seeds),
             parameters,
             (self.family.network, self.family.vae, self.reward),
-            lambda told: _watch(executor, told),
+            partial(_watch, executor),
         )
 
     def published(self) -> Step:
@@ -150,7 +173,7 @@ class Ours:
             ),
             parameters,
             (*networks, family.vae, self.reward),
-            lambda told: _watch(published, told),
+            partial(_watch, published),
         )
 
     def _backbone(self) -> Backbone:
@@ -213,8 +236,19 @@ def architecture(problem: Problem, device: torch.device) -> Family:
     if not problem.toy or problem.model == "shapes":
         return family_from_configs(problem.model, device=device, dtype=problem.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        path = narrow.write(problem.model, Path(folder))
-        return family_from_configs(str(path), device=device, dtype=problem.dtype)
+        _write_narrow(problem.model, Path(folder))
+        return family_from_configs(folder, device=device, dtype=problem.dtype)
+
+
+def _write_narrow(model: str, folder: Path) -> None:
+    """A diffusers folder of configurations without weights: the same classes, a tenth of the width, 64 x 64 images."""
+    known = known_model(model)
+    assert known is not None
+    shutil.copytree(known, folder, dirs_exist_ok=True)
+    for part, changes in (("unet", _NARROW_UNET[model]), ("vae", _NARROW_VAE)):
+        file = folder / part / "config.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(values | changes), encoding="utf-8")
 
 
 def _reward(problem: Problem) -> Reward:
@@ -266,5 +300,5 @@ def _forget(parameters: list[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _watch(runner: Executor | Published, told: Callable[[str], None]) -> None:
-    runner.on_stage = told
+def _watch(runner: Executor | Published, begin: Begin) -> None:
+    runner.on_stage = begin

@@ -11,15 +11,15 @@ PUBLISHED = "published"
 OURS: dict[str, dict[str, Any]] = {
     "joint": {"executor": "joint"},
     "staged": {"executor": "staged"},
-    "staged + recompute": {"executor": "staged", "gradient_checkpointing": ("network", "decoder", "reward")},
-    "staged + recompute + residency": {
+    "staged + checkpointing": {"executor": "staged", "gradient_checkpointing": ("network", "decoder", "reward")},
+    "staged + checkpointing + offload": {
         "executor": "staged",
         "gradient_checkpointing": ("network", "decoder", "reward"),
         "offload": "staged",
     },
 }
-"""Settings of `execution` by the name that the report gives them."""
-SUBJECTS = (PUBLISHED, *OURS)
+"""Settings of `execution`, by the way's name."""
+WAYS = (PUBLISHED, *OURS)
 MODELS = ("shapes", "sd15", "sdxl")
 
 
@@ -30,10 +30,12 @@ class Problem:
     Attributes:
         model: "shapes" with its own weights, or a model of known architecture with random ones; narrow if `toy`.
         reward: a registered name; random weights for a model with random weights.
-        dtype: of the frozen weights; device: "cpu" or "cuda".
-        batch: samples of the step, one micro-batch where there is one graph.
+        dtype: dtype of the frozen weights.
+        device: "cpu" or "cuda".
+        batch: samples of the step; one micro-batch where there is one graph.
         backward_batch_rows, decode_images, forward_batch_rows: chunks of the staged executor.
-        steps, guidance_scale: of the sampler.
+        steps: denoising steps of the sampler.
+        guidance_scale: guidance scale of the sampler.
         toy: tiny and few, figures mean nothing.
     """
 

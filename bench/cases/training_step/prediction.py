@@ -1,4 +1,4 @@
-"""What the planner says of a problem, and what the device can do at best: nothing where neither is known."""
+"""What the planner predicts for a problem, and what the device can do at best, where these are known."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from cases.training_step import setups
+from cases.training_step.problem import Problem
 from sqdf_fast import shapes
 from sqdf_fast.config import make_config
 from sqdf_fast.plan.device import DEVICES, find_device
@@ -14,8 +16,6 @@ from sqdf_fast.plan.memory import CUDA_GRANULARITY
 from sqdf_fast.plan.simulate import Simulation
 from sqdf_fast.plan.workspace import on_cpu, on_cuda
 from sqdf_fast.rewards import reward_from_config
-from training_step import setups
-from training_step.cases import Problem
 
 
 def stage_bytes(problem: Problem, name: str) -> dict[str, int]:
