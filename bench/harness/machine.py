@@ -5,9 +5,12 @@ Nothing in it identifies the machine. `python bench machine` prints it as JSON.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +83,9 @@ def _version(name: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
 
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python bench machine", description="Hardware and versions as JSON.")
+    parser.parse_args(arguments)
+    print(json.dumps(machine_info()))

@@ -12,7 +12,7 @@ import rich.table
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 
-MARKS = ("<!-- results: written by bench -->", "<!-- end of results -->")
+MARKS = ("<!-- results: written by python bench pages -->", "<!-- end of results -->")
 """Around what bench writes into a page that people write."""
 
 

@@ -1,7 +1,7 @@
-"""What this project has to show on one GPU, in one command and one file: its tests and its benchmarks there.
+"""All that this project has to show on one GPU, in one command and one file: tests and benchmarks.
 
-    python bench/gpu                                # under 9 minutes, writes build/gpu_result.json
-    python bench/gpu --toy --output toy.json        # the same code on a CPU in tiny sizes, under a minute
+    python bench gpu                                # under 9 minutes, writes build/gpu_result.json
+    python bench gpu --toy --output toy.json        # the same code on a CPU in tiny sizes, under a minute
 
 Every part is a process of its own with a limit of its own; one that fails or hangs is recorded and the next runs.
 The file is rewritten after every part, so that an interruption loses at most the part that was running.
@@ -25,7 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 BUDGET = 520.0  # seconds: what is left of nine minutes goes to starting and ending
 _GRACE = 10.0
 _TAIL = 4000
@@ -48,7 +48,7 @@ class Part:
 
 
 def machine(output: str, scratch: Path) -> dict[str, Any]:
-    """The JSON line that fused_ops/machine.py prints."""
+    """The JSON line of `python bench machine`."""
     found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return found
 
@@ -81,23 +81,23 @@ def training_steps(output: str, scratch: Path) -> dict[str, Any]:
 
 def parts(toy: bool) -> list[Part]:
     """What runs, in this order; the fused ops take what time is left."""
-    step = ("bench/training_step", "--output={scratch}/steps.json")
+    step = ("bench", "step", "--output={scratch}/steps.json")
     pytest = ("-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider")
     bench = (*pytest, "--benchmark-only", "--benchmark-columns=median", "--benchmark-json={scratch}/benchmarks.json")
     if toy:
         return [
-            Part("machine", ("bench/fused_ops/machine.py",), 120, machine),
+            Part("machine", ("bench", "machine"), 120, machine),
             Part("tests", (*pytest, "tests/kernels/test_dispatch.py"), 180, outcomes),
             Part("training step", (*step, "--toy", "shapes"), 600, training_steps),
             Part(
                 "benchmarks",
-                (*bench, "--toy", "--bench-device=cpu", "bench/test_posterior_mean.py", "-k", "sd15"),
+                (*bench, "--toy", "--bench-device=cpu", "bench", "-k", "posterior_mean and sd15"),
                 180,
                 benchmarks,
             ),
         ]
     return [
-        Part("machine", ("bench/fused_ops/machine.py",), 60, machine),
+        Part("machine", ("bench", "machine"), 60, machine),
         Part("tests", (*pytest, "tests/kernels", "tests/engine", "-k", "cuda"), 150, outcomes),
         Part("training step", (*step, "--device=cuda", "sd15", "sdxl"), 190, training_steps),
         Part("benchmarks", (*bench, "--bench-device=cuda", "bench"), 420, benchmarks),
@@ -149,7 +149,7 @@ def _wait(process: subprocess.Popen[Any], limit: float) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python bench/gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--toy", action="store_true", help="tiny sizes on the CPU: does it run, not how fast")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu_result.json")
@@ -209,7 +209,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
