@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from sqdf_fast.errors import UserError
 
 COMMANDS = {
-    "step": ("step", "time a training step of one model, every way to run it side by side"),
     "gpu": ("gpu", "all there is to show on one GPU, in under 9 minutes"),
     "record": ("record", "file the JSON of a benchmark run in bench/results/"),
     "pages": ("pages", "draw the recorded results and write their tables into docs/"),

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import registry
 from cases import ops
+from cases.training_step.problem import MODELS
 from harness import machine
-from harness.benchmark import Benchmark, Group, Measured, Row, measure, noise
-from harness.timing import play, playback_time
+from harness.benchmark import Benchmark, Choice, Group, Measured, Row, measure, noise
+from harness.timing import playback_time
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.dispatch import IMPLEMENTATIONS
@@ -24,6 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sqdf-fast")
     group.addoption("--toy", action="store_true", help="tiny sizes and few rounds: does it run, not how fast")
     group.addoption("--bench-device", default="all", metavar="DEVICE", help="all (default), cpu or cuda")
+    group.addoption(
+        "--bench-models",
+        metavar="NAMES",
+        default="",
+        help=f"models of the training step: {','.join(MODELS)} (default: shapes on a CPU, the others on CUDA)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,14 +38,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    toy = metafunc.config.getoption("toy")
+    choices = _choices(metafunc.config)
     metafunc.parametrize(
         ("benchmarked", "group", "contender"),
         [
             _parameter(benchmarked, group, contender)
             for benchmarked in registry.BENCHMARKS
-            for device in _devices(metafunc.config)
-            for group in benchmarked.groups(device, toy)
+            for choice in choices
+            for group in benchmarked.groups(choice)
             for contender in group.contenders
         ],
     )
@@ -50,16 +57,20 @@ def _parameter(benchmarked: Benchmark, group: Group, contender: str) -> Any:
     return pytest.param(benchmarked, group, contender, id=f"{name}-{contender}", marks=mark)
 
 
-def _devices(config: pytest.Config) -> list[str]:
+def _choices(config: pytest.Config) -> list[Choice]:
+    models = tuple(filter(None, config.getoption("bench_models").split(",")))
+    if unknown := set(models) - set(MODELS):
+        raise pytest.UsageError(f"model {min(unknown)} is not measured; allowed: {', '.join(MODELS)}")
     try:
-        return machine.devices(config.getoption("bench_device"))
+        devices = machine.devices(config.getoption("bench_device"))
     except UserError as error:
         raise pytest.UsageError(str(error)) from None
+    return [Choice(device, config.getoption("toy"), models) for device in devices]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = ["toy sizes: no figure below means anything"] if config.getoption("toy") else []
-    for device in _devices(config):
+    for device in (choice.device for choice in _choices(config)):
         for op in ops.OPS:
             reasons = ((name, ops.absent(op, name, device)) for name in IMPLEMENTATIONS)
             missing = "".join(f"; no {name}: {reason}" for name, reason in reasons if reason)

@@ -61,46 +61,32 @@ def outcomes(output: str, scratch: Path) -> dict[str, Any]:
 
 
 def benchmarks(output: str, scratch: Path) -> dict[str, Any]:
-    """Rows and targets of the benchmarks' JSON, and what failed there."""
-    found: dict[str, Any] = {**outcomes(output, scratch), "rows": [], "targets": []}
+    """The benchmarks' JSON, what failed there, and the tables that were printed."""
+    found = {**outcomes(output, scratch), "text": output.splitlines(), "benchmarks": [], "targets": []}
     file = scratch / "benchmarks.json"
     if file.exists() and file.stat().st_size:
-        recorded = json.loads(file.read_text(encoding="utf-8"))
-        found["rows"] = [benchmark["extra_info"] for benchmark in recorded["benchmarks"]]
-        found["targets"] = recorded["targets"]
+        found |= json.loads(file.read_text(encoding="utf-8"))
     return found
-
-
-def training_steps(output: str, scratch: Path) -> dict[str, Any]:
-    """Rows of the models that were measured before the time was up, and what was printed of them."""
-    file = scratch / "steps.json"
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() and file.stat().st_size else []
-    begin = output.find("training step of")
-    return {"rows": rows, "text": output[begin:].splitlines() if begin >= 0 else []}
 
 
 def parts(toy: bool) -> list[Part]:
     """What runs, in this order; the fused ops take what time is left."""
-    step = ("bench", "step", "--output={scratch}/steps.json")
     pytest = ("-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider")
-    bench = (*pytest, "--benchmark-only", "--benchmark-columns=median", "--benchmark-json={scratch}/benchmarks.json")
+    bench = (*pytest, "bench", "--benchmark-only", "--benchmark-columns=median", "-W", "ignore")
+    bench = (*bench, "--benchmark-json={scratch}/benchmarks.json", f"--bench-device={'cpu' if toy else 'cuda'}", "-k")
     if toy:
+        some = "sd15 and (posterior_mean or (forward and (noise_given or philox)))"
         return [
             Part("machine", ("bench", "machine"), 120, machine),
             Part("tests", (*pytest, "tests/kernels/test_dispatch.py"), 180, outcomes),
-            Part("training step", (*step, "--toy", "shapes"), 600, training_steps),
-            Part(
-                "benchmarks",
-                (*bench, "--toy", "--bench-device=cpu", "bench", "-k", "posterior_mean and sd15"),
-                180,
-                benchmarks,
-            ),
+            Part("training step", (*bench, "training_step", "--toy"), 600, benchmarks),
+            Part("benchmarks", (*bench, some, "--toy"), 180, benchmarks),
         ]
     return [
         Part("machine", ("bench", "machine"), 60, machine),
         Part("tests", (*pytest, "tests/kernels", "tests/engine", "-k", "cuda"), 150, outcomes),
-        Part("training step", (*step, "--device=cuda", "sd15", "sdxl"), 190, training_steps),
-        Part("benchmarks", (*bench, "--bench-device=cuda", "bench"), 420, benchmarks),
+        Part("training step", (*bench, "training_step"), 190, benchmarks),
+        Part("benchmarks", (*bench, "not training_step"), 420, benchmarks),
     ]
 
 

@@ -51,15 +51,9 @@ def record(found: dict[str, Any], folder: Path) -> list[Path]:
 
 def _of_gpu(found: dict[str, Any]) -> dict[str, Any]:
     """The file of `python bench gpu` in the form of --benchmark-json."""
-    parts = {name: part.get("result", {}) for name, part in found["parts"].items()}
-    commit = found["commit"] or "unknown"
-    rows = [row for name in ("benchmarks", "training step") for row in parts.get(name, {}).get("rows", [])]
-    return {
-        "machine_info": parts.get("machine", {}),
-        "commit_info": {"id": commit.removesuffix("+changes"), "dirty": commit.endswith("+changes")},
-        "datetime": found["started"],
-        "benchmarks": [{"extra_info": row} for row in rows],
-    }
+    runs = [part["result"] for part in found["parts"].values() if part.get("result", {}).get("benchmarks")]
+    benchmarks = [benchmark for run in runs for benchmark in run["benchmarks"]]
+    return {**(runs[0] if runs else {}), "benchmarks": benchmarks}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,8 +30,6 @@ def report(rows: list[Row]) -> list[tuple[str, list[str]]]:
                 toy = ", toy sizes: no figure means anything" if row["toy"] else ""
                 tables.setdefault(benchmark.title(row) + toy, []).append(row)
         for title, own in tables.items():
-            faults = [
-                f"{row['implementation']}: no parity, no figures: {row['fault']}" for row in own if row["fault"]
-            ]
+            faults = [f"{row['implementation']}: no parity, no figures: {row['fault']}" for row in own if row["fault"]]
             found.append((title, [*as_lines(table(benchmark.columns, own)), *faults, *benchmark.notes(own)]))
     return found

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from harness import tables
-from harness.benchmark import Benchmark, Group, Prepared, Row, Verdict, ratio, target
+from harness.benchmark import Benchmark, Choice, Group, Prepared, Row, Verdict, ratio, target
 from harness.tables import Column
 from harness.timing import PACE, TOY_PACE, Subject
+from torch import Tensor, nn
+
 from sqdf_fast.kernels import native
 
 SIZES = {False: 2**22, True: 2**13}
@@ -24,14 +24,17 @@ LEAST = 3.0
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
 
-def groups(device: str, toy: bool) -> Iterator[Group]:
-    if device != "cpu":
-        return
-    for direction in ("step", "norm"):
+def groups(choice: Choice) -> Iterator[Group]:
+    for direction in ("step", "norm") if choice.device == "cpu" else ():
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
-            shape, size = [SIZES[toy]], "4M" if not toy else "8K"
-            fields = {"direction": direction, "device": "cpu", "size": size, "shape": shape, "dtype": name, "noise": ""}
+            fields = {
+                "direction": direction,
+                "device": "cpu",
+                "size": "4M",
+                "shape": [SIZES[choice.toy]],
+                "dtype": name,
+            }
             yield Group(f"cpu-{name}-{direction}", tuple(_names(direction)), fields, (direction, dtype))
 
 

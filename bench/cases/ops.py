@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 
 import torch
+from harness import tables
+from harness.benchmark import Benchmark, Choice, Group, Prepared, Row, Verdict, ratio, target
+from harness.tables import Column, Table
+from harness.timing import PACE, TOY_PACE, Subject
 
 from cases import parity
 from cases.parity import BASELINES, Setup, declaration, make
-from harness import tables
-from harness.benchmark import Benchmark, Group, Prepared, Row, Verdict, ratio, target
-from harness.tables import Column, Table
-from harness.timing import PACE, TOY_PACE, Subject
 from sqdf_fast.kernels import registry
 from sqdf_fast.kernels.dispatch import IMPLEMENTATIONS, reason_against
 from sqdf_fast.kernels.spec import Forward, Problem
@@ -35,9 +35,10 @@ def problems(op: str, device: str, toy: bool) -> Iterator[Problem]:
                 yield Problem(op, size.name, size.shape(device, toy), dtype, device, noise)
 
 
-def groups(op: str, device: str, toy: bool) -> Iterator[Group]:
+def groups(op: str, choice: Choice) -> Iterator[Group]:
     """What is timed; the directions of a problem follow each other."""
-    for problem in problems(op, device, toy):
+    device = choice.device
+    for problem in problems(op, device, choice.toy):
         dtype = str(problem.dtype).removeprefix("torch.")
         noise = f"noise_{problem.noise}" if problem.noise else ""
         for direction in declaration(op).directions:

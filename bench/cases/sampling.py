@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from harness import tables
-from harness.benchmark import Benchmark, Group, Prepared, Row, ratio
+from harness.benchmark import Benchmark, Choice, Group, Prepared, Row, ratio
+from harness.meters import Counter
 from harness.tables import Column
 from harness.timing import TOY_PACE, Pace, Subject
+from torch import Tensor
 
 STEPS, BATCH, RANK = 2, 4, 8
 BASELINE, MERGING, SCORES = "adapter", "merging", "attention-scores"
@@ -38,7 +37,8 @@ ALLOWANCE = 1e-4
 """Relative L2 error of x_0 against the adapter's in float32, beyond twice that of the adapter in the same precision."""
 
 
-def groups(device: str, toy: bool) -> Iterator[Group]:
+def groups(choice: Choice) -> Iterator[Group]:
+    device = choice.device
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         fields = {"direction": "forward", "device": device, "size": "shapes", "dtype": name, "noise": "drawn"}
@@ -78,9 +78,9 @@ def prepare(group: Group, toy: bool) -> Prepared:
             "first_seconds": first[name],
         }
         if name not in ("regional", "cuda-graphs"):
-            with _Operators() as counter:
+            with Counter() as counter:
                 subjects[name].call(None)
-            found["operators"] = counter.count
+            found["operators"] = counter.operators
         return found
 
     return Prepared(subjects, faults, TOY_PACE if toy else PACE, figures)
@@ -89,16 +89,6 @@ def prepare(group: Group, toy: bool) -> Prepared:
 def _error(x0: Tensor, truth: Tensor) -> float:
     n = min(len(x0), len(truth))
     return float((x0[:n] - truth[:n]).norm() / truth[:n].norm())
-
-
-class _Operators(TorchDispatchMode):
-    """Counts what runs, views left out: on a GPU, about the kernels launched."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), keywords: Any = None) -> Any:
-        self.count += not function.is_view
-        return function(*given, **(keywords or {}))
 
 
 def _batch(name: str) -> int:

@@ -7,12 +7,26 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from harness.memory import peak_bytes
+from harness.meters import peak_bytes
 from harness.tables import Column, Table
 from harness.timing import Pace, Subject, interleave, spread
 
 Row = dict[str, Any]
 """What is recorded of a contender: a benchmark's extra_info, a line of a file in bench/results/."""
+
+
+class Choice(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        toy: tiny and few: does it run, not how fast.
+        models: models of the training step; empty: those that suit the device.
+    """
+
+    device: str
+    toy: bool
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +93,7 @@ class Benchmark:
         name: recorded as `op` of its rows.
         question: what it measures.
         page: the page in docs/ that shows its recorded rows.
-        groups: (device, toy) -> what is measured there; toy: tiny and few.
+        groups: what is measured of it.
         prepare: (group, toy) -> the group ready to be timed.
         columns: its table in the terminal.
         tables: its rows of one device -> tables of the page.
@@ -91,7 +105,7 @@ class Benchmark:
     name: str
     question: str
     page: str
-    groups: Callable[[str, bool], Iterable[Group]]
+    groups: Callable[[Choice], Iterable[Group]]
     prepare: Callable[[Group, bool], Prepared]
     columns: tuple[Column, ...]
     tables: Callable[[list[Row]], list[Table]]

@@ -84,7 +84,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python bench machine", description="Hardware and versions as JSON.")
     parser.parse_args(arguments)

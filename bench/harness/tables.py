@@ -64,9 +64,7 @@ class Section:
 def table(columns: Sequence[Column], rows: Iterable[Mapping[str, Any]], title: str = "") -> Table:
     """Rows as a table."""
     text = sum(column.text for column in columns)
-    return Table(
-        [column.heading for column in columns], [[c.cell(row) for c in columns] for row in rows], title, text
-    )
+    return Table([column.heading for column in columns], [[c.cell(row) for c in columns] for row in rows], title, text)
 
 
 def as_lines(table: Table) -> list[str]:

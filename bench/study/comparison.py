@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.tables import Section, Table, markdown
-from study.seeds import DOCS
 
 from sqdf_fast.compare.command import Comparison, stored_protocol
 from sqdf_fast.compare.page import verdict
@@ -35,6 +34,7 @@ from sqdf_fast.compare.table import (
 from sqdf_fast.display.progress import format_bytes
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
+from study.seeds import DOCS
 
 HERE = Path(__file__).parent
 PLOTS = {

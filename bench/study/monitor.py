@@ -17,10 +17,10 @@ from typing import Any
 
 from harness.tables import Section, Table, markdown
 from plots import draw_curves
-from study.seeds import DOCS, parser, trained
 
 from sqdf_fast.compare.table import label
 from sqdf_fast.monitor import PROXY, Alarm, new_alarm, watched
+from study.seeds import DOCS, parser, trained
 
 FIGURES = Path(__file__).with_name("monitor_results.json")
 TRUE = "eval_true_reward"
@@ -140,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = [Outcome(**found) for found in json.loads(FIGURES.read_text(encoding="utf-8"))]
     else:
         fewer = [f"steps={given.steps}"] if given.steps else []
-        runs = [outcome(name, seed, given.runs / f"{name}-{seed}", fewer) for name in given.only for seed in given.seeds]
+        runs = [
+            outcome(name, seed, given.runs / f"{name}-{seed}", fewer) for name in given.only for seed in given.seeds
+        ]
     docs = given.output or DOCS
     curves = {
         f"{run.run}-{run.seed}, {f'alarm at {run.alarms[0].step}' if run.alarms else 'no alarm'}": [

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cases.training_step.problem import PUBLISHED, WAYS, Problem, problem
 from harness import tables
-from harness.benchmark import Benchmark, Group, Prepared, Row, Verdict
+from harness.benchmark import Benchmark, Choice, Group, Prepared, Row, Verdict
 from harness.tables import Column, Table
+
+from cases.training_step.problem import MODELS, PUBLISHED, WAYS, Problem, problem
 
 MOST_FLOPS = 1.2
 """A whole training step with the staged executor may take so many times the FLOPs that it takes with the joint one."""
@@ -28,10 +29,10 @@ def group(problem: Problem) -> Group:
     return Group(problem.id, WAYS, fields, problem)
 
 
-def groups(device: str, toy: bool) -> Iterator[Group]:
-    """The embedded model on a CPU; on CUDA `python bench step` measures the models that it is given."""
-    if device == "cpu":
-        yield group(problem("shapes", "cpu", toy))
+def groups(choice: Choice) -> list[Group]:
+    """The models chosen: by default the embedded one on a CPU, those of true size on CUDA."""
+    models = choice.models or (MODELS[:1] if choice.device == "cpu" else MODELS[1:])
+    return [group(problem(model, choice.device, choice.toy)) for model in models]
 
 
 def prepare(group: Group, toy: bool) -> Prepared:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from functools import cache
-from typing import Any
 
 import torch
+from harness.benchmark import Prepared, Row, ratio
+from harness.meters import Counter, stage_peaks
+from harness.timing import Pace, Subject
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cases.training_step import prediction, setups
 from cases.training_step.problem import PUBLISHED, Problem, parity_problem
 from cases.training_step.setups import Ours, Step
-from harness.benchmark import Prepared, Row, ratio
-from harness.memory import stage_peaks
-from harness.timing import Pace, Subject
 from sqdf_fast.config import PRESETS
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.errors import UserError
@@ -154,17 +151,17 @@ def sampling_flops(problem: Problem) -> int:
     """FLOPs of one trajectory, counted on one."""
     ours = Ours(problem)
     sampler = Sampler(ours.backbone, ours.schedule, guidance_scale=problem.guidance_scale, batch_size=1)
-    with _counter() as counter:
+    with Counter() as counter:
         sampler.sample(ours.batch.prompts[:1], ours.seeds[:1])
-    return counter.get_total_flops()
+    return counter.flops
 
 
 def flops(step: Step) -> int:
     """FLOPs of matrix products, convolutions and attention in one run; recomputed ones count again."""
     step.prepare()
-    with _counter() as counter:
+    with Counter() as counter:
         step.call()
-    return counter.get_total_flops()
+    return counter.flops
 
 
 def memory(step: Step, device: str) -> tuple[int, dict[str, int]]:
@@ -199,33 +196,3 @@ def resident_bytes(modules: Iterable[nn.Module], device: str) -> int:
         for storage in (tensor.untyped_storage() for tensor in tensors if tensor.device.type == device)
     }
     return sum(storages.values())
-
-
-def _counter() -> FlopCounterMode:
-    # PyTorch's table has the attention of every device but the CPU.
-    aten = torch.ops.aten
-    counter = FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        },
-    )
-    counter.mod_tracker = _NoModules()
-    return counter
-
-
-class _NoModules(nullcontext[None]):
-    """In place of the counter's tracker, whose hooks refuse a checkpointed block in `torch.autograd.grad`."""
-
-    parents = frozenset({"Global"})
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    count: int = sdpa_flop_count(query, key, value)
-    return count
-
-
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    count: int = sdpa_backward_flop_count(gradient, query, key, value)
-    return count

@@ -70,7 +70,7 @@ def problem(model: str, device: str, toy: bool = False) -> Problem:
         return Problem(
             model, "taste", torch.float32, device, **sizes, forward_batch_rows=8, steps=20, guidance_scale=4.0, toy=toy
         )
-    batch = 2 if toy else {"sd15": 4, "sdxl": 1}[model]
+    batch = {"sd15": 2 if toy else 4, "sdxl": 1}[model]
     return Problem(
         model,
         # The published reward is a vision transformer of 300 million weights.

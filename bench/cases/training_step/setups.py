@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.meters import Begin, Watch
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from cases.training_step.problem import OURS, PUBLISHED, Problem
 from cases.training_step.published import NO_QUIRKS, Published
-from harness.memory import Begin, Watch
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, Objective
 from sqdf_fast.engine import Executor, Parts, make_executor

@@ -1,18 +1,39 @@
-"""Peak memory of a call by PyTorch's own account: the CUDA allocator's peak, or the profiler's allocation events."""
+"""What a call needs: peak memory by PyTorch's own account, operators and floating-point operations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.timing import Subject
+from sqdf_fast.plan.memory import FLOPS
 
 Begin = Callable[[str], None]
 Watch = Callable[[Begin], None]
 """Receives a function that the call invokes with the name of each of its stages as it begins."""
 
 _MARK = "stage: "
+
+
+class Counter(TorchDispatchMode):
+    """Counts while it is entered.
+
+    Attributes:
+        operators: operators that ran, views left out: on a GPU, about the kernels launched.
+        flops: FLOPs of matrix products, convolutions and attention.
+    """
+
+    operators = flops = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.operators += not function.is_view
+        count = FLOPS.get(function.overloadpacket)
+        self.flops += count(*args, **(kwargs or {}), out_val=result) if count else 0
+        return result
 
 
 def peak_bytes(subject: Subject, device: str) -> int:
@@ -29,6 +50,8 @@ def stage_peaks(
 ) -> dict[str, int]:
     """The most that is allocated at a time in each stage, beyond what is allocated when `call` starts.
 
+    The CUDA allocator's peak, or the allocation events of the profiler on the CPU.
+
     Args:
         call: the call to observe.
         device: "cpu" or "cuda".
@@ -42,14 +65,11 @@ def _cuda_peaks(call: Callable[[], object], watch: Watch, settle: Callable[[], o
     found: dict[str, int] = {}
     current = ""
 
-    def close() -> None:
+    def begin(name: str) -> None:
+        nonlocal current
         torch.cuda.synchronize()
         found[current] = max(found.get(current, 0), torch.cuda.max_memory_allocated() - before)
         torch.cuda.reset_peak_memory_stats()
-
-    def begin(name: str) -> None:
-        nonlocal current
-        close()
         current = name
 
     settle()
@@ -58,7 +78,7 @@ def _cuda_peaks(call: Callable[[], object], watch: Watch, settle: Callable[[], o
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
-    close()
+    begin("end")
     return found
 
 
