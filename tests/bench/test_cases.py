@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import registry
 import torch
@@ -80,3 +84,22 @@ def test_a_device_that_is_not_there(monkeypatch):
     assert machine.devices("all") == ["cpu"]
     with pytest.raises(UserError, match="no device cuda on this machine: choose one of all, cpu"):
         machine.devices("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "models", "said"),
+    [
+        ("cpu", "sd14", "model sd14 is not measured; allowed: shapes, sd15, sdxl"),
+        ("tpu", "", "no device tpu on this machine: choose one of all, cpu"),
+    ],
+)
+def test_what_is_asked_for_is_checked(monkeypatch, device, models, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    spec = importlib.util.spec_from_file_location("bench_conftest", Path(registry.__file__).with_name("conftest.py"))
+    spec.loader.exec_module(conftest := importlib.util.module_from_spec(spec))
+    options = {"toy": True, "bench_device": device, "bench_models": models}
+    config = SimpleNamespace(getoption=options.__getitem__)
+    with pytest.raises(pytest.UsageError, match=said):
+        conftest._choices(config)
+    options |= {"bench_device": "all", "bench_models": "sd15,shapes"}
+    assert conftest._choices(config) == [Choice("cpu", True, ("sd15", "shapes"))]

@@ -188,17 +188,3 @@ def test_a_wrong_implementation_fails_and_gets_no_number(tmp_path):
     shown = found.stdout.split("philox on cpu, medians")[1].split("short test summary")[0]
     assert "eager" in shown
     assert "native" not in shown
-
-
-@pytest.mark.parametrize(
-    ("option", "said"),
-    [
-        ("--bench-models=sd14", "model sd14 is not measured; allowed: shapes, sd15, sdxl"),
-        ("--bench-device=tpu", "no device tpu on this machine: choose one of all, cpu"),
-    ],
-)
-def test_a_choice_is_checked(option, said):
-    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-p", "no:cacheprovider", option]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
-    assert found.returncode == 4
-    assert said in found.stderr + found.stdout
