@@ -23,7 +23,7 @@ from sqdf_fast.replay import ReplayBatch
 STEPS, GUIDANCE = 50, 5.0
 INDEX = [0, 49, 17, 48, 47, 30]
 PROMPTS = ["a red star", "a blue ring", "a ring", "a star", "a red ring", "a blue star"]
-TINY = Problem("tiny", "", torch.float64, "cpu", 6, 2, 2, 4, STEPS, GUIDANCE)
+TINY = Problem("tiny", "taste", torch.float64, "cpu", 6, 2, 2, 4, STEPS, GUIDANCE)
 
 
 class Contrast(torch.nn.Module):
