@@ -9,7 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.timing import Subject
-from sqdf_fast.plan.memory import FLOPS
 
 Begin = Callable[[str], None]
 Watch = Callable[[Begin], None]
@@ -26,12 +25,18 @@ class Counter(TorchDispatchMode):
         flops: FLOPs of matrix products, convolutions and attention.
     """
 
-    operators = flops = 0
+    def __init__(self) -> None:
+        # Only now: the planner takes seconds to import.
+        from sqdf_fast.plan.memory import FLOPS
+
+        super().__init__()
+        self.operators = self.flops = 0
+        self._formulas = FLOPS
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         self.operators += not function.is_view
-        count = FLOPS.get(function.overloadpacket)
+        count = self._formulas.get(function.overloadpacket)
         self.flops += count(*args, **(kwargs or {}), out_val=result) if count else 0
         return result
 

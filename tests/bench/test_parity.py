@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +28,19 @@ PROBLEMS = [
     )
     for dtype in ((torch.float32, torch.bfloat16) if op in ("denoise_step", "posterior_mean") else (torch.float32,))
 ]
+
+
+WRONG = """
+def pytest_configure():
+    import dataclasses
+
+    from sqdf_fast.kernels import registry
+
+    spec = registry.spec("philox")
+    ours = spec.benchmark.ours
+    wrong = lambda problem, given, impl: tuple(x * (1 + (impl == "native") * 1e-4) for x in ours(problem, given, impl))
+    object.__setattr__(spec, "benchmark", dataclasses.replace(spec.benchmark, ours=wrong))
+"""
 
 
 def check(setup, forward, **options):
@@ -155,3 +173,20 @@ def test_an_implementation_that_raises_leaves_the_others_their_numbers(tampered)
     assert "no such instruction" in measured.rows["native"]["fault"]
     assert len(measured.samples["eager"]) >= 2
     assert measured.rows["eager"]["copy_gb_per_second"] > 0
+
+
+def test_a_wrong_implementation_fails_and_gets_no_number(tmp_path):
+    (tmp_path / "wrong.py").write_text(WRONG)
+    output = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--toy", "--bench-device=cpu"]
+    command += ["-k", "philox and sdxl", "-p", "wrong", "-p", "no:cacheprovider", f"--benchmark-json={output}"]
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, cwd=Path(ops.__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert "no parity, no number: noise: relative error 1.00e-04" in found.stdout
+    rows = [benchmark["extra_info"] for benchmark in json.loads(output.read_text())["benchmarks"]]
+    assert [row["implementation"] for row in rows] == ["eager"]
+    shown = found.stdout.split("philox on cpu, medians")[1].split("short test summary")[0]
+    assert "eager" in shown
+    assert "native" not in shown

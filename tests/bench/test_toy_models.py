@@ -36,6 +36,7 @@ def test_every_way_has_the_gradient_of_sd15():
     assert max(errors.values()) < 1e-9
 
 
+@pytest.mark.slow
 def test_sdxl_is_measured_in_bfloat16():
     rows = measure(BENCHMARK, group(problem("sdxl", "cpu", toy=True)), toy=True).rows
     assert tuple(rows) == WAYS

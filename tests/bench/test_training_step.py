@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from cases.training_step import measure, prediction, setups
-from cases.training_step.benchmark import verdicts
+from cases.training_step.benchmark import BENCHMARK, group, verdicts
 from cases.training_step.problem import OURS, PUBLISHED, Problem, problem
 from cases.training_step.published import NO_QUIRKS, Published, Quirks
 from cases.training_step.setups import Ours, Step
+from harness.benchmark import measure as measure_group
 from support.tiny import write_pipeline
 
 from sqdf_fast.config import Execution, Objective
@@ -64,6 +65,32 @@ def test_the_published_way_has_our_gradient(ours, way):
     published = ours.published().gradient()
     assert published.norm() > 1e-2
     assert relative(ours.step(way).gradient(), published) < 1e-10
+
+
+@pytest.mark.usefixtures("ours")
+def test_what_is_recorded_of_every_way(monkeypatch):
+    """The whole measurement, on a model so small that the figures say nothing of speed."""
+    small = replace(TINY, batch=2, toy=True)
+    monkeypatch.setattr(measure, "parity_problem", lambda given: given)
+    monkeypatch.setattr(prediction, "stage_bytes", lambda given, name: {"transition": 10, "reward": 20})
+    found = measure_group(BENCHMARK, group(small), toy=True)
+    rows = found.rows
+    assert list(rows) == [PUBLISHED, *OURS]
+    for name, row in rows.items():
+        assert row["fault"] is None
+        assert row["gradient_error"] < 1e-10
+        assert len(found.samples[name]) == 2
+        assert row["times_published"] == rows[PUBLISHED]["median_seconds"] / row["median_seconds"]
+        assert row["flops_per_second"] == row["flops"] / row["median_seconds"]
+        assert row["utilisation"] == row["flops_per_second"] / row["best_flops_per_second"]
+        assert row["peak_bytes"] == max(row["stage_bytes"].values()) > row["resident_bytes"]
+        assert row["flops_of_published"] == row["flops"] / rows[PUBLISHED]["flops"]
+    assert rows["joint"]["flops"] < rows[PUBLISHED]["flops"]
+    assert rows["staged"]["flops"] < rows["staged + checkpointing"]["flops"]
+    assert rows["staged"]["predicted_bytes"] == 20
+    assert rows[PUBLISHED]["predicted_bytes"] is None
+    stages = ["transition", "look-ahead", "reward", "look-ahead vjp", "policy vjp"]
+    assert list(rows["staged + checkpointing + offload"]["stage_bytes"]) == stages
 
 
 def test_with_its_quirks_it_is_what_our_options_for_them_give(ours):
