@@ -111,8 +111,11 @@ def test_each_page_shows_its_own_rows_and_keeps_its_text(results, tmp_path, monk
         assert "old table" not in text
         assert "### Some CPU (R) 9, 2 cores\n\n2 threads, native library: AVX2, ABI 2, " in text
         assert "torch 2.13.0, Triton 3.7.1, Python 3.11.7, commit 0123456789ab, 2026-01-02." in text
-    assert "| staged | 500.00 ms | 5% | 1.25 | 20.0 | 40.0 | 80% | 100.0 MiB | 101.0 MiB |" in steps
-    assert "| published | 500.00 ms | 5% | 1.25 | 20.0 | 40.0 | - | 100.0 MiB | - |" in steps
+    assert (
+        "| staged | - | 500.00 ms | 5% | 1.25 | 20.0 | - | 40.0 | 80% | 1.050 | - | 100.0 MiB | - | 101.0 MiB |"
+        in steps
+    )
+    assert "| published | - | 500.00 ms | 5% | 1.25 | 20.0 | - | 40.0 | - | 1.050 | - | 100.0 MiB | - | - |" in steps
     assert "- peak of staged on shapes: predicted +1.0%, at most 2% off, met" in steps
     assert "| attention-scores | float32 | 250.00 ms | 2% | 1.10 | 0.90 | 1,234 |" in sampling
     assert "| native | step | bfloat16 | 2.00 ms | 2% | 12.5 | - | 4.00 |" in optimizer

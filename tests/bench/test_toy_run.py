@@ -145,7 +145,7 @@ def test_a_way_without_parity_has_no_figures(steps):
     assert "staged: no parity, no figures: gradient" in found
     assert "x the FLOPs" not in found
     last = next(line for line in found.splitlines() if line.startswith("staged + checkpointing + offload "))
-    assert last.split()[5:] == ["5.0e-01"] + ["-"] * 11
+    assert last.split()[5:] == ["5.0e-01"] + ["-"] * 12
     assert "GiB" not in text(faulted)
 
 

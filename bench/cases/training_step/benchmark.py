@@ -58,18 +58,12 @@ def stages(row: Row) -> str:
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """Below the table: memory by stage, why there is no prediction, FLOPs of a whole training step."""
+    """Below the table: memory by stage, and why there is no prediction."""
     sound = [row for row in rows if row["fault"] is None]
     missing = {row["unpredicted"] for row in sound if row["implementation"] != PUBLISHED and row["unpredicted"]}
     return [
         *map(stages, sound),
         *(f"prediction: not available ({reason})" for reason in sorted(missing)),
-        *(
-            f"{row['implementation']}: whole training step "
-            + ", ".join(f"{value:.3f} x joint at replay ratio {ratio}" for ratio, value in whole.items())
-            for row in sound
-            if (whole := row["training_step_of_joint"])
-        ),
     ]
 
 
@@ -104,25 +98,22 @@ def _prediction(row: Row) -> Verdict:
     )
 
 
-_WAY, _ERROR, _TIME, _SPREAD = (
+COLUMNS = (
     Column("way", "implementation", text=True),
     Column("gradient error", "gradient_error", ".1e"),
     Column("time", "median_seconds", tables.duration),
     Column("spread", "spread", ".0%"),
-)
-_SPEED, _FLOPS, _RATE, _BEST = (
     Column("x published", "times_published", ".2f"),
     Column("GFLOP", "flops", lambda count: f"{count / 1e9:,.1f}"),
+    Column("of published", "flops_of_published", ".2f"),
     Column("GFLOP/s", "flops_per_second", lambda count: f"{count / 1e9:,.1f}"),
     Column("of best", "utilisation", ".0%"),
+    Column("whole step, x joint", "training_step_of_joint", lambda by: "/".join(f"{x:.3f}" for x in by.values())),
+    Column("weights", "resident_bytes", tables.size),
+    Column("peak", "peak_bytes", tables.size),
+    Column("of published", "peak_of_published", ".2f"),
+    Column("predicted", "predicted_bytes", tables.size),
 )
-_PEAK, _PREDICTED = Column("peak", "peak_bytes", tables.size), Column("predicted", "predicted_bytes", tables.size)
-COLUMNS = (
-    *(_WAY, _ERROR, _TIME, _SPREAD, _SPEED, _FLOPS, Column("of published", "flops_of_published", ".2f"), _RATE, _BEST),
-    *(Column("weights", "resident_bytes", tables.size), _PEAK),
-    *(Column("of published", "peak_of_published", ".2f"), _PREDICTED),
-)
-PAGE_COLUMNS = (_WAY, _TIME, _SPREAD, _SPEED, _FLOPS, _RATE, _BEST, _PEAK, _PREDICTED)
 
 
 def by_problem(rows: list[Row]) -> list[Table]:
@@ -130,7 +121,7 @@ def by_problem(rows: list[Row]) -> list[Table]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(f"{row['size']}, {row['dtype']}, batch {row['batch']}:", []).append(row)
-    return [tables.table(PAGE_COLUMNS, own, title) for title, own in groups.items()]
+    return [tables.table(COLUMNS, own, title) for title, own in groups.items()]
 
 
 BENCHMARK = Benchmark(
