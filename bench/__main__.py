@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    commands = "".join(f"  {name:9}{help}\n" for name, (_, help) in COMMANDS.items())
+    commands = "".join(f"  {name:9}{about}\n" for name, (_, about) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python bench",
         description="Commands of bench/; pytest bench/ --benchmark-only measures.",

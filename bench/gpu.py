@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 BUDGET = 520.0  # seconds: what is left of nine minutes goes to starting and ending
 _GRACE = 10.0
@@ -35,10 +38,12 @@ Read = Callable[[str, Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """One process: its arguments after `python`, where {scratch} is a folder of its own; at most `limit` seconds.
+    """One process.
 
-    `read` makes the part's results of its output and that folder. It is given whatever a process that was killed
-    has left.
+    Attributes:
+        arguments: its arguments after `python`; {scratch} is a folder of its own.
+        limit: seconds after which it is killed.
+        read: (output, folder) -> the part's results, also from what a killed process has left.
     """
 
     name: str
@@ -141,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu_result.json")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="default: %(default)g")
     given = parser.parse_args(arguments)
-    if not (given.toy or _has_gpu()):
+    if not (given.toy or torch.cuda.is_available()):
         parser.error("PyTorch sees no CUDA GPU here; --toy runs the same code on the CPU")
     return measure(parts(given.toy), given.budget, given.output, given.toy)
 
@@ -176,22 +181,9 @@ def measure(chosen: Sequence[Part], budget: float, output: Path, toy: bool) -> i
     return 0 if complete else 1
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _commit() -> str | None:
     """The checkout's commit, "+changes" when files differ from it; None outside a repository or without git."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
+    describe = ("describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*")
+    git = shutil.which("git")
+    found = git and subprocess.run([git, "-C", str(ROOT), *describe], capture_output=True, text=True).stdout.strip()
+    return found or None

@@ -1,7 +1,7 @@
 """Plots: what is recorded of the fused ops, and curves of runs.
 
-For every device: bench_<device>_bandwidth.png, achieved bandwidth below that of a plain copy of as many bytes in the same
-run, and bench_<device>_time_<dtype>.png, time relative to eager PyTorch.
+For every device: bench_<device>_bandwidth.png, achieved bandwidth beside that of a plain copy of as many bytes in the
+same run, and bench_<device>_time_<dtype>.png, time relative to eager PyTorch.
 """
 
 from __future__ import annotations

@@ -161,7 +161,6 @@ COLUMNS = (
 
 BENCHMARK = Benchmark(
     name="adamw_8bit",
-    question="What does an AdamW step with 8-bit states cost on the CPU?",
     page="optimizers.md",
     groups=groups,
     prepare=prepare,

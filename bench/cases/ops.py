@@ -228,7 +228,6 @@ def _line(by_name: dict[str, Row]) -> Row:
 BENCHMARKS = tuple(
     Benchmark(
         name=op,
-        question=f"What does {op} cost?",
         page="benchmarks.md",
         groups=partial(groups, op),
         prepare=prepare,

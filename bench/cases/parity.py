@@ -1,4 +1,4 @@
-"""Parity before time: the inputs of an op's problem, and what an implementation computes, against float64, inside the error budget.
+"""Parity before time: an op's inputs, and what an implementation computes with them, against float64.
 
 A sample's relative L2 error may be at most twice that of the reference implementation in the same dtype, plus
 1e-6 (float32), 1e-3 (float16) or 8e-3 (bfloat16). Values and gradients alike.

@@ -146,7 +146,6 @@ COLUMNS = (
 
 BENCHMARK = Benchmark(
     name="sampling",
-    question="What do the switches of sampling do to its speed?",
     page="sampling.md",
     groups=groups,
     prepare=prepare,

@@ -91,7 +91,6 @@ class Benchmark:
 
     Attributes:
         name: recorded as `op` of its rows.
-        question: what it measures.
         page: the page in docs/ that shows its recorded rows.
         groups: what is measured of it.
         prepare: (group, toy) -> the group ready to be timed.
@@ -103,7 +102,6 @@ class Benchmark:
     """
 
     name: str
-    question: str
     page: str
     groups: Callable[[Choice], Iterable[Group]]
     prepare: Callable[[Group, bool], Prepared]

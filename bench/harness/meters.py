@@ -61,7 +61,7 @@ def stage_peaks(
         call: the call to observe.
         device: "cpu" or "cuda".
         watch: how the call announces its stages; what comes before the first one is called "".
-        settle: a call to run before, observed too: the profiler misses the release of what was allocated before it began.
+        settle: a call to run before, observed too: the profiler misses the release of what was allocated earlier.
     """
     return (_cuda_peaks if device == "cuda" else _cpu_peaks)(call, watch, settle)
 

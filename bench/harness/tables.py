@@ -42,7 +42,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a page: what stands above it, heads, rows of cells; the first `text` columns are aligned to the left."""
+    """A table of a page: title above it, heads, rows of cells; the first `text` columns are aligned to the left."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -65,6 +65,12 @@ def table(columns: Sequence[Column], rows: Iterable[Mapping[str, Any]], title: s
     """Rows as a table."""
     text = sum(column.text for column in columns)
     return Table([column.heading for column in columns], [[c.cell(row) for c in columns] for row in rows], title, text)
+
+
+def of_rows(rows: Iterable[Mapping[str, str]]) -> Table:
+    """A table of cells by the heads of their columns."""
+    rows = list(rows)
+    return Table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def as_lines(table: Table) -> list[str]:

@@ -27,8 +27,8 @@ class Pace:
         seconds: the least time in all.
         rounds: the least number of turns of each contender.
         turn: seconds of one turn.
-        uncounted: calls at the start of a turn that are not counted, until the caches hold what this contender leaves in
-            them: one call is not enough for stores that bypass the cache. 0: a call is so long that it needs neither
+        uncounted: calls at the start of a turn that are not counted, until the caches hold what this contender leaves
+            there: one call is not enough for stores that bypass the cache. 0: a call is so long that it needs neither
             these nor a warm-up.
     """
 

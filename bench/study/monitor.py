@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.tables import Section, Table, markdown
+from harness.tables import Section, markdown, of_rows
 from plots import draw_curves
 
 from sqdf_fast.compare.table import label
@@ -25,30 +25,9 @@ from study.seeds import DOCS, parser, trained
 FIGURES = Path(__file__).with_name("monitor_results.json")
 TRUE = "eval_true_reward"
 COMMON = ["checkpoint_every=0", "evaluation.images_per_prompt=2", "evaluation.grid=64"]
-RUNS = {
-    "sqdf": ["evaluation.every=10"],
-    "draft": [
-        "algorithm=draft",
-        "baseline.truncation=1",
-        "optimizer.lr=2e-3",
-        "optimizer.batch_size=8",
-        "execution.micro_batch=8",
-        "steps=40",
-        "evaluation.every=5",
-    ],
-}
+_DRAFT = "algorithm=draft baseline.truncation=1 optimizer.lr=2e-3 optimizer.batch_size=8 execution.micro_batch=8 steps=40"
+RUNS = {"sqdf": ["evaluation.every=10"], "draft": [*_DRAFT.split(" "), "evaluation.every=5"]}
 """The shipped preset, and DRaFT-1, which nothing holds back."""
-COLUMNS = (
-    "run",
-    "seed",
-    "evaluated at",
-    "proxy: base, end",
-    "true rule: base, peak, end",
-    "peak at step",
-    "alarm at step",
-    "judges",
-    "`restore` would take step (true rule there)",
-)
 
 
 @dataclass(frozen=True)
@@ -80,21 +59,23 @@ def outcome(name: str, seed: int, folder: Path, assignments: Sequence[str]) -> O
     return Outcome(name, seed, [{key: record[key] for key in wanted if key in record} for record in found])
 
 
-def row(run: Outcome) -> list[str]:
-    """The cells of one run."""
+def row(run: Outcome) -> dict[str, str]:
+    """The cells of one run, by the heads of their columns."""
     first, last, peak = run.evaluations[0], run.evaluations[-1], run.peak
     alarm = run.alarms[0] if run.alarms else None
-    return [
-        run.run,
-        str(run.seed),
-        f"0, {run.evaluations[1]['step']}, ..., {last['step']}",
-        f"{first[PROXY]:.2f}, {last[PROXY]:.2f}",
-        f"{first[TRUE]:.2f}, {peak[TRUE]:.2f}, {last[TRUE]:.2f}",
-        str(peak["step"]),
-        "none" if alarm is None else str(alarm.step),
-        "" if alarm is None else ", ".join(turn.name for turn in alarm.turns),
-        "" if alarm is None else f"{alarm.best_step} ({run.true_at(alarm.best_step):.2f})",
-    ]
+    return {
+        "run": run.run,
+        "seed": str(run.seed),
+        "evaluated at": f"0, {run.evaluations[1]['step']}, ..., {last['step']}",
+        "proxy: base, end": f"{first[PROXY]:.2f}, {last[PROXY]:.2f}",
+        "true rule: base, peak, end": f"{first[TRUE]:.2f}, {peak[TRUE]:.2f}, {last[TRUE]:.2f}",
+        "peak at step": str(peak["step"]),
+        "alarm at step": str(alarm.step) if alarm else "none",
+        "judges": ", ".join(turn.name for turn in alarm.turns) if alarm else "",
+        "`restore` would take step (true rule there)": (
+            f"{alarm.best_step} ({run.true_at(alarm.best_step):.2f})" if alarm else ""
+        ),
+    }
 
 
 def curve(run: Outcome) -> Section:
@@ -102,29 +83,26 @@ def curve(run: Outcome) -> Section:
     keys = [PROXY, TRUE, *watched(run.evaluations)]
     spoken = {alarm.step for alarm in run.alarms}
     rows = [
-        [
-            f"{record['step']}{'*' if record['step'] in spoken else ''}",
-            *(f"{record[key]:.3f}" for key in keys),
-            f"{record['eval_kl']:.4f}",
-        ]
+        {"step": f"{record['step']}{'*' * (record['step'] in spoken)}"}
+        | {label(key.removeprefix("eval_")): f"{record[key]:.3f}" for key in keys}
+        | {"KL": f"{record['eval_kl']:.4f}"}
         for record in run.evaluations
     ]
-    names = [label(key.removeprefix("eval_")) for key in keys]
-    return Section(f"## {run.run}, seed {run.seed}", tables=[Table(["step", *names, "KL"], rows)])
+    return Section(f"## {run.run}, seed {run.seed}", tables=[of_rows(rows)])
 
 
 def page(runs: Sequence[Outcome], image: str) -> list[Section]:
     """The page; `image`: the plot's address."""
-    intro = (
-        "`python bench monitor` trains these runs and writes this page and bench/study/monitor_results.json;\n"
-        "[monitor.md](monitor.md) says what the monitor does. Every evaluation is of 64 images of 32 held-out prompts, the\n"
-        "same noise each time. Neither training nor the monitor sees the true rule. `sqdf` is the shipped preset, `draft` is\n"
-        "DRaFT-1, which nothing holds back; the settings beside the preset's:"
-    )
+    intro = [
+        "`python bench monitor` trains these runs and writes this page and bench/study/monitor_results.json;",
+        "[monitor.md](monitor.md) says what the monitor does. Every evaluation is of 64 images of 32 held-out prompts,",
+        "the same noise each time. Neither training nor the monitor sees the true rule. `sqdf` is the shipped preset,",
+        "`draft` is DRaFT-1, which nothing holds back; the settings beside the preset's:",
+    ]
     settings = [f"`{name}`: `{' '.join(RUNS[name]).replace('evaluation.', '')}`" for name in RUNS]
     return [
-        Section("# The over-optimization monitor on the embedded model", [intro], settings),
-        Section(tables=[Table(COLUMNS, list(map(row, runs)))]),
+        Section("# The over-optimization monitor on the embedded model", ["\n".join(intro)], settings),
+        Section(tables=[of_rows(map(row, runs))]),
         Section(images=[image]),
         *map(curve, runs),
         Section(text=["A star marks the alarm."]),

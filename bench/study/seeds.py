@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.tables import Section, Table, markdown
+from harness.tables import Section, markdown, of_rows
 from PIL import Image
 
 from sqdf_fast.config import make_config, parse_assignments
@@ -24,16 +24,6 @@ from sqdf_fast.runs.run import Run
 from sqdf_fast.training.lifecycle import continue_run, new_run
 
 DOCS = Path(__file__).parents[2] / "docs"
-COLUMNS = (
-    "seed",
-    "taste proxy (gain in base s.d.)",
-    "true rule (gain)",
-    "attribute accuracy (kept)",
-    "diversity (kept)",
-    "alignment (shuffled)",
-    "training",
-    "UNet evaluations",
-)
 
 
 def trained(folder: Path, seed: int, assignments: Sequence[str]) -> Run:
@@ -58,24 +48,23 @@ def parser(command: str, about: str | None, runs: str) -> argparse.ArgumentParse
     return found
 
 
-def row(run: Run) -> list[str]:
-    """The cells of one run."""
+def row(run: Run) -> dict[str, str]:
+    """The cells of one run, by the heads of their columns."""
     found = summarise(run.evaluations)
     pairs = (found.proxy, found.true, found.accuracy, found.diversity, found.alignment)
     if any(pair is None for pair in pairs) or found.proxy_gain is None or found.true_gain is None:
         raise UserError(f"run {run.folder} has no evaluation after training")
     proxy, true, accuracy, diversity, alignment = (pair or (0.0, 0.0) for pair in pairs)
-    seconds = sum(step["seconds"] for step in run.steps)
-    return [
-        str(run.config["seed"]),
-        f"{proxy[0]:.3f} → {proxy[1]:.3f} (+{found.proxy_gain:.2f})",
-        f"{true[0]:.3f} → {true[1]:.3f} ({found.true_gain:+.3f})",
-        f"{accuracy[0]:.1%} → {accuracy[1]:.1%} ({found.accuracy_kept:.0%})",
-        f"{diversity[0]:.3f} → {diversity[1]:.3f} ({found.diversity_kept:.0%})",
-        f"{alignment[0]:.3f} → {alignment[1]:.3f} ({found.shuffled:.3f})",
-        f"{seconds:.0f} s",
-        f"{sum(step['unet_evaluations'] for step in run.steps):,}",
-    ]
+    return {
+        "seed": str(run.config["seed"]),
+        "taste proxy (gain in base s.d.)": f"{proxy[0]:.3f} → {proxy[1]:.3f} (+{found.proxy_gain:.2f})",
+        "true rule (gain)": f"{true[0]:.3f} → {true[1]:.3f} ({found.true_gain:+.3f})",
+        "attribute accuracy (kept)": f"{accuracy[0]:.1%} → {accuracy[1]:.1%} ({found.accuracy_kept:.0%})",
+        "diversity (kept)": f"{diversity[0]:.3f} → {diversity[1]:.3f} ({found.diversity_kept:.0%})",
+        "alignment (shuffled)": f"{alignment[0]:.3f} → {alignment[1]:.3f} ({found.shuffled:.3f})",
+        "training": f"{sum(step['seconds'] for step in run.steps):.0f} s",
+        "UNet evaluations": f"{sum(step['unet_evaluations'] for step in run.steps):,}",
+    }
 
 
 def page(runs: Sequence[Run]) -> list[Section]:
@@ -83,21 +72,19 @@ def page(runs: Sequence[Run]) -> list[Section]:
     gains = [summarise(run.evaluations).proxy_gain or 0.0 for run in runs]
     evaluation, environment = runs[0].config["evaluation"], runs[0].environment
     machine = [f"{name} {environment[name]}" for name in ("CPU cores", "torch threads", "torch") if name in environment]
-    intro = (
-        "`python bench seeds` trains the shipped `shapes` preset once per seed and writes this page. Scores are of "
-        f"{evaluation['num_prompts'] * evaluation['images_per_prompt']} images of {evaluation['num_prompts']} held-out\n"
-        "prompts, the same noise before and after; arrows go from the base model to the fine-tuned one. Training never\n"
-        "sees the true rule, nor the judges of accuracy, diversity and alignment."
-    )
-    return [
-        Section("# The default run on the embedded model", [intro], tables=[Table(COLUMNS, list(map(row, runs)))]),
-        Section(
-            text=[
-                f"Median gain of the proxy: {statistics.median(gains):.2f} standard deviations of the base model's "
-                f"score.\nTimes are of one noisy machine and mean little: {', '.join(machine)}."
-            ]
-        ),
+    images = evaluation["num_prompts"] * evaluation["images_per_prompt"]
+    intro = [
+        "`python bench seeds` trains the shipped `shapes` preset once per seed and writes this page. Scores are of",
+        f"{images} images of {evaluation['num_prompts']} held-out prompts, the same noise before and after; arrows go",
+        "from the base model to the fine-tuned one. Training never sees the true rule, nor the judges of accuracy,",
+        "diversity and alignment.",
     ]
+    end = [
+        f"Median gain of the proxy: {statistics.median(gains):.2f} standard deviations of the base model's score.",
+        f"Times are of one noisy machine and mean little: {', '.join(machine)}.",
+    ]
+    head = Section("# The default run on the embedded model", ["\n".join(intro)], tables=[of_rows(map(row, runs))])
+    return [head, Section(text=["\n".join(end)])]
 
 
 def before_after(run: Run, path: Path, pairs: int = 12) -> None:

@@ -35,7 +35,7 @@ def measured(monkeypatch):
         prepared = Prepared(subjects, faults or {}, Pace(0.0, 1), figures)
         fields = {"device": "cpu", "size": problem.size, "dtype": "float32", "noise": "given", "direction": direction}
         group = Group("", tuple(peaks), fields, problem)
-        entry = Benchmark(problem.op, "", "", lambda choice: [group], lambda group, toy: prepared, (), lambda rows: [])
+        entry = Benchmark(problem.op, "", lambda choice: [group], lambda group, toy: prepared, (), lambda rows: [])
         return measure(entry, group, toy=False)
 
     return measured

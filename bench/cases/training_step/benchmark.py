@@ -126,7 +126,6 @@ def by_problem(rows: list[Row]) -> list[Table]:
 
 BENCHMARK = Benchmark(
     name="training_step",
-    question="What does the gradient of a training step cost, the published way and ours?",
     page="training_step.md",
     groups=groups,
     prepare=prepare,

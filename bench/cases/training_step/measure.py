@@ -50,8 +50,8 @@ def prepare(problem: Problem) -> Prepared:
 def parity(problem: Problem, steps: dict[str, Step]) -> tuple[dict[str, str], dict[str, float]]:
     """Why a way's gradient is wrong, by name, and every way's relative L2 error.
 
-    The exact gradient is the staged executor's in float64. Without the published way's parity nothing has figures: there
-    is nothing to compare with.
+    The exact gradient is the staged executor's in float64. Without the published way's parity there is nothing to
+    compare with, and nothing has figures.
     """
     with torch.backends.cudnn.flags(allow_tf32=False):
         truth = Ours(problem, torch.float64).step("staged + checkpointing").gradient()
