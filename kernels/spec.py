@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,7 +62,11 @@ class Problem:
         return math.prod(self.shape)
 
 
+Given = Mapping[str, Any]
+"""Tensors by the public function's argument names."""
 Outputs = tuple[Tensor, ...]
+Calls = dict[str, tuple[Any, tuple[Any, ...]]]
+"""PyTorch operators with arguments, by the name of the case."""
 Forward = Callable[[], Outputs]
 Normal = Callable[..., Tensor]
 """normal(*shape): standard normal numbers in the problem's dtype on its device, the same for the same problem."""
@@ -95,28 +99,28 @@ class Benchmark:
         sizes: the sizes measured.
         inputs: (problem, normal) -> random inputs.
         ours: (problem, given, impl) -> outputs of the public function.
-        eager: (problem, given, treat) -> a call of the op as one writes it in PyTorch; `treat` is applied to its function.
+        eager: (problem, given, treat) -> a call of the op as one writes it in PyTorch, treated with `treat`.
         outputs: a name for each output.
         tensors_moved: by direction, how many times N elements are read or written (noise that is given comes on top).
         noise: the values of `Problem.noise` measured.
         half_precision_on_cuda: whether bfloat16 is measured on CUDA beside float32.
-        compiled: whether torch.compile is measured: not where a single call is all there is to compile.
+        compiled: whether torch.compile is measured; False where eager is a single call.
         own_precision: names of the inputs that a lower precision of the problem leaves as they are.
-        noise_behind: (inputs in float64, outputs) -> the standard normal numbers behind the outputs of an
-            implementation that draws noise of its own choosing.
+        noise_behind: (inputs in float64, outputs) -> the standard normal numbers that an implementation drew with a
+            generator of its own.
     """
 
     sizes: tuple[Size, ...]
     inputs: Callable[[Problem, Normal], Inputs]
-    ours: Callable[[Problem, Mapping[str, Tensor], str], Outputs]
-    eager: Callable[[Problem, Mapping[str, Tensor], Treat], Forward]
+    ours: Callable[[Problem, Given, str], Outputs]
+    eager: Callable[[Problem, Given, Treat], Forward]
     outputs: tuple[str, ...]
     tensors_moved: Mapping[str, int]
     noise: tuple[str, ...] = ("",)
     half_precision_on_cuda: bool = False
     compiled: bool = True
     own_precision: frozenset[str] = frozenset()
-    noise_behind: Callable[[Mapping[str, Tensor], Outputs], Tensor] | None = None
+    noise_behind: Callable[[Given, Outputs], Tensor] | None = None
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -135,15 +139,28 @@ class Spec:
     """What an op declares.
 
     Attributes:
-        operator_calls: (device) -> every PyTorch operator of the op with arguments for it, by the name of the case.
+        operator_calls: (device) -> every PyTorch operator of the op with arguments for it.
         launches: (quick) -> calls of its Triton launchers on tensors without memory, for every dtype and flag; quick:
             a subset. None without a Triton implementation.
-        benchmark: how it is measured by `pytest bench/`; None: bench/ has a case of its own for it.
+        benchmark: how `pytest bench/` measures it; None: bench/ has a case of its own.
     """
 
-    operator_calls: Callable[[str], dict[str, tuple[Any, tuple[Any, ...]]]] = field(default=lambda device: {})
+    operator_calls: Callable[[str], Calls] = lambda device: {}
     launches: Callable[[bool], Iterator[Callable[[], object]]] | None = None
     benchmark: Benchmark | None = None
+
+
+# What the operator calls of several ops share.
+
+
+def example(device: str) -> tuple[Tensor, ...]:
+    """x, policy, reference, table, index, noise, seed of a small guided step: latents float32, outputs bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(2, 4, 5, 3, generator=generator) for _ in range(2))
+    policy, reference = (torch.randn(4, 4, 5, 3, generator=generator).bfloat16() for _ in range(2))
+    table = torch.tensor([[1.02, -0.031, 0.17], [1.4, -0.62, 0.29]])
+    found = x, policy, reference, table, torch.tensor([1, 0]), noise, torch.tensor([7, -9])
+    return tuple(tensor.to(device) for tensor in found)
 
 
 # What the benchmarks of several ops share.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +13,29 @@ from sqdf_fast.kernels import spec
 from sqdf_fast.kernels.denoise_step import denoise_step
 from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.kernels.spec import GUIDANCE_SCALE, LATENTS, Benchmark, Inputs, Normal, Outputs, Problem, Spec
+
+
+def operator_calls(device: str) -> spec.Calls:
+    step, backward = torch.ops.sqdf_fast.denoise_step, torch.ops.sqdf_fast.denoise_step_backward
+    x, policy, reference, table, index, noise, seed = spec.example(device)
+    # sampling keeps no gradients, and no delta
+    sampling = x, policy, reference, table, index, 5.0, None, seed, 1.0, False
+    x, policy, alone = (tensor.clone().requires_grad_() for tensor in (x, policy, policy[:2]))
+    inputs, rest = (x, policy, reference, table, index, 5.0), (0.7, True)
+    grads = torch.randn_like(noise), torch.randn(2, device=device), torch.randn_like(reference[:2])
+    settings = table, index, 5.0, 0.7, torch.float32, torch.bfloat16
+    return {
+        "denoise_step, noise": (step, (*inputs, noise, None, *rest)),
+        "denoise_step, seed": (step, (*inputs, None, seed, *rest)),
+        "denoise_step, one output a sample": (
+            step,
+            (x, alone, reference[:2], table, index, 1.0, noise, None, 1.0, True),
+        ),
+        "denoise_step, sampling": (step, sampling),
+        "denoise_step_backward": (backward, (*grads, *settings, True, True)),
+        "denoise_step_backward, x alone": (backward, (*grads, *settings, True, False)),
+        "denoise_step_backward, policy alone": (backward, (*grads, *settings, False, True)),
+    }
 
 
 def launches(quick: bool) -> Iterator[Callable[[], object]]:
@@ -26,11 +49,10 @@ def launches(quick: bool) -> Iterator[Callable[[], object]]:
         delta = spec.empty(2, length, dtype=output)
         inputs, settings = (x, policy, reference, table, index, g), (table, index, g, 1.0, dtype, output)
         for drawn, with_delta in [(g != 1, True)] if few else itertools.product((True, False), repeat=2):
-            given = (None, seed) if drawn else (noise, None)
-            yield lambda inputs=inputs, rest=(*given, 1.0, with_delta): triton.forward(*inputs, *rest)
+            given, key = (None, seed) if drawn else (noise, None)
+            yield partial(triton.forward, *inputs, given, key, 1.0, with_delta)
         for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
-            grads = x, spec.empty(2), delta
-            yield lambda grads=grads, rest=(*settings, *needs): triton.backward(*grads, *rest)
+            yield partial(triton.backward, x, spec.empty(2), delta, *settings, *needs)
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:
@@ -53,7 +75,7 @@ def inputs(problem: Problem, normal: Normal) -> Inputs:
     return Inputs(given, ("x", "policy"), (normal(*problem.shape), kl_cotangent), noise)
 
 
-def ours(problem: Problem, given: Mapping[str, Tensor], impl: str) -> Outputs:
+def ours(problem: Problem, given: spec.Given, impl: str) -> Outputs:
     return denoise_step(**given, guidance_scale=GUIDANCE_SCALE, impl=impl)
 
 
@@ -68,12 +90,14 @@ def in_pytorch(
     return x_prev.to(x.dtype), kl
 
 
-def in_pytorch_drawing(x: Tensor, *arguments: Any) -> Outputs:
-    """`in_pytorch` that draws its noise: our counter-based generator in PyTorch integers would be an unfair opponent."""
-    return in_pytorch(x, *arguments, torch.randn_like(x))
+def in_pytorch_drawing(
+    x: Tensor, policy: Tensor, reference: Tensor, transition: Tensor, index: Tensor, g: float
+) -> Outputs:
+    """`in_pytorch` that draws its noise: our generator, written in PyTorch integers, would be an unfair opponent."""
+    return in_pytorch(x, policy, reference, transition, index, g, torch.randn_like(x))
 
 
-def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> spec.Forward:
+def eager(problem: Problem, given: spec.Given, treat: spec.Treat) -> spec.Forward:
     arguments = *(given[name] for name in ("x", "policy", "reference", "transition", "index")), GUIDANCE_SCALE
     if problem.noise == "drawn" and problem.device == "cuda":
         drawing = treat(in_pytorch_drawing)
@@ -85,7 +109,7 @@ def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> s
     return lambda: step(*arguments, torch.randn_like(given["x"]))
 
 
-def noise_behind(given: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
+def noise_behind(given: spec.Given, outputs: Outputs) -> Tensor:
     """z of x_prev = mean + sigma z."""
     inputs = {name: tensor for name, tensor in given.items() if name != "seed"} | {
         "noise": torch.zeros_like(given["x"])
@@ -97,7 +121,8 @@ def noise_behind(given: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
 
 
 SPEC = Spec(
-    launches=launches,
+    operator_calls,
+    launches,
     benchmark=Benchmark(
         sizes=LATENTS,
         inputs=inputs,

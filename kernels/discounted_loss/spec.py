@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,13 +16,19 @@ from sqdf_fast.kernels.spec import Benchmark, Inputs, Normal, Outputs, Problem, 
 GAMMA, ALPHA = 0.9, 0.01
 
 
+def operator_calls(device: str) -> spec.Calls:
+    reward, kl = (torch.rand(3, device=device, requires_grad=True) for _ in range(2))
+    terms = reward, kl, torch.tensor([0, 3, 9], device=device)
+    return {"discounted_loss": (torch.ops.sqdf_fast.discounted_loss, (*terms, 0.9, 2.0, True, 4.0))}
+
+
 def launches(quick: bool) -> Iterator[Callable[[], object]]:
     from sqdf_fast.kernels.discounted_loss import triton
 
     dtypes = torch.float32, torch.float16, torch.bfloat16
     for dtype, mask in itertools.product(dtypes, (True,) if quick else (True, False)):
         inputs = spec.empty(8, dtype=dtype), spec.empty(8), spec.empty(8, dtype=torch.int64), 0.9, 1.0, mask, 8.0
-        yield lambda inputs=inputs: triton.forward(*inputs)
+        yield partial(triton.forward, *inputs)
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:
@@ -34,7 +41,7 @@ def inputs(problem: Problem, normal: Normal) -> Inputs:
     return Inputs(given, ("reward", "kl"), (torch.ones((), device=problem.device),))
 
 
-def ours(problem: Problem, given: Mapping[str, Tensor], impl: str) -> Outputs:
+def ours(problem: Problem, given: spec.Given, impl: str) -> Outputs:
     return (discounted_loss(**given, gamma=GAMMA, alpha=ALPHA, impl=impl),)
 
 
@@ -43,13 +50,14 @@ def in_pytorch(reward: Tensor, kl: Tensor, remaining: Tensor, gamma: float, alph
     return (alpha * kl - gamma**remaining * reward).mean()
 
 
-def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> spec.Forward:
+def eager(problem: Problem, given: spec.Given, treat: spec.Treat) -> spec.Forward:
     loss = treat(in_pytorch)
     return lambda: (loss(given["reward"], given["kl"], given["remaining"], GAMMA, ALPHA),)
 
 
 SPEC = Spec(
-    launches=launches,
+    operator_calls,
+    launches,
     benchmark=Benchmark(
         sizes=(Size("batch64", (64,), toy=(64,)), Size("4x64", (4, 64), toy=(4, 64))),
         inputs=inputs,

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from sqdf_fast.kernels import spec
 from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.kernels.spec import LATENTS, Benchmark, Inputs, Normal, Outputs, Problem, Spec
 
 
+def operator_calls(device: str) -> spec.Calls:
+    arguments = torch.tensor([7, -9], device=device), 20
+    ops = torch.ops.sqdf_fast
+    return {name: (getattr(ops, name), arguments) for name in ("philox_normal", "philox_normal_reference")}
+
+
 def launches(quick: bool) -> Iterator[Callable[[], object]]:
     from sqdf_fast.kernels.philox import triton
 
     for length in spec.lengths(quick):
-        yield lambda length=length: triton.normal(spec.empty(2, dtype=torch.int64), length)
-        yield lambda length=length: triton.words(spec.empty(2, dtype=torch.int64), length)
+        yield partial(triton.normal, spec.empty(2, dtype=torch.int64), length)
+        yield partial(triton.words, spec.empty(2, dtype=torch.int64), length)
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:
@@ -25,16 +31,17 @@ def inputs(problem: Problem, normal: Normal) -> Inputs:
     return Inputs({"seed": seed}, noise=philox_normal(seed, problem.shape[1:], impl="reference"))
 
 
-def ours(problem: Problem, given: Mapping[str, Tensor], impl: str) -> Outputs:
+def ours(problem: Problem, given: spec.Given, impl: str) -> Outputs:
     return (philox_normal(given["seed"], problem.shape[1:], impl=impl),)
 
 
-def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> spec.Forward:
+def eager(problem: Problem, given: spec.Given, treat: spec.Treat) -> spec.Forward:
     return lambda: (torch.randn(problem.shape, device=problem.device),)
 
 
 SPEC = Spec(
-    launches=launches,
+    operator_calls,
+    launches,
     benchmark=Benchmark(
         sizes=LATENTS,
         inputs=inputs,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,17 +13,26 @@ from sqdf_fast.kernels.posterior_mean import posterior_mean
 from sqdf_fast.kernels.spec import GUIDANCE_SCALE, LATENTS, Benchmark, Inputs, Normal, Outputs, Problem, Spec
 
 
+def operator_calls(device: str) -> spec.Calls:
+    mean, backward = torch.ops.sqdf_fast.posterior_mean, torch.ops.sqdf_fast.posterior_mean_backward
+    x, output, _, table, index, *_ = spec.example(device)
+    inputs, grad = (x.requires_grad_(), output.requires_grad_()), torch.randn_like(x)
+    settings = table[:, :2], index, 5.0
+    return {
+        "posterior_mean": (mean, (*inputs, *settings, torch.float16)),
+        "posterior_mean_backward": (backward, (grad, *settings, torch.float32, torch.bfloat16, True, True)),
+    }
+
+
 def launches(quick: bool) -> Iterator[Callable[[], object]]:
     from sqdf_fast.kernels.posterior_mean import triton
 
     for dtype, output, length, g, few in spec.latents(quick):
         table, index, x = spec.empty(50, 2), spec.empty(2, dtype=torch.int64), spec.empty(2, length, dtype=dtype)
         model_output = spec.empty(2 if g == 1 else 4, length, dtype=output)
-        inputs = x, model_output, table, index, g, dtype
-        yield lambda inputs=inputs: triton.forward(*inputs)
+        yield partial(triton.forward, x, model_output, table, index, g, dtype)
         for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
-            inputs = x, table, index, g, dtype, output, *needs
-            yield lambda inputs=inputs: triton.backward(*inputs)
+            yield partial(triton.backward, x, table, index, g, dtype, output, *needs)
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:
@@ -36,7 +46,7 @@ def inputs(problem: Problem, normal: Normal) -> Inputs:
     return Inputs(given, ("x", "model_output"), (normal(*problem.shape),))
 
 
-def ours(problem: Problem, given: Mapping[str, Tensor], impl: str) -> Outputs:
+def ours(problem: Problem, given: spec.Given, impl: str) -> Outputs:
     return (posterior_mean(**given, guidance_scale=GUIDANCE_SCALE, impl=impl),)
 
 
@@ -46,14 +56,15 @@ def in_pytorch(x: Tensor, model_output: Tensor, posterior: Tensor, index: Tensor
     return (a * x.float() + b * spec.guided(model_output, g)).to(x.dtype)
 
 
-def eager(problem: Problem, given: Mapping[str, Tensor], treat: spec.Treat) -> spec.Forward:
+def eager(problem: Problem, given: spec.Given, treat: spec.Treat) -> spec.Forward:
     mean = treat(in_pytorch)
     arguments = [given[name] for name in ("x", "model_output", "posterior", "index")]
     return lambda: (mean(*arguments, GUIDANCE_SCALE),)
 
 
 SPEC = Spec(
-    launches=launches,
+    operator_calls,
+    launches,
     benchmark=Benchmark(
         sizes=LATENTS,
         inputs=inputs,

@@ -1,7 +1,7 @@
 """Fused ops: one folder per op, every implementation side by side, one public function each.
 
-The ops are in the folder kernels/ of the repository, which a wheel installs here. It has no `__init__.py`: Python started in
-the checkout must not take it for the `kernels` distribution, which other libraries look for.
+The ops are in the folder kernels/ of the repository, which a wheel installs here. It has no `__init__.py`: Python
+started in the checkout must not take it for the `kernels` distribution, which other libraries look for.
 """
 
 from __future__ import annotations
