@@ -6,7 +6,7 @@ same run, and bench_<device>_time_<dtype>.png, time relative to eager PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,18 @@ def draw(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
     machine = result["machine"]
     threads = f"{machine['torch_threads']} thread{'s' * (machine['torch_threads'] > 1)}"
     device = machine["gpu"] if result["device"] == "cuda" else f"{machine['cpu']}, {threads}"
+    figures = {}
     with plt.rc_context(STYLE):
-        figures = {f"bench_{name}_bandwidth": _bandwidth(rows, dtypes, device)} if dtypes else {}
+        if dtypes:
+            lines = {f", {dtype}": {"direction": "both", "dtype": dtype} for dtype in dtypes}
+            title = f"Achieved bandwidth, forward + backward, {device}"
+            height = 1.2 + 4.2 * len(dtypes)
+            figures["bandwidth"] = _panels(rows, lines, title, "GB/s", height, _bandwidth, sharey="row")
         for dtype in dtypes:
-            own = [row for row in rows if row["dtype"] == dtype]
-            figures[f"bench_{name}_time_{dtype}"] = _time(own, f"{device}, {dtype}")
-        return [_save(figure, folder / f"{file}.png") for file, figure in figures.items()]
+            lines = {f": {spoken}": {"direction": way, "dtype": dtype} for way, spoken in DIRECTIONS.items()}
+            title = f"Time relative to eager PyTorch (shorter is better), {device}, {dtype}"
+            figures[f"time_{dtype}"] = _panels(rows, lines, title, "time / eager", 10.5, _times)
+        return [_save(figure, folder / f"bench_{name}_{kind}.png") for kind, figure in figures.items()]
 
 
 def draw_curves(
@@ -73,73 +79,55 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _panels(titles: Sequence[str], heading: str, height: float, sharey: str = "none") -> tuple[Figure, Any]:
-    """A line of panels a title, a panel an op."""
+def _panels(
+    rows: list[Row],
+    lines: Mapping[str, Mapping[str, str]],
+    heading: str,
+    ylabel: str,
+    height: float,
+    draw: Callable[[Axes, list[Row]], None],
+    sharey: str = "none",
+) -> Figure:
+    """A panel an op; `lines`: the fields of the rows of each line of panels, by what its titles end with."""
     figure, axes = plt.subplots(
-        len(titles), len(PANELS), figsize=(13, height), squeeze=False, sharey=sharey, layout="constrained"
+        len(lines), len(PANELS), figsize=(13, height), squeeze=False, sharey=sharey, layout="constrained"
     )
     figure.suptitle(heading, fontsize=14)
-    for line, title in zip(axes, titles, strict=True):
+    for line, (title, fields) in zip(axes, lines.items(), strict=True):
         for panel, (op, noise) in zip(line, PANELS, strict=True):
-            panel.set_title(f"{op}, noise {noise}{title}" if noise else op + title)
-    return figure, axes
-
-
-def _legend(figure: Figure, axes: Any) -> Figure:
+            own = list(_select(rows, op=op, noise=noise, **fields))
+            if own:
+                draw(panel, own)
+                panel.set_title(f"{op}, noise {noise}{title}" if noise else op + title)
+            else:
+                panel.set_axis_off()
+        line[0].set_ylabel(ylabel)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 
-def _bandwidth(rows: list[Row], dtypes: list[str], device: str) -> Figure:
-    """A panel an op and dtype: bytes moved forward + backward on x, GB/s on y, the copy as the ceiling."""
-    heading = f"Achieved bandwidth, forward + backward, {device}"
-    figure, axes = _panels([f", {dtype}" for dtype in dtypes], heading, 1.2 + 4.2 * len(dtypes), sharey="row")
-    for line, dtype in zip(axes, dtypes, strict=True):
-        for panel, (op, noise) in zip(line, PANELS, strict=True):
-            own = list(_select(rows, op=op, noise=noise, direction="both", dtype=dtype))
-            if not own:
-                panel.set_axis_off()
-                continue
-            _ceiling(panel, own)
-            for name in _implementations(own):
-                points = sorted((r["bytes_moved"] / 1e6, r["gb_per_second"]) for r in _select(own, implementation=name))
-                panel.plot(*zip(*points, strict=True), marker="o", linewidth=2, color=COLOURS[name], label=NAMES[name])
-            panel.set_xlabel("size and megabytes moved")
-            panel.margins(x=0.12)
-            panel.set_yscale("log")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            panel.yaxis.set_minor_locator(NullLocator())
-        line[0].set_ylabel("GB/s")
-    return _legend(figure, axes)
-
-
-def _ceiling(panel: Axes, rows: list[Row]) -> None:
-    points = sorted({(row["bytes_moved"] / 1e6, row["copy_gb_per_second"], SIZES[row["size"]]) for row in rows})
-    moved, speed, names = zip(*points, strict=True)
+def _bandwidth(panel: Axes, rows: list[Row]) -> None:
+    """Bytes moved forward + backward on x, GB/s on y, the copy as the ceiling."""
+    copies = sorted({(row["bytes_moved"] / 1e6, row["copy_gb_per_second"], SIZES[row["size"]]) for row in rows})
+    moved, speed, names = zip(*copies, strict=True)
     panel.plot(moved, speed, color="black", linestyle="--", marker="_", markersize=14, linewidth=1.5, label="copy")
     panel.set_xscale("log")
     panel.set_xticks(moved, [f"{name}\n{value:.0f} MB" for name, value in zip(names, moved, strict=True)])
     panel.xaxis.set_minor_locator(NullLocator())
+    for name in _implementations(rows):
+        points = sorted((r["bytes_moved"] / 1e6, r["gb_per_second"]) for r in _select(rows, implementation=name))
+        panel.plot(*zip(*points, strict=True), marker="o", linewidth=2, color=COLOURS[name], label=NAMES[name])
+    panel.set_xlabel("size and megabytes moved")
+    panel.margins(x=0.12)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    panel.yaxis.set_minor_locator(NullLocator())
 
 
-def _time(rows: list[Row], device: str) -> Figure:
-    """A panel an op and direction: bars of time relative to eager, a group a size."""
-    heading = f"Time relative to eager PyTorch (shorter is better), {device}"
-    figure, axes = _panels([f": {spoken}" for spoken in DIRECTIONS.values()], heading, 10.5)
-    for line, direction in zip(axes, DIRECTIONS, strict=True):
-        for panel, (op, noise) in zip(line, PANELS, strict=True):
-            own = list(_select(rows, op=op, noise=noise, direction=direction))
-            if own:
-                _bars(panel, own)
-            else:
-                panel.set_axis_off()
-        line[0].set_ylabel("time / eager")
-    return _legend(figure, axes)
-
-
-def _bars(panel: Axes, rows: list[Row]) -> None:
+def _times(panel: Axes, rows: list[Row]) -> None:
+    """Bars of time relative to eager, a group a size."""
     sizes = [size for size in SIZES if any(row["size"] == size for row in rows)]
     names = [name for name in _implementations(rows) if name != "eager"]
     width = 0.8 / len(names)

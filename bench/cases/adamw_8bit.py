@@ -74,13 +74,10 @@ def _calls(direction: str, dtype: torch.dtype, numel: int, names: tuple[str, ...
             "native": lambda: gradient_norm([gradient]),
         }
         return {name: norms[name] for name in names}
-    return {name: _stepper(name, start, gradient) for name in names}
-
-
-def _stepper(name: str, start: Tensor, gradient: Tensor) -> Callable[[], object]:
-    optimizer = _optimizer(name, start)
-    optimizer.param_groups[0]["params"][0].grad = gradient.clone()
-    return optimizer.step
+    optimizers = {name: _optimizer(name, start) for name in names}
+    for optimizer in optimizers.values():
+        optimizer.param_groups[0]["params"][0].grad = gradient.clone()
+    return {name: optimizer.step for name, optimizer in optimizers.items()}
 
 
 def _optimizer(name: str, start: Tensor) -> torch.optim.Optimizer:
