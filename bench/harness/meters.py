@@ -98,15 +98,16 @@ def _cpu_peaks(call: Callable[[], object], watch: Watch, settle: Callable[[], ob
         watch(begin)
         begin("")
         call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" or _MARK in e.name()]
-    events.sort(key=lambda event: event.start_ns())
-    begun = next(number for number, event in enumerate(events) if event.name() == _MARK)
+    named = ((event.name(), event) for event in profile.profiler.kineto_results.events())
+    events = [(name, event) for name, event in named if name == "[memory]" or name.startswith(_MARK)]
+    events.sort(key=lambda pair: pair[1].start_ns())
+    begun = next(number for number, (name, _) in enumerate(events) if name == _MARK)
     found, live, current = {"": 0}, 0, ""
-    for event in events[begun:]:
-        if event.name() == "[memory]":
+    for name, event in events[begun:]:
+        if name == "[memory]":
             live += event.nbytes()
         else:
-            current = event.name().removeprefix(_MARK)
+            current = name.removeprefix(_MARK)
             found.setdefault(current, live)
         found[current] = max(found[current], live)
     return found

@@ -221,7 +221,7 @@ def test_memory_is_weights_and_what_each_stage_allocates():
         announced.append(callback)
 
     watch(lambda name: None)
-    resident, stages = measure.memory(Step(lambda: None, call, [], (weight, weight), watch), "cpu")
+    _, resident, stages = measure.memory(Step(lambda: None, call, [], (weight, weight), watch), "cpu")
     assert resident == 256 * 1024
     assert stages == {"first": resident + (4 << 20), "second": resident + (2 << 20)}
 

@@ -69,8 +69,8 @@ def parity(problem: Problem, steps: dict[str, Step]) -> tuple[dict[str, str], di
 
 
 def _figures(problem: Problem, name: str, step: Step, medians: Mapping[str, float]) -> Row:
-    work, median = flops(step), medians[name]
-    resident, stages = memory(step, problem.device)
+    median = medians[name]
+    work, resident, stages = memory(step, problem.device)
     expected, unpredicted = predicted(problem, name)
     best = best_flops(problem)
     sampling = sampling_flops(problem) if problem.model == "shapes" else None
@@ -164,18 +164,17 @@ def flops(step: Step) -> int:
     return counter.flops
 
 
-def memory(step: Step, device: str) -> tuple[int, dict[str, int]]:
-    """Bytes of the weights on the device before a run, and the most that is allocated in each stage, those included.
+def memory(step: Step, device: str) -> tuple[int, int, dict[str, int]]:
+    """FLOPs of a run, bytes of the weights on the device before it, and the most allocated in each stage with them.
 
     What other ways to run the step keep on the device does not count.
     """
-    resident = 0
+    work = resident = 0
 
     def settle() -> None:
         # Weights that move have to be where a run leaves them.
-        nonlocal resident
-        step.prepare()
-        step.call()
+        nonlocal work, resident
+        work = flops(step)
         step.prepare()
         resident = resident_bytes(step.modules, device)
 
@@ -185,7 +184,7 @@ def memory(step: Step, device: str) -> tuple[int, dict[str, int]]:
     unnamed = stages.pop("")
     first = next(iter(stages))
     stages[first] = max(stages[first], unnamed)
-    return resident, {name: resident + live for name, live in stages.items()}
+    return work, resident, {name: resident + live for name, live in stages.items()}
 
 
 def resident_bytes(modules: Iterable[nn.Module], device: str) -> int:
