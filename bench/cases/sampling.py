@@ -1,6 +1,6 @@
 """What do the switches of sampling do to its speed: merged LoRA, batch size, channels_last, compiled blocks?
 
-Two guided denoising steps of the embedded world's policy. The LoRA is merged before: "merging" is what that costs, once
+Two guided denoising steps of the embedded model's policy. The LoRA is merged before: "merging" is what that costs, once
 a refill. "adapter" is sampling without any switch, "batch-N" the merged sampler at another batch size,
 "attention-scores" the merged one with diffusers' older attention, which computes the whole matrix of scores.
 Ratios are per sample.

@@ -1,4 +1,4 @@
-"""When the over-optimization monitor speaks on the embedded world, beside the true rule that it never sees.
+"""When the over-optimization monitor speaks on the embedded model, beside the true rule that it never sees.
 
     python bench monitor                              # seeds 0 1 2; docs/monitor_results.md, its plot and its figures
     python bench monitor --recorded                   # the page again, from bench/study/monitor_results.json
@@ -101,7 +101,7 @@ def page(runs: Sequence[Outcome], image: str) -> list[Section]:
     ]
     settings = [f"`{name}`: `{' '.join(RUNS[name]).replace('evaluation.', '')}`" for name in RUNS]
     return [
-        Section("# The over-optimization monitor on the embedded world", ["\n".join(intro)], settings),
+        Section("# The over-optimization monitor on the embedded model", ["\n".join(intro)], settings),
         Section(tables=[of_rows(map(row, runs))]),
         Section(images=[image]),
         *map(curve, runs),

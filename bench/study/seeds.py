@@ -1,4 +1,4 @@
-"""The shipped default run on the embedded world over several seeds, as a page.
+"""The shipped default run on the embedded model over several seeds, as a page.
 
     python bench seeds                                # seeds 0 1 2; docs/shapes_results.md and an image
     python bench seeds --steps 2 --seeds 0 --runs runs/try --output runs/try
@@ -83,7 +83,7 @@ def page(runs: Sequence[Run]) -> list[Section]:
         f"Median gain of the proxy: {statistics.median(gains):.2f} standard deviations of the base model's score.",
         f"Times are of one noisy machine and mean little: {', '.join(machine)}.",
     ]
-    head = Section("# The default run on the embedded world", ["\n".join(intro)], tables=[of_rows(map(row, runs))])
+    head = Section("# The default run on the embedded model", ["\n".join(intro)], tables=[of_rows(map(row, runs))])
     return [head, Section(text=["\n".join(end)])]
 
 
