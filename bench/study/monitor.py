@@ -25,7 +25,7 @@ from study.seeds import DOCS, parser, trained
 FIGURES = Path(__file__).with_name("monitor_results.json")
 TRUE = "eval_true_reward"
 COMMON = ["checkpoint_every=0", "evaluation.images_per_prompt=2", "evaluation.grid=64"]
-_DRAFT = "algorithm=draft baseline.truncation=1 optimizer.lr=2e-3 optimizer.batch_size=8 execution.micro_batch=8"
+_DRAFT = "algorithm=draft draft.truncation=1 optimizer.lr=2e-3 optimizer.batch_size=8 execution.micro_batch=8"
 RUNS = {"sqdf": ["evaluation.every=10"], "draft": [*_DRAFT.split(), "steps=40", "evaluation.every=5"]}
 """The shipped preset, and DRaFT-1, which nothing holds back."""
 
