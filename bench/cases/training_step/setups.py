@@ -178,7 +178,7 @@ def configuration(problem: Problem) -> Config:
         "model": problem.model,
         "reward": problem.reward,
         "sampling": {"num_inference_steps": problem.steps, "guidance_scale": problem.guidance_scale, "eta": 1.0},
-        "objective": OBJECTIVE.model_dump(),
+        "objective": OBJECTIVE.model_dump(exclude_unset=True),
         "policy": {"rank": 8 if problem.model == "shapes" else 4},
     }
     return make_config(flags=settings)
