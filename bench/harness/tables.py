@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import rich.table
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich.console import Console
+
+from sqdf_fast.display import text_table
 
 MARKS = ("<!-- results: written by python bench pages -->", "<!-- end of results -->")
 """Around what bench writes into a page that people write."""
@@ -75,17 +74,11 @@ def of_rows(rows: Iterable[Mapping[str, str]]) -> Table:
 
 def as_lines(table: Table) -> list[str]:
     """Aligned lines for the terminal; what the columns before the last one of text repeat is left out."""
-    drawn = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for number, head in enumerate(table.heads):
-        drawn.add_column(head, justify="left" if number < table.text else "right", no_wrap=True)
-    repeatable, above = table.text - 1, None
+    repeatable, above, rows = table.text - 1, None, []
     for row in table.rows:
-        same = row[:repeatable] == above
-        drawn.add_row(*([""] * repeatable if same else row[:repeatable]), *row[repeatable:])
+        rows.append([*([""] * repeatable if row[:repeatable] == above else row[:repeatable]), *row[repeatable:]])
         above = row[:repeatable]
-    console = Console(file=StringIO(), width=1000, color_system=None, markup=False, highlight=False, emoji=False)
-    console.print(drawn)
-    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+    return text_table(table.heads, rows, left=range(table.text)).splitlines()
 
 
 def markdown(sections: Iterable[Section]) -> str:

@@ -21,8 +21,8 @@ from sqdf_fast.compare.command import Comparison, stored_protocol
 from sqdf_fast.compare.page import verdict
 from sqdf_fast.compare.results import Results, as_dict
 from sqdf_fast.compare.table import (
-    duel_sentence,
-    duel_table,
+    comparison_sentence,
+    comparison_table,
     end_table,
     equal_table,
     label,
@@ -31,7 +31,7 @@ from sqdf_fast.compare.table import (
     tuning_sentence,
     tuning_table,
 )
-from sqdf_fast.display.progress import format_bytes
+from sqdf_fast.display import format_bytes
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 from study.seeds import DOCS
@@ -66,7 +66,7 @@ def cost_table(results: Results) -> tuple[list[str], list[list[str]]]:
     for run, end in zip(results.runs, results.end, strict=True):
         spent = [curve.points[-1].cost for curve in run.curves if "seconds" in curve.points[-1].cost]
         # The ablated method stands once, among the methods; training-free ones have their cost in every image.
-        if not spent or run.free or (run.group and run.name == results.protocol.ablated):
+        if not spent or run.training_free or (run.group and run.name == results.protocol.ablated):
             continue
         fastest = min(spent, key=lambda cost: cost["seconds"])
         counts = [fastest[name] for name in ("unet_evaluations", "reward_evaluations", "seconds")]
@@ -89,8 +89,8 @@ def page(results: Results, name: str, images: Mapping[str, Sequence[str]]) -> li
     found = [Section(f"# Figures of bench/study/{name}.yaml", intro, verdict(results))]
     for group in results.groups:
         tables = []
-        if results.duels_of(group):
-            tables.append(table(duel_table(results, group), f"{duel_sentence(results, group)}:"))
+        if results.comparisons_of(group):
+            tables.append(table(comparison_table(results, group), f"{comparison_sentence(results, group)}:"))
         if sentence := level_sentence(results, group):
             tables.append(table(equal_table(results, group), f"{sentence}:"))
         tables.append(table(end_table(results, group), "At the end of training:"))
