@@ -24,8 +24,8 @@ test: $(VENV)/.installed-test  ## Run the tests. ARGS="tests/kernels -q"
 bench: $(VENV)/.installed-test  ## Time the fused ops, record the results, draw them
 	mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=build/bench.json
-	$(BIN)/python bench/record.py build/bench.json
-	$(BIN)/python bench/plots.py bench/results/*.json
+	$(BIN)/python bench record build/bench.json
+	$(BIN)/python bench pages
 
 gate: $(VENV)/.installed-test  ## Compile every Triton kernel for every GPU generation; no GPU needed. ARGS="--write"
 	$(BIN)/python tests/kernels/gate.py $(ARGS)

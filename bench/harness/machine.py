@@ -1,19 +1,37 @@
-"""What a recorded result says of the machine: its hardware and its versions, nothing that tells which one it is.
+"""The devices that are measured, and what a recorded result says about the machine: hardware and versions alone.
 
-`python bench/fused_ops/machine.py` prints it as JSON.
+Nothing in it identifies the machine. `python bench machine` prints it as JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import platform
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sqdf_fast.commands.doctor import facts
+from sqdf_fast.errors import UserError
+
+
+def devices(choice: str) -> list[str]:
+    """ "all" -> the CPU, and CUDA where there is a GPU; otherwise the one named.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    found = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if choice == "all":
+        return found
+    if choice not in found:
+        raise UserError(f"no device {choice} on this machine: choose one of all, {', '.join(found)}")
+    return [choice]
 
 
 def machine_info() -> dict[str, Any]:
@@ -66,5 +84,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-if __name__ == "__main__":
-    json.dump(machine_info(), sys.stdout)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python bench machine", description="Hardware and versions as JSON.")
+    parser.parse_args(arguments)
+    print(json.dumps(machine_info()))

@@ -8,18 +8,15 @@ from typing import Any
 import torch
 
 PUBLISHED = "published"
+_CHECKPOINTED = {"executor": "staged", "gradient_checkpointing": ("network", "decoder", "reward")}
 OURS: dict[str, dict[str, Any]] = {
     "joint": {"executor": "joint"},
     "staged": {"executor": "staged"},
-    "staged + recompute": {"executor": "staged", "gradient_checkpointing": ("network", "decoder", "reward")},
-    "staged + recompute + residency": {
-        "executor": "staged",
-        "gradient_checkpointing": ("network", "decoder", "reward"),
-        "offload": "staged",
-    },
+    "staged + checkpointing": _CHECKPOINTED,
+    "staged + checkpointing + offload": {**_CHECKPOINTED, "offload": "staged"},
 }
-"""Settings of `execution` by the name that the report gives them."""
-SUBJECTS = (PUBLISHED, *OURS)
+"""Settings of `execution`, by the way's name."""
+WAYS = (PUBLISHED, *OURS)
 MODELS = ("shapes", "sd15", "sdxl")
 
 
@@ -30,10 +27,12 @@ class Problem:
     Attributes:
         model: "shapes" with its own weights, or a model of known architecture with random ones; narrow if `toy`.
         reward: a registered name; random weights for a model with random weights.
-        dtype: of the frozen weights; device: "cpu" or "cuda".
-        batch: samples of the step, one micro-batch where there is one graph.
+        dtype: dtype of the frozen weights.
+        device: "cpu" or "cuda".
+        batch: samples of the step; one micro-batch where there is one graph.
         backward_batch_rows, decode_images, forward_batch_rows: chunks of the staged executor.
-        steps, guidance_scale: of the sampler.
+        steps: denoising steps of the sampler.
+        guidance_scale: guidance scale of the sampler.
         toy: tiny and few, figures mean nothing.
     """
 
@@ -59,30 +58,14 @@ class Problem:
 
 
 def problem(model: str, device: str, toy: bool = False) -> Problem:
-    """The sizes that a model is measured in.
-
-    A card's memory decides the batch: the published way has to fit.
-    """
+    """The sizes that a model is measured in; a card's memory decides the batch: the published way has to fit."""
     if model == "shapes":
-        sizes = {"batch": 2 if toy else 4, "backward_batch_rows": 2, "decode_images": 1}
-        return Problem(
-            model, "taste", torch.float32, device, **sizes, forward_batch_rows=8, steps=20, guidance_scale=4.0, toy=toy
-        )
-    batch = 2 if toy else {"sd15": 4, "sdxl": 1}[model]
-    return Problem(
-        model,
-        # The published reward is a vision transformer of 300 million weights.
-        "taste" if toy else "aesthetic",
-        torch.bfloat16,
-        device,
-        batch=batch,
-        backward_batch_rows=1,
-        decode_images=1,
-        forward_batch_rows=8,
-        steps=50,
-        guidance_scale=5.0,
-        toy=toy,
-    )
+        batch = 2 if toy else 4
+        return Problem(model, "taste", torch.float32, device, batch, 2, 1, 8, steps=20, guidance_scale=4.0, toy=toy)
+    batch = {"sd15": 2 if toy else 4, "sdxl": 1}[model]
+    # The published reward is a vision transformer of 300 million weights.
+    reward = "taste" if toy else "aesthetic"
+    return Problem(model, reward, torch.bfloat16, device, batch, 1, 1, 8, steps=50, guidance_scale=5.0, toy=toy)
 
 
 def parity_problem(measured: Problem) -> Problem:

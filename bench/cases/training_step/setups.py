@@ -1,38 +1,55 @@
-"""One setup factory: the models of a problem, and every way to run its step as something to call."""
+"""The models of a problem, and every way to run its step as something to call."""
 
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness.meters import Watch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from cases.training_step.problem import OURS, PUBLISHED, Problem
+from cases.training_step.published import NO_QUIRKS, Published
 from sqdf_fast.backbone import Backbone
-from sqdf_fast.config import Execution, Objective
-from sqdf_fast.engine import Executor, Parts, make_executor
+from sqdf_fast.config import Config, Execution, Objective, make_config
+from sqdf_fast.engine import ModuleGroups
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.families import Conditioning, Family, family_from_configs, load_family
+from sqdf_fast.families.loading import known_model
 from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.rewards import Reward, load_reward, reward_from_config
-from training_step import narrow
-from training_step.cases import OURS, PUBLISHED, Problem
-from training_step.published import NO_QUIRKS, Published
 
 OBJECTIVE = Objective(alpha=2.0, gamma=0.9, lookahead="consistency")
 _PROMPTS = ("a red circle", "a blue square", "a green star", "a yellow triangle")
 _LORA_NOISE = 0.02
-# Of the published LCM-LoRAs: rank 64 on these layers.
-_CONSISTENCY_RANK = 64
-_CONSISTENCY_LAYERS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+# The published LCM-LoRAs.
+_CONSISTENCY_LORA = LoraConfig(
+    r=64,
+    lora_alpha=64,
+    target_modules=[
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    ],
 )
+_NARROW_VAE = {"sample_size": 64, "layers_per_block": 1, "block_out_channels": [32, 32, 32, 32]}
+_NARROW_UNET: dict[str, dict[str, Any]] = {
+    "sd15": {"block_out_channels": [32, 64, 64, 64], "attention_head_dim": 2},
+    "sdxl": {
+        "block_out_channels": [32, 64, 64],
+        "attention_head_dim": [1, 2, 4],
+        "transformer_layers_per_block": [1, 1, 2],
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -40,19 +57,21 @@ class Step:
     """A way to run the step.
 
     Attributes:
-        prepare: untimed, before each run; call: adds the batch's gradient to `parameters`.
-        modules: what holds the weights it needs.
-        watch: hands it a function that is told the name of each stage as it begins.
+        prepare: what happens untimed before each run.
+        call: a run: adds the batch's gradient to `parameters`.
+        parameters: the policy's parameters.
+        modules: the modules whose weights it needs.
+        watch: how it announces its stages.
     """
 
     prepare: Callable[[], None]
     call: Callable[[], Any]
     parameters: list[nn.Parameter]
     modules: tuple[nn.Module, ...]
-    watch: Callable[[Callable[[str], None]], None]
+    watch: Watch
 
     def gradient(self) -> Tensor:
-        """Of one run, in float64 on the CPU, all parameters in one vector."""
+        """The gradient of one run, in float64 on the CPU, all parameters in one vector."""
         self.prepare()
         self.call()
         return torch.cat([parameter.grad.flatten().double().cpu() for parameter in self.parameters])
@@ -63,8 +82,8 @@ class Ours:
 
     Args:
         problem: model and sizes.
-        dtype: of the arithmetic; the weights are those of the problem's dtype, exactly, so that a wider one is the
-            truth that the problem's own is held to.
+        dtype: dtype of the arithmetic. The weights are exactly those of the problem's dtype, so that a wider one gives
+            the gradient that the problem's own is compared with.
     """
 
     def __init__(self, problem: Problem, dtype: torch.dtype | None = None) -> None:
@@ -77,7 +96,7 @@ class Ours:
             self.family.dtype = dtype
         _encode(self.family, dtype)
         self.backbone = self._backbone()
-        self.parts = Parts(self.backbone, self.reward)
+        self.groups = ModuleGroups(self.backbone, self.reward)
         self.schedule = self.family.schedule(problem.steps, 1.0)
         # The last index, a twentieth or a fiftieth of all draws, has no look-ahead here: it would flatter us.
         index = torch.linspace(0, problem.steps - 2, problem.batch + 2)[1:-1].long()
@@ -88,34 +107,20 @@ class Ours:
         self.seeds = torch.arange(problem.batch) * 1_000_003 + 17
 
     def step(self, name: str) -> Step:
-        """An executor by its name in OURS."""
-        settings = execution(self.problem, name)
-        executor = make_executor(
-            self.backbone,
-            self.schedule,
-            self.reward,
-            OBJECTIVE,
-            guidance_scale=self.problem.guidance_scale,
-            execution=settings,
-            parts=self.parts,
-        )
-        parameters = list(self.backbone.policy_parameters.values())
-
-        def prepare() -> None:
-            self.parts.apply(settings)
-            _forget(parameters)
-
-        return Step(
-            prepare,
-            lambda: executor.accumulate(self.batch, self.seeds),
-            parameters,
+        """A runtime by its name in OURS."""
+        settings = configuration(self.problem).model_copy(update={"execution": execution(self.problem, name)})
+        runtime = Runtime(settings, self.backbone, self.reward, groups=self.groups, meter=_no_meter)
+        return self._step(
+            lambda: runtime.gradient(self.batch, self.seeds),
+            list(self.backbone.policy_parameters.values()),
             (self.family.network, self.family.vae, self.reward),
-            lambda told: _watch(executor, told),
+            settings.execution,
+            partial(setattr, runtime, "meter"),
         )
 
     def published(self) -> Step:
         """The published way on the same weights, in three networks of its own."""
-        problem, family = self.problem, self.family
+        problem, family, prompts = self.problem, self.family, self.batch.prompts
         networks = _networks(self)
         published = Published(
             *networks,
@@ -129,50 +134,54 @@ class Ours:
             quirks=NO_QUIRKS,
             device=family.device,
         )
-        both = Conditioning.cat([family.encode([""]).expand(problem.batch), family.encode(self.batch.prompts)])
+        both = Conditioning.cat([family.encode([""]).expand(problem.batch), family.encode(prompts)])
         noise = philox_normal(self.seeds, family.latent_shape, dtype=family.precision).to(family.device)
         trained = dict(networks[0].named_parameters())
-        parameters = [trained[name] for name in self.backbone.policy_parameters]
-
-        def prepare() -> None:
-            # Decoder and reward are the same modules as ours: nothing of them is recomputed here.
-            self.parts.apply(Execution())
-            _forget(parameters)
-
-        return Step(
-            prepare,
+        return self._step(
             lambda: published.accumulate(
-                self.batch.x.to(family.device),
-                self.batch.index.to(family.device),
-                both.tensors,
-                self.batch.prompts,
-                noise,
+                self.batch.x.to(family.device), self.batch.index.to(family.device), both.tensors, prompts, noise
             ),
-            parameters,
+            [trained[name] for name in self.backbone.policy_parameters],
             (*networks, family.vae, self.reward),
-            lambda told: _watch(published, told),
+            # Decoder and reward are the modules that ours has: no checkpoint in them either.
+            Execution(),
+            partial(setattr, published, "on_stage"),
         )
+
+    def _step(
+        self, call: Callable[[], Any], parameters: list[nn.Parameter], modules: Any, settings: Execution, watch: Watch
+    ) -> Step:
+        def prepare() -> None:
+            self.groups.apply(settings)
+            for parameter in parameters:
+                parameter.grad = None
+
+        return Step(prepare, call, parameters, modules, watch)
 
     def _backbone(self) -> Backbone:
         """The LoRAs away from zero; the consistency LoRA is the model's own where its weights are."""
-        family, adapters = self.family, [".policy."]
-        if self.problem.model == "shapes":
-            source = family.default_consistency_lora()
-        else:
-            source = None
-            adapters.append(".consistency.")
-            self._add_consistency_lora()
-        backbone = Backbone(family, rank=rank(self.problem), consistency_lora=source)
+        family, own = self.family, self.problem.model == "shapes"
+        if not own:
+            family.network.add_adapter(_CONSISTENCY_LORA, adapter_name="consistency")
+        source = family.default_consistency_lora() if own else None
+        backbone = Backbone(family, rank=configuration(self.problem).policy.rank, consistency_lora=source)
         backbone.has_consistency = True
+        stirred = (".policy.",) if own else (".policy.", ".consistency.")
         named = family.network.named_parameters()
-        _stir({name: parameter for name, parameter in named if any(adapter in name for adapter in adapters)})
+        _stir({name: parameter for name, parameter in named if any(adapter in name for adapter in stirred)})
         return backbone
 
-    def _add_consistency_lora(self) -> None:
-        names = {name for name, _ in self.family.network.named_modules()}
-        present = [suffix for suffix in _CONSISTENCY_LAYERS if any(name.endswith(f".{suffix}") for name in names)]
-        config = LoraConfig(r=_CONSISTENCY_RANK, lora_alpha=_CONSISTENCY_RANK, target_modules=present)
-        self.family.network.add_adapter(config, adapter_name="consistency")
+
+def configuration(problem: Problem) -> Config:
+    """The run whose step is measured. The rank of the policy's LoRA is the shipped preset's, elsewhere the paper's."""
+    settings = {
+        "model": problem.model,
+        "reward": problem.reward,
+        "sampling": {"num_inference_steps": problem.steps, "guidance_scale": problem.guidance_scale, "eta": 1.0},
+        "objective": OBJECTIVE.model_dump(exclude_unset=True),
+        "policy": {"rank": 8 if problem.model == "shapes" else 4},
+    }
+    return make_config(flags=settings)
 
 
 def execution(problem: Problem, name: str) -> Execution:
@@ -184,11 +193,6 @@ def execution(problem: Problem, name: str) -> Execution:
         decode_images=problem.decode_images,
         **OURS[name],
     )
-
-
-def rank(problem: Problem) -> int:
-    """Of the policy's LoRA: the shipped preset's; elsewhere the paper's."""
-    return 8 if problem.model == "shapes" else 4
 
 
 def make(problem: Problem) -> dict[str, Step]:
@@ -209,12 +213,16 @@ def _family(problem: Problem) -> Family:
 
 
 def architecture(problem: Problem, device: torch.device) -> Family:
-    """The model with random weights, narrow in toy sizes."""
+    """The model with random weights; in toy sizes its classes a tenth as wide, for images of 64 x 64."""
     if not problem.toy or problem.model == "shapes":
         return family_from_configs(problem.model, device=device, dtype=problem.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        path = narrow.write(problem.model, Path(folder))
-        return family_from_configs(str(path), device=device, dtype=problem.dtype)
+        shutil.copytree(known_model(problem.model), folder, dirs_exist_ok=True)
+        unet = {"sample_size": 8, "layers_per_block": 1, **_NARROW_UNET[problem.model]}
+        for part, changes in (("unet", unet), ("vae", _NARROW_VAE)):
+            file = Path(folder, part, "config.json")
+            file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        return family_from_configs(folder, device=device, dtype=problem.dtype)
 
 
 def _reward(problem: Problem) -> Reward:
@@ -261,10 +269,5 @@ def _networks(ours: Ours) -> list[Any]:
     return found
 
 
-def _forget(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
-
-
-def _watch(runner: Executor | Published, told: Callable[[str], None]) -> None:
-    runner.on_stage = told
+def _no_meter(stage: str) -> None:
+    """In place of the runtime's meter, which resets the peak that is measured here."""

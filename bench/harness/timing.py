@@ -1,15 +1,16 @@
-"""Interleaved timing: the implementations of a row take turns, so that a slow moment of the machine hits all.
+"""Interleaved timing: the contenders of a group take turns, so that a slow moment of the machine affects all of them.
 
-Medians of such samples give ratios that a drifting clock frequency or a busy neighbour cannot turn. pytest-benchmark
-times one callable after another; `play` therefore hands it the samples already taken, through the timer that every
-benchmark of this suite is given.
+Medians of such samples give ratios that neither a drifting clock frequency nor a busy neighbour distorts.
+pytest-benchmark times one callable after another; `play` therefore hands it the samples that were taken, through the
+timer that every benchmark of this suite uses.
 """
 
 from __future__ import annotations
 
 import gc
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,44 +21,51 @@ _now = 0.0
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a row is measured: `seconds` in all, but at least `rounds` turns for each; `visit` seconds a turn."""
+    """How long a group is measured.
+
+    Attributes:
+        seconds: the least time in all.
+        rounds: the least number of turns of each contender.
+        turn: seconds of one turn.
+        uncounted: calls at the start of a turn that are not counted, until the caches hold what this contender leaves
+            there: one call is not enough for stores that bypass the cache. 0: a call is so long that it needs neither
+            these nor a warm-up.
+    """
 
     seconds: float
     rounds: int
-    visit: float
+    turn: float = 0.0
+    uncounted: int = 3
 
 
 PACE = {"cpu": Pace(4.0, 15, 4e-3), "cuda": Pace(0.5, 10, 4e-3)}
-TOY_PACE = Pace(0.0, 2, 0.0)
+TOY_PACE = Pace(0.0, 2)
 _MOST_CALLS = 50
-_UNCOUNTED_CALLS = 3
-"""At the start of a turn, until the caches hold what this subject leaves in them: one call is not enough for stores
-that go past the cache, which push nothing of the subject before out of it."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A call to be timed, and what has to happen untimed before each: the forward, when the backward is timed."""
+    """A call to time, and what happens untimed before each: the forward, when the backward is timed."""
 
     call: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
 
 
-def interleave(subjects: dict[str, Subject], device: str, pace: Pace) -> dict[str, list[float]]:
+def interleave(subjects: Mapping[str, Subject], device: str, pace: Pace) -> dict[str, list[float]]:
     """Seconds a call, every subject in turn, the order reversed from round to round."""
-    calls = {}
-    for name, subject in subjects.items():
-        _samples(subject, device, 2)  # compilation, first touch
-        calls[name] = max(1, min(_MOST_CALLS, round(pace.visit / max(_samples(subject, device, 1)[0], 1e-9))))
+    calls = {name: _calls_per_turn(subject, device, pace) for name, subject in subjects.items()}
     taken: dict[str, list[float]] = {name: [] for name in subjects}
     order = list(subjects)
+    if not order:
+        return taken
     collecting = gc.isenabled()
     gc.disable()
     try:
         started, rounds = time.perf_counter(), 0
         while rounds < pace.rounds or time.perf_counter() - started < pace.seconds:
             for name in order:
-                _samples(subjects[name], device, _UNCOUNTED_CALLS)
+                if pace.uncounted:
+                    _samples(subjects[name], device, pace.uncounted)
                 taken[name] += _samples(subjects[name], device, calls[name])
             order.reverse()
             rounds += 1
@@ -65,6 +73,12 @@ def interleave(subjects: dict[str, Subject], device: str, pace: Pace) -> dict[st
         if collecting:
             gc.enable()
     return taken
+
+
+def spread(samples: list[float]) -> float:
+    """Interquartile range over median: a few per cent on a quiet machine."""
+    low, _, high = statistics.quantiles(samples, n=4)
+    return (high - low) / statistics.median(samples)
 
 
 def playback_time() -> float:
@@ -83,25 +97,11 @@ def play(samples: list[float]) -> Callable[[], None]:
     return advance
 
 
-def peak_bytes(subject: Subject, device: str) -> int:
-    """The most that one call has allocated at a time beyond what it was given, by PyTorch's own account."""
-    state = subject.prepare()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        subject.call(state)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-        subject.call(state)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+def _calls_per_turn(subject: Subject, device: str, pace: Pace) -> int:
+    if not pace.uncounted:
+        return 1
+    _samples(subject, device, 2)  # compilation, first touch
+    return max(1, min(_MOST_CALLS, round(pace.turn / max(_samples(subject, device, 1)[0], 1e-9))))
 
 
 def _samples(subject: Subject, device: str, calls: int) -> list[float]:

@@ -1,7 +1,7 @@
-"""What this project has to show on one GPU, in one command and one file: its tests and its benchmarks there.
+"""All that this project has to show on one GPU, in one command and one file: tests and benchmarks.
 
-    python bench/gpu                                # under 9 minutes, writes build/gpu_result.json
-    python bench/gpu --toy --output toy.json        # the same code on a CPU in tiny sizes, under a minute
+    python bench gpu                                # under 9 minutes, writes build/gpu_result.json
+    python bench gpu --toy --output toy.json        # the same code on a CPU in tiny sizes, under a minute
 
 Every part is a process of its own with a limit of its own; one that fails or hangs is recorded and the next runs.
 The file is rewritten after every part, so that an interruption loses at most the part that was running.
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+import torch
+
+ROOT = Path(__file__).parents[1]
 BUDGET = 520.0  # seconds: what is left of nine minutes goes to starting and ending
 _GRACE = 10.0
 _TAIL = 4000
@@ -35,10 +38,12 @@ Read = Callable[[str, Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """One process: its arguments after `python`, where {scratch} is a folder of its own; at most `limit` seconds.
+    """One process.
 
-    `read` makes the part's results of its output and that folder. It is given whatever a process that was killed
-    has left.
+    Attributes:
+        arguments: its arguments after `python`; {scratch} is a folder of its own.
+        limit: seconds after which it is killed.
+        read: (output, folder) -> the part's results, also from what a killed process has left.
     """
 
     name: str
@@ -48,7 +53,7 @@ class Part:
 
 
 def machine(output: str, scratch: Path) -> dict[str, Any]:
-    """The JSON line that fused_ops/machine.py prints."""
+    """The JSON line of `python bench machine`."""
     found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return found
 
@@ -61,46 +66,32 @@ def outcomes(output: str, scratch: Path) -> dict[str, Any]:
 
 
 def benchmarks(output: str, scratch: Path) -> dict[str, Any]:
-    """Rows and targets of the benchmarks' JSON, and what failed there."""
-    found: dict[str, Any] = {**outcomes(output, scratch), "rows": [], "targets": []}
+    """The benchmarks' JSON, what failed there, and the tables that were printed."""
+    found = {**outcomes(output, scratch), "text": output.splitlines(), "benchmarks": [], "targets": []}
     file = scratch / "benchmarks.json"
     if file.exists() and file.stat().st_size:
-        recorded = json.loads(file.read_text(encoding="utf-8"))
-        found["rows"] = [benchmark["extra_info"] for benchmark in recorded["benchmarks"]]
-        found["targets"] = recorded["targets"]
+        found |= json.loads(file.read_text(encoding="utf-8"))
     return found
-
-
-def training_steps(output: str, scratch: Path) -> dict[str, Any]:
-    """Rows of the models that were measured before the time was up, and what was printed of them."""
-    file = scratch / "steps.json"
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() and file.stat().st_size else []
-    begin = output.find("training step of")
-    return {"rows": rows, "text": output[begin:].splitlines() if begin >= 0 else []}
 
 
 def parts(toy: bool) -> list[Part]:
     """What runs, in this order; the fused ops take what time is left."""
-    step = ("bench/training_step", "--output={scratch}/steps.json")
     pytest = ("-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider")
-    bench = (*pytest, "--benchmark-only", "--benchmark-columns=median", "--benchmark-json={scratch}/benchmarks.json")
+    bench = (*pytest, "bench", "--benchmark-only", "--benchmark-columns=median", "-W", "ignore")
+    bench = (*bench, "--benchmark-json={scratch}/benchmarks.json", f"--bench-device={'cpu' if toy else 'cuda'}", "-k")
     if toy:
+        some = "sd15 and (posterior_mean or (forward and (noise_given or philox)))"
         return [
-            Part("machine", ("bench/fused_ops/machine.py",), 120, machine),
+            Part("machine", ("bench", "machine"), 120, machine),
             Part("tests", (*pytest, "tests/kernels/test_dispatch.py"), 180, outcomes),
-            Part("training step", (*step, "--toy", "shapes"), 600, training_steps),
-            Part(
-                "benchmarks",
-                (*bench, "--toy", "--bench-device=cpu", "bench/test_posterior_mean.py", "-k", "sd15"),
-                180,
-                benchmarks,
-            ),
+            Part("training step", (*bench, "training_step", "--toy"), 600, benchmarks),
+            Part("benchmarks", (*bench, some, "--toy"), 180, benchmarks),
         ]
     return [
-        Part("machine", ("bench/fused_ops/machine.py",), 60, machine),
+        Part("machine", ("bench", "machine"), 60, machine),
         Part("tests", (*pytest, "tests/kernels", "tests/engine", "-k", "cuda"), 150, outcomes),
-        Part("training step", (*step, "--device=cuda", "sd15", "sdxl"), 190, training_steps),
-        Part("benchmarks", (*bench, "--bench-device=cuda", "bench"), 420, benchmarks),
+        Part("training step", (*bench, "training_step"), 190, benchmarks),
+        Part("benchmarks", (*bench, "not training_step"), 420, benchmarks),
     ]
 
 
@@ -149,13 +140,13 @@ def _wait(process: subprocess.Popen[Any], limit: float) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python bench/gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--toy", action="store_true", help="tiny sizes on the CPU: does it run, not how fast")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu_result.json")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="default: %(default)g")
     given = parser.parse_args(arguments)
-    if not (given.toy or _has_gpu()):
+    if not (given.toy or torch.cuda.is_available()):
         parser.error("PyTorch sees no CUDA GPU here; --toy runs the same code on the CPU")
     return measure(parts(given.toy), given.budget, given.output, given.toy)
 
@@ -190,26 +181,9 @@ def measure(chosen: Sequence[Part], budget: float, output: Path, toy: bool) -> i
     return 0 if complete else 1
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _commit() -> str | None:
     """The checkout's commit, "+changes" when files differ from it; None outside a repository or without git."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    describe = ("describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*")
+    git = shutil.which("git")
+    found = git and subprocess.run([git, "-C", str(ROOT), *describe], capture_output=True, text=True).stdout.strip()
+    return found or None

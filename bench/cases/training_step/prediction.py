@@ -1,4 +1,4 @@
-"""What the planner says of a problem, and what the device can do at best: nothing where neither is known."""
+"""What the planner predicts for a problem, and what the device can do at best, where these are known."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from functools import cache
 
 import torch
 
+from cases.training_step import setups
+from cases.training_step.problem import Problem
 from sqdf_fast import shapes
-from sqdf_fast.config import make_config
 from sqdf_fast.plan.device import DEVICES, find_device
 from sqdf_fast.plan.memory import CUDA_GRANULARITY
 from sqdf_fast.plan.simulate import Simulation
 from sqdf_fast.plan.workspace import on_cpu, on_cuda
 from sqdf_fast.rewards import reward_from_config
-from training_step import setups
-from training_step.cases import Problem
 
 
 def stage_bytes(problem: Problem, name: str) -> dict[str, int]:
@@ -36,21 +35,13 @@ def peak_flops(problem: Problem) -> float | None:
 
 @cache
 def _simulation(problem: Problem) -> Simulation:
-    own = problem.model == "shapes"
-    flags = {
-        "model": problem.model,
-        "reward": problem.reward,
-        "sampling": {"num_inference_steps": problem.steps, "guidance_scale": problem.guidance_scale},
-        "objective": setups.OBJECTIVE.model_dump(),
-        "policy": {"rank": setups.rank(problem)},
-    }
     family = setups.architecture(problem, torch.device("meta"))
     return Simulation(
-        make_config(flags=flags),
+        setups.configuration(problem),
         family,
         reward_from_config(problem.reward, device="meta", dtype=problem.dtype),
         workspace=on_cuda if problem.device == "cuda" else on_cpu,
         granularity=CUDA_GRANULARITY if problem.device == "cuda" else 1,
         # Only the shape of a file that is here matters; of another, that of the published LoRAs is taken.
-        consistency=str(shapes.consistency_lora_folder()) if own else "published",
+        consistency=str(shapes.consistency_lora_folder()) if problem.model == "shapes" else "published",
     )
