@@ -8,8 +8,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
 from support.tiny_families import WRITERS
 
-from sqdf_fast.engine import runtime as assembly
 from sqdf_fast.config import make_config
+from sqdf_fast.engine import runtime as assembly
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family, set_attention
 
