@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from support.direct_reward import apart, settings, write_model
 from support.gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
+from support.marks import slow
 
 from sqdf_fast.algorithms.advantages import advantages
 from sqdf_fast.engine.rollouts import Rollouts
@@ -182,7 +183,7 @@ def lora(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "lora" / "pytorch_lora_weights.safetensors")
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo", "awm"])
+@pytest.mark.parametrize("algorithm", ["ddpo", slow("awm")])
 def test_a_reward_without_a_gradient_trains_and_a_resumed_run_is_the_same(model, folder, algorithm):
     new_run(run_config(model, algorithm), folder / "whole")
     metrics = folder / "parts" / "metrics.jsonl"

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from support.direct_reward import BATCH, GUIDANCE, STEPS, Published, apart, gradient, make, settings, write_model
+from support.marks import slow
 
 from sqdf_fast.cli import main
 from sqdf_fast.config import Execution, Objective
@@ -220,7 +221,7 @@ def stop_within_the_second_step(run: Path, questions: int):
     return interrupted
 
 
-@pytest.mark.parametrize(("algorithm", "questions"), [("draft-kl", 2), ("refl", 0)])
+@pytest.mark.parametrize(("algorithm", "questions"), [("draft-kl", 2), slow("refl", 0)])
 def test_a_run_stopped_within_a_step_and_resumed_equals_the_whole_bit_for_bit(model, folder, algorithm, questions):
     config = whole_run(model, algorithm, dtype="float32")
     new_run(config, folder / "whole")
@@ -237,7 +238,7 @@ def test_a_run_stopped_within_a_step_and_resumed_equals_the_whole_bit_for_bit(mo
     assert ("kl_mean" in lines[0]) == (algorithm == "draft-kl")
 
 
-@pytest.mark.parametrize(("algorithm", "stage"), [("draft", "backward"), ("draft-lv", "forward")])
+@pytest.mark.parametrize(("algorithm", "stage"), [("draft", "backward"), slow("draft-lv", "forward")])
 def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder, monkeypatch, algorithm, stage):
     config = whole_run(model, algorithm)
     new_run(config, folder / "plain")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.marks import slow
 from support.tiny import write_pipeline
 
 from sqdf_fast.backbone import Backbone
@@ -143,7 +144,7 @@ def in_the_world(world, execution: Execution, guidance_scale: float = 4.0, **obj
     return gradients(executor).double()
 
 
-@pytest.mark.parametrize("lookahead", ["tweedie", "consistency"])
+@pytest.mark.parametrize("lookahead", [slow("tweedie"), "consistency"])
 def test_in_float64_every_chunking_of_the_embedded_world_is_the_joint_executor(exact_world, lookahead):
     joint = in_the_world(exact_world, Execution(executor="joint", micro_batch=3), lookahead=lookahead)
     for chunks in CHUNKS:
@@ -155,7 +156,13 @@ def test_in_float64_every_chunking_of_the_embedded_world_is_the_joint_executor(e
     ("lookahead", "guidance_scale", "size"),
     # A consistency model runs without guidance: beside a guided policy its chunks have the joint executor's number of
     # rows where all samples are one chunk.
-    [("tweedie", 4, 1), ("tweedie", 4, 2), ("consistency", 4, 3), ("consistency", 1, 1), ("consistency", 1, 2)],
+    [
+        slow("tweedie", 4, 1),
+        ("tweedie", 4, 2),
+        slow("consistency", 4, 3),
+        ("consistency", 1, 1),
+        slow("consistency", 1, 2),
+    ],
 )
 def test_in_float32_it_is_the_joint_executor_at_the_same_chunks(world, exact_world, lookahead, guidance_scale, size):
     rows = size if guidance_scale == 1 else 2 * size

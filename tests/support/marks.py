@@ -7,6 +7,6 @@ from typing import Any
 import pytest
 
 
-def slow(*values: Any) -> Any:
+def slow(*values: Any, **options: Any) -> Any:
     """A case of a parametrized test that only `make test-all` runs."""
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.slow, **options)
