@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from support.direct_reward import BATCH, STEPS, Published, make, score, settings, write_model
+from support.direct_reward import BATCH, STEPS, Published, make, score, settings
 
 from sqdf_fast.engine.noise import Stream
 from sqdf_fast.errors import UserError
@@ -17,8 +17,8 @@ SCALE = 3.0
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+def model(low_contrast_model) -> Path:
+    return low_contrast_model
 
 
 @pytest.fixture(scope="module")

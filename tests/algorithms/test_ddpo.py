@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.direct_reward import apart, settings, write_model
+from support.direct_reward import apart, settings
 from support.gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
 from support.marks import slow
 
@@ -18,11 +18,6 @@ from sqdf_fast.training.lifecycle import continue_run, new_run
 from sqdf_fast.training.trainer import Interrupted
 
 ALL = ["ddpo", "dpok", "awm"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def published_loss(log_probs: torch.Tensor, old: torch.Tensor, gain: torch.Tensor, clip: float) -> torch.Tensor:

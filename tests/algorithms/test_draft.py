@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
-from support.direct_reward import BATCH, GUIDANCE, STEPS, Published, apart, gradient, make, settings, write_model
+from support.direct_reward import BATCH, GUIDANCE, STEPS, Published, apart, gradient, make, settings
 from support.marks import slow
 
 from sqdf_fast.cli import main
@@ -28,11 +28,6 @@ def brightness(images, prompts):
 """
 ALL = ["draft", "draft-kl", "draft-lv", "refl"]
 SETTINGS = {"truncation": 3, "noises": 2, "window": 0.75}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

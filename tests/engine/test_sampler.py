@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from support.tiny import write_pipeline
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.engine import compilation
@@ -18,11 +17,6 @@ from sqdf_fast.kernels.philox import derive_seeds, philox_normal
 from sqdf_fast.schedule import DenoisingSchedule
 
 PROMPTS = ["a red star", "a blue ring", "a ring"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def sampler(model: Path, batch_size: int = 3, dtype: torch.dtype = torch.float64, **settings: Any) -> Sampler:

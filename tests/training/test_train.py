@@ -18,7 +18,6 @@ from plan.conftest import allocated_peak
 from safetensors.torch import load_file
 from support.fake_gpu import CUDA, Cuda, fake_cuda, fake_nvml
 from support.marks import slow
-from support.tiny import write_pipeline
 
 from sqdf_fast.algorithms.sqdf import Sqdf
 from sqdf_fast.backbone import Backbone
@@ -78,11 +77,6 @@ def negative(images, prompts):
 def infinite_gradient(images, prompts):
     return (images.mean(dim=(1, 2, 3)) - images.mean(dim=(1, 2, 3)).detach()).sqrt()
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(autouse=True)
