@@ -179,7 +179,7 @@ def sample(
     click.echo(f"{path}")
     if cost is not None:
         click.echo(
-            f"network rows {cost.unet_evaluations}, of them with a gradient {cost.unet_pullbacks}; "
+            f"network rows {cost.unet_evaluations}, of them with a gradient {cost.unet_backward_rows}; "
             f"pictures scored {cost.reward_evaluations}"
         )
 
@@ -231,14 +231,14 @@ def evaluate(
     A TARGET is a run folder, a LoRA folder or file, or a base model (shapes, a diffusers folder, a hub id). The base
     model of the first one is always among them.
     """
-    from sqdf_fast.commands.evaluate import judge_targets
+    from sqdf_fast.commands.evaluate import evaluate_models
     from sqdf_fast.config import parse_assignments
     from sqdf_fast.display import StageProgress
 
     evaluation = {"prompts": prompts, "images_per_prompt": images, "held_out": held_out or None}
     settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     settings["evaluation"] = {name: value for name, value in evaluation.items() if value is not None}
-    verdict = judge_targets(
+    verdict = evaluate_models(
         targets,
         settings=settings,
         assignments=parse_assignments(assignments),
@@ -365,7 +365,7 @@ def distill(
     from sqdf_fast.display import StageProgress
     from sqdf_fast.distill import accuracy_table, make_distillation
     from sqdf_fast.distill import distill as make_lora
-    from sqdf_fast.engine.runtime import pick_device, pick_dtype
+    from sqdf_fast.engine.loading import pick_device, pick_dtype
     from sqdf_fast.prompts import load_prompts
     from sqdf_fast.rewards import checked_reward, load_reward
 
@@ -486,26 +486,26 @@ def _default_preset(given: dict[str, Any], layers: dict[str, Any]) -> str | None
 
 
 def _train(path: Path | None, config: Config | None, keep: tuple[str, ...] = ()) -> None:
+    from sqdf_fast.errors import Interrupted
     from sqdf_fast.training.lifecycle import continue_run, new_run
-    from sqdf_fast.training.trainer import Interrupted
 
-    with _interruption() as interrupted:
+    with _interruption() as stop:
         run = None
         try:
             if config is None:
                 assert path is not None
-                run = continue_run(path, interrupted)
+                run = continue_run(path, stop)
             else:
-                run = new_run(config, path, interrupted, keep)
-        except Interrupted as stop:
-            how = f"Continue with: sqdf-fast train --resume {stop}" if str(stop) else "Nothing was written."
+                run = new_run(config, path, stop, keep)
+        except Interrupted as ended:
+            how = f"Continue with: sqdf-fast train --resume {ended}" if str(ended) else "Nothing was written."
             click.echo(f"Interrupted. {how}", err=True)
             sys.exit(130)
     click.echo(run)
 
 
 @contextmanager
-def _interruption() -> Iterator[Any]:
+def _interruption() -> Iterator[threading.Event]:
     """The first Ctrl-C (or SIGTERM) asks the run to stop after its current network call, the second one kills it."""
     asked = threading.Event()
 
@@ -517,7 +517,7 @@ def _interruption() -> Iterator[Any]:
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

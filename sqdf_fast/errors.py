@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see."""
+"""The exceptions that reach the command line."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with status 2; library callers catch it like any other.
     """
+
+
+class Interrupted(Exception):
+    """The user asked the run to stop; its state is that of the last whole step. The argument is its folder, if any."""

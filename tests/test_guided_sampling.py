@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from support.direct_reward import BATCH, STEPS, Published, make, score, settings
+from support.direct_reward import BATCH, STEPS, Published, make, settings
 
 from sqdf_fast.engine.noise import Stream
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.errors import UserError
 from sqdf_fast.guided_sampling import Cost, score_shift, training_free
 from sqdf_fast.kernels.philox import derive_seeds
+from sqdf_fast.rewards.base import FunctionReward
 from sqdf_fast.schedule import DenoisingSchedule, consistency_rows
 
 SCALE = 3.0
@@ -32,14 +34,13 @@ def consistent(model, tmp_path_factory):
 
 
 def drawn(algorithm, method: str, **options):
-    rollouts = algorithm.rollouts
-    prompts, seeds = rollouts.fresh(2, BATCH)
-    return training_free(method, rollouts.backbone, rollouts.sampler, score, prompts, seeds, **options)
+    prompts, seeds = algorithm.draw_prompts(2, BATCH)
+    return training_free(method, algorithm.runtime, prompts, seeds, **options)
 
 
 def plain(algorithm, seeds: torch.Tensor, role: str) -> torch.Tensor:
-    prompts, _ = algorithm.rollouts.fresh(2, BATCH)
-    return algorithm.rollouts.sample(prompts, seeds, role=role).x0
+    prompts, _ = algorithm.draw_prompts(2, BATCH)
+    return algorithm.runtime.sample(prompts, seeds, role=role).x0
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,11 @@ def found(model):
 
 @pytest.mark.parametrize("role", ["policy", "reference"])
 def test_the_best_of_n_is_the_candidate_of_the_highest_reward(found, role):
-    prompts, seeds = found.rollouts.fresh(2, BATCH)
+    prompts, seeds = found.draw_prompts(2, BATCH)
     result = drawn(found, "best-of-n", candidates=4, role=role)
     own = [seeds, *(derive_seeds(Stream.CANDIDATE, number, ids=seeds) for number in (1, 2, 3))]
     candidates = [plain(found, one, role) for one in own]
-    rewards = torch.stack([found.rollouts.rewards(x0, prompts) for x0 in candidates])
+    rewards = torch.stack([found.runtime.rewards(x0, prompts) for x0 in candidates])
     best = rewards.argmax(0)
     assert len(best.unique()) > 1
     expected = torch.stack([candidates[number][sample] for sample, number in enumerate(best.tolist())])
@@ -63,10 +64,10 @@ def test_the_best_of_n_is_the_candidate_of_the_highest_reward(found, role):
 
 @pytest.mark.parametrize(("method", "options"), [("best-of-n", {"candidates": 1}), ("guided", {"scale": 0.0})])
 def test_without_a_choice_it_is_plain_sampling(found, method, options):
-    _, seeds = found.rollouts.fresh(2, BATCH)
+    _, seeds = found.draw_prompts(2, BATCH)
     result = drawn(found, method, role="policy", **options)
     assert torch.allclose(result.x0, plain(found, seeds, "policy"), rtol=1e-10, atol=1e-12)
-    assert (result.cost.unet_pullbacks, result.cost.reward_pullbacks) == (0, 0)
+    assert (result.cost.unet_backward_rows, result.cost.reward_backward_images) == (0, 0)
 
 
 def test_guidance_is_universal_guidance(model, found):
@@ -107,9 +108,9 @@ def test_guidance_through_the_consistency_model(model, consistent):
 
 @pytest.mark.parametrize("method", ["best-of-n", "guided"])
 def test_the_reward_rises(found, method):
-    prompts, seeds = found.rollouts.fresh(2, BATCH)
+    prompts, seeds = found.draw_prompts(2, BATCH)
     rewards = [
-        found.rollouts.rewards(x0, prompts)
+        found.runtime.rewards(x0, prompts)
         for x0 in (plain(found, seeds, "reference"), drawn(found, method, scale=SCALE).x0)
     ]
     assert rewards[1].mean() > rewards[0].mean() + 0.005
@@ -150,9 +151,7 @@ def test_what_cannot_be_is_refused_in_one_line(found):
         drawn(found, "guided", estimate="consistency")
     with pytest.raises(UserError, match="allowed are best-of-n and guided"):
         drawn(found, "best")
-    rollouts = found.rollouts
-    prompts, seeds = rollouts.fresh(0, 1)
+    prompts, seeds = found.draw_prompts(0, 1)
+    detached = FunctionReward(lambda images, _: images.detach()[:, 0, 0, 0], "detached", {})
     with pytest.raises(UserError, match="no gradient"):
-        training_free(
-            "guided", rollouts.backbone, rollouts.sampler, lambda images, _: images.detach()[:, 0, 0, 0], prompts, seeds
-        )
+        training_free("guided", Runtime(found.config, found.backbone, detached), prompts, seeds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqdf_fast.algorithms.awm import Awm
 from sqdf_fast.algorithms.base import Algorithm
 from sqdf_fast.algorithms.ddpo import Ddpo
@@ -11,7 +13,7 @@ from sqdf_fast.algorithms.draft_lv import DraftLv
 from sqdf_fast.algorithms.refl import Refl
 from sqdf_fast.algorithms.sqdf import Sqdf
 from sqdf_fast.config import Config
-from sqdf_fast.engine.rollouts import Rollouts
+from sqdf_fast.engine.runtime import Runtime
 
 __all__ = ["Algorithm", "Sqdf", "make_algorithm"]
 
@@ -27,6 +29,6 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 }
 
 
-def make_algorithm(config: Config, rollouts: Rollouts) -> Algorithm:
-    """The algorithm that ``config.algorithm`` names."""
-    return ALGORITHMS[config.algorithm](config, rollouts)
+def make_algorithm(config: Config, runtime: Runtime, prompts: Sequence[str]) -> Algorithm:
+    """The algorithm that ``config.algorithm`` names; prompts: those it trains on."""
+    return ALGORITHMS[config.algorithm](config, runtime, prompts)

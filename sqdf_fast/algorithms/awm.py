@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from sqdf_fast.algorithms.policy_gradient import Likelihood, Pairs, PolicyGradient
 from sqdf_fast.config import Config
 from sqdf_fast.engine.noise import Stream, sample_seeds
-from sqdf_fast.engine.rollouts import Rollouts
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.kernels import denoise_step, philox_normal, posterior_mean
 from sqdf_fast.kernels.guidance import per_sample
 
@@ -32,8 +33,8 @@ class Awm(PolicyGradient):
     epsilon: ClassVar[float] = 1e-4
     pooled: ClassVar[bool] = True
 
-    def __init__(self, config: Config, rollouts: Rollouts) -> None:
-        super().__init__(config, rollouts)
+    def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
+        super().__init__(config, runtime, prompts)
         self.clip_range = config.baseline.clip_matching
         # Rows that return the guided output itself, and its squared distance from the reference's.
         self._output_rows = self.tables.transition.new_tensor([0.0, 1.0, 1.0]).repeat(len(self.schedule), 1)
@@ -48,7 +49,7 @@ class Awm(PolicyGradient):
         return bounds[:-1] + (drawn * bounds.diff()).long()
 
     def _likelihood(self, pairs: Pairs, regularise: bool) -> Likelihood:
-        family, collection = self.backbone.family, self._collected
+        family, collection = self.family, self._collected
         x0 = collection.stored[pairs.trajectory].to(family.device, family.precision)
         index = pairs.index.to(family.device)
         seeds = sample_seeds(self.config.seed, Stream.TRANSITION, collection.number, pairs.number)

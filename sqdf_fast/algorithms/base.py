@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from sqdf_fast.backbone import Role
 from sqdf_fast.config import Config
 from sqdf_fast.engine import StepResult
-from sqdf_fast.engine.rollouts import Rollouts
+from sqdf_fast.engine.noise import Stream, generator, sample_seeds
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.families import Conditioning
 
 
@@ -21,23 +24,38 @@ class Algorithm(ABC):
     numbers of step and collection, so that a step that is tried again, or a run that is resumed, repeats itself.
 
     Args:
-        config: of the run; rollouts: samples and scores of the model as it is now.
+        config: of the run; runtime: samples and scores of the model as it is now; prompts: those it trains on.
 
     Class attributes:
         needs_gradient: whether the reward has to be differentiable.
-        can_fall_back_to_staged: whether an out-of-memory fallback may replace the joint graph
-            by the staged executor.
+        can_fall_back_to_staged: whether the staged executor may compute its gradient; else it is one joint graph,
+            whatever ``execution.executor`` says.
     """
 
     needs_gradient: ClassVar[bool] = True
     can_fall_back_to_staged: ClassVar[bool] = False
 
-    def __init__(self, config: Config, rollouts: Rollouts) -> None:
-        self.config, self.rollouts = config, rollouts
-        self.backbone, self.schedule = rollouts.backbone, rollouts.sampler.schedule
-        family = self.backbone.family
-        self.tables = self.schedule.to(family.device, family.precision)
-        self.guidance_scale = config.sampling.guidance_scale
+    def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
+        self.config, self.runtime, self.prompts = config, runtime, list(prompts)
+        self.backbone, self.family, self.schedule = runtime.backbone, runtime.family, runtime.sampler.schedule
+        self.tables = runtime.sampler.tables
+        self.guidance_scale = runtime.guidance_scale
+        if not self.can_fall_back_to_staged:
+            runtime.use(runtime.execution.model_copy(update={"executor": "joint"}))
+
+    def draw_prompts(self, number: int, count: int, *, each: int = 1) -> tuple[list[str], Tensor]:
+        """Prompts and seeds of the run's collection ``number``: the same whenever they are asked for.
+
+        Args:
+            count: samples; each: consecutive samples that share a prompt, for advantages within a group.
+
+        Returns:
+            ``count`` prompts, drawn with replacement, and seeds [count] int64.
+        """
+        source = generator(self.config.seed, Stream.PROMPTS, number)
+        choice = torch.randint(len(self.prompts), (-(-count // each),), generator=source)
+        prompts = [self.prompts[i] for i in choice.tolist() for _ in range(each)][:count]
+        return prompts, sample_seeds(self.config.seed, Stream.REFILL, number, count)
 
     def output(self, role: Role, x: Tensor, index: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output in a role at x_t, with the graph of what it depends on.
@@ -48,20 +66,19 @@ class Algorithm(ABC):
         Returns:
             [2B, ...] ordered [unconditional; conditional], or [B, ...] without guidance: what the kernels take.
         """
-        family = self.backbone.family
-        unconditional = None if self.guidance_scale == 1 else family.encode([""])
+        unconditional = self.family.unconditional(self.guidance_scale)
         with self.backbone.role(role):
             return self.backbone.predict(x, self.tables.timesteps[index], conditioning, unconditional)
 
     @abstractmethod
     def collect(self, step: int) -> None:
-        """Sample what optimizer step ``step`` (from 0) needs and what is not there yet."""
+        """Sample what optimizer step ``step`` (from 0) needs and does not have yet."""
 
     @abstractmethod
     def accumulate(self, step: int) -> StepResult:
         """Add the gradient of step ``step`` to the policy's parameters.
 
-        It may be called again for the same step, with gradients cleared and a smaller ``rollouts.execution``, and gives
+        It may be called again for the same step, with gradients cleared and a smaller ``runtime.execution``, and gives
         the same gradient beyond rounding.
 
         Raises:

@@ -23,7 +23,7 @@ class Ddpo(PolicyGradient):
     keep: ClassVar[Keep] = "all"
 
     def _likelihood(self, pairs: Pairs, regularise: bool) -> Likelihood:
-        family, collection = self.backbone.family, self._collected
+        family, collection = self.family, self._collected
         x, x_prev = (
             collection.stored[pairs.trajectory, pairs.index + later].to(family.device, family.precision)
             for later in (0, 1)

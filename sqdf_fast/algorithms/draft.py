@@ -6,7 +6,7 @@ DRaFT is Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,11 +16,12 @@ from torch import Tensor
 from sqdf_fast.algorithms.base import Algorithm
 from sqdf_fast.config import Config
 from sqdf_fast.engine import StepResult
-from sqdf_fast.engine.joint import EVERYTHING
+from sqdf_fast.engine.module_groups import ALL_GROUPS
 from sqdf_fast.engine.noise import Stream
-from sqdf_fast.engine.rollouts import Rollouts
+from sqdf_fast.engine.runtime import Runtime
+from sqdf_fast.engine.sampler import Step
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels import denoise_step, philox_normal, posterior_mean
+from sqdf_fast.kernels import denoise_step
 from sqdf_fast.kernels.philox import derive_seeds
 
 
@@ -67,12 +68,7 @@ class DirectReward(Algorithm):
     gradient begins, and pulls the rest back ``execution.micro_batch`` samples at a time.
     """
 
-    def __init__(self, config: Config, rollouts: Rollouts) -> None:
-        super().__init__(config, rollouts)
-        # The chain is always one graph, so memory runs out as it does for the joint executor.
-        rollouts.execution = rollouts.execution.model_copy(update={"executor": "joint"})
-        rollouts.parts.apply(rollouts.execution)
-        self._start: Start
+    _start: Start
 
     @abstractmethod
     def start(self, prompts: list[str], seeds: Tensor, step: int) -> Start:
@@ -84,13 +80,13 @@ class DirectReward(Algorithm):
 
     def collect(self, step: int) -> None:
         """Sample the step's trajectories up to where the gradient begins."""
-        prompts, seeds = self.rollouts.fresh(step, self.config.optimizer.batch_size)
+        prompts, seeds = self.draw_prompts(step, self.config.optimizer.batch_size)
         self._start = self.start(prompts, seeds, step)
 
     def accumulate(self, step: int) -> StepResult:
         """The gradient of the mean loss of the collected samples."""
         del step
-        start, size = self._start, self.rollouts.execution.micro_batch
+        start, size = self._start, self.runtime.execution.micro_batch
         found = [self._pull_back(start[first : first + size], len(start)) for first in range(0, len(start), size)]
         kls = [one.kl for one in found if one.kl is not None]
         indices = [one.index for one in found if one.index is not None]
@@ -103,67 +99,57 @@ class DirectReward(Algorithm):
 
     def forward(self) -> None:
         """A pass begins now; to be said before each."""
-        self.rollouts.begin("forward", *EVERYTHING)
+        self.runtime.begin("forward", *ALL_GROUPS)
 
-    def walk(self, start: Start, first: int, *, held: bool = False) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def walk(self, start: Start, first: int, *, with_kl: bool = False) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The sampler's own steps from index ``first`` on, with their graph and their noise.
 
         Args:
             start: states at ``first``.
-            held: measure the KL to the reference wherever the schedule has one, at its trainable indices.
+            with_kl: measure the KL to the reference wherever the schedule has one, at its trainable indices.
 
         Returns:
             x_0 [b, ...]; the measured KLs, [b] each, and their indices, [b] each.
         """
-        family, tables, config = self.backbone.family, self.tables, self.config
-        conditioning = family.encode(start.prompts)
-        sigmas, trainable = self.schedule.transition[:, 2].tolist(), self.schedule.trainable.tolist()
-        x, kls, indices = start.x, [], []
-        for i in range(first, len(self.schedule)):
-            index = torch.full((len(x),), i, device=family.device)
-            seeds = derive_seeds(Stream.DENOISING, i, ids=start.seeds)
-            m = self.output("policy", x, index, conditioning)
-            if held and trainable[i]:
-                # The reference has no gradient, not by way of x either: as in NVIDIA's DRaFT+.
-                with torch.no_grad():
-                    reference = self.output("reference", x, index, conditioning)
-                x, kl = denoise_step(
-                    x,
-                    m,
-                    reference,
-                    tables.transition,
-                    index,
-                    guidance_scale=self.guidance_scale,
-                    seed=seeds,
-                    kl_scale=config.objective.kl_scale,
-                    impl=config.impl,
-                )
-                kls.append(kl)
-                indices.append(index)
-                continue
-            x = posterior_mean(
-                x, m, tables.transition[:, :2], index, guidance_scale=self.guidance_scale, impl=config.impl
-            )
-            if sigmas[i]:
-                x = x + sigmas[i] * philox_normal(seeds, family.latent_shape, dtype=x.dtype)
-        return x, kls, indices
+        sampler, trainable = self.runtime.sampler, self.schedule.trainable.tolist()
+        kls, indices = [], []
 
-    def score(self, x0: Tensor, prompts: list[str]) -> Tensor:
-        """The reward [b] of the pictures that latents [b, ...] decode to, with its graph."""
-        family = self.backbone.family
-        return self.rollouts.score(family.decode(x0.to(family.dtype)), prompts)
+        def transition(step: Step) -> Tensor:
+            m = self.output("policy", step.x, step.index, step.conditioning)
+            if not (with_kl and trainable[step.i]):
+                return sampler.add_noise(sampler.mean(step, m), step)
+            # The reference has no gradient, not by way of x either: as in NVIDIA's DRaFT+.
+            with torch.no_grad():
+                reference = self.output("reference", step.x, step.index, step.conditioning)
+            x, kl = denoise_step(
+                step.x,
+                m,
+                reference,
+                self.tables.transition,
+                step.index,
+                guidance_scale=self.guidance_scale,
+                seed=derive_seeds(Stream.DENOISING, step.i, ids=step.seeds),
+                kl_scale=self.config.objective.kl_scale,
+                impl=self.config.impl,
+            )
+            kls.append(kl)
+            indices.append(step.index)
+            return x
+
+        *_, x0 = sampler.walk(start.prompts, start.seeds, x=start.x, first=first, transition=transition)
+        return x0, kls, indices
 
     def sampled(self, prompts: list[str], seeds: Tensor, stop: int) -> Start:
         """The current policy's states at index ``stop``."""
-        device = self.backbone.family.device
-        x = self.rollouts.sample(prompts, seeds, stop=stop).x0
+        device = self.family.device
+        x = self.runtime.sample(prompts, seeds, stop=stop).x0
         return Start(prompts, seeds.to(device), x, torch.full((len(prompts),), stop, device=device))
 
     def _pull_back(self, start: Start, size: int) -> Pass:
         """The passes of a micro-batch, pulled back and added up; reward and KL are those of the first."""
         found = []
         for one in self.passes(start, size):
-            self.rollouts.begin("backward", *EVERYTHING)
+            self.runtime.begin("backward", *ALL_GROUPS)
             one.loss.backward()
             kl = None if one.kl is None else one.kl.detach()
             found.append(Pass(one.loss.detach(), one.reward.detach(), kl, one.index))
@@ -173,16 +159,16 @@ class DirectReward(Algorithm):
 class Draft(DirectReward):
     """DRaFT-K: loss = mean -r(x_0), the gradient through the last K = ``baseline.truncation`` steps; K = T is DRaFT."""
 
-    held: ClassVar[bool] = False
+    with_kl: ClassVar[bool] = False
 
-    def __init__(self, config: Config, rollouts: Rollouts) -> None:
-        steps, truncation = len(rollouts.sampler.schedule), config.baseline.truncation
+    def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
+        steps, truncation = len(runtime.sampler.schedule), config.baseline.truncation
         if truncation > steps:
             raise UserError(
                 f"baseline.truncation = {truncation} is more than the {steps} denoising steps there are; "
                 f"allowed: 1 to {steps} (sampling.num_inference_steps)"
             )
-        super().__init__(config, rollouts)
+        super().__init__(config, runtime, prompts)
         self.first = steps - truncation
 
     def start(self, prompts: list[str], seeds: Tensor, step: int) -> Start:
@@ -193,8 +179,8 @@ class Draft(DirectReward):
     def passes(self, start: Start, size: int) -> Iterator[Pass]:
         """One: the last K steps, decode, reward."""
         self.forward()
-        x0, kls, indices = self.walk(start, self.first, held=self.held)
-        reward = self.score(x0, start.prompts)
+        x0, kls, indices = self.walk(start, self.first, with_kl=self.with_kl)
+        reward = self.runtime.score_latents(x0, start.prompts)
         loss = -reward.sum() / size
         if not kls:
             yield Pass(loss, reward)
@@ -210,10 +196,10 @@ class DraftKl(Draft):
         UserError: none of the last K indices is trainable, so that there would be no KL at all.
     """
 
-    held: ClassVar[bool] = True
+    with_kl: ClassVar[bool] = True
 
-    def __init__(self, config: Config, rollouts: Rollouts) -> None:
-        super().__init__(config, rollouts)
+    def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
+        super().__init__(config, runtime, prompts)
         trainable = self.schedule.trainable
         if not trainable[self.first :].any():
             needed = len(trainable) - int(trainable.nonzero().max())

@@ -36,16 +36,16 @@ class DraftLv(DirectReward):
         weight = 1 / (size * (noises + 1))
         self.forward()
         x0, _, _ = self.walk(start, last)
-        reward = self.score(x0, start.prompts)
+        reward = self.runtime.score_latents(x0, start.prompts)
         yield Pass(-reward.sum() * weight, reward)
         x0 = x0.detach()
         for number in range(noises):
             self.forward()
-            reward = self.score(self._noised_and_denoised(x0, start, number), start.prompts)
+            reward = self.runtime.score_latents(self._noised_and_denoised(x0, start, number), start.prompts)
             yield Pass(-reward.sum() * weight, reward)
 
     def _noised_and_denoised(self, x0: Tensor, start: Start, number: int) -> Tensor:
-        family = self.backbone.family
+        family = self.family
         signal, noise = self.schedule.levels[-1].tolist()
         seeds = derive_seeds(Stream.RENOISING, number, ids=start.seeds)
         x = signal * x0 + noise * philox_normal(seeds, family.latent_shape, dtype=x0.dtype)

@@ -12,7 +12,7 @@ by the network as it trains: sampling ran a merged, in half precision rounded co
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,9 +23,9 @@ from sqdf_fast.algorithms.advantages import advantages
 from sqdf_fast.algorithms.base import Algorithm
 from sqdf_fast.config import Config
 from sqdf_fast.engine import StepResult
-from sqdf_fast.engine.module_groups import Part
+from sqdf_fast.engine.module_groups import ModuleGroup
 from sqdf_fast.engine.noise import Stream, generator
-from sqdf_fast.engine.rollouts import Rollouts
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.engine.sampler import Keep
 from sqdf_fast.errors import UserError
 
@@ -99,11 +99,8 @@ class PolicyGradient(Algorithm):
     epsilon: ClassVar[float] = 1e-8
     pooled: ClassVar[bool] = False
 
-    def __init__(self, config: Config, rollouts: Rollouts) -> None:
-        super().__init__(config, rollouts)
-        # Policy and loss are always one graph, so memory runs out as it does for the joint executor.
-        rollouts.execution = rollouts.execution.model_copy(update={"executor": "joint"})
-        rollouts.parts.apply(rollouts.execution)
+    def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
+        super().__init__(config, runtime, prompts)
         self.indices = torch.nonzero(self.schedule.trainable.cpu(), as_tuple=True)[0]
         self.timesteps = _timesteps(config, len(self.indices))
         self.clip_range = config.baseline.clip_range
@@ -116,10 +113,10 @@ class PolicyGradient(Algorithm):
         number = step // self.config.replay.steps_per_refill
         if self.collection is not None and self.collection.number == number:
             return
-        rollouts = self.rollouts
-        prompts, seeds = rollouts.fresh(number, self.config.replay.refill, each=self.config.baseline.group)
-        sampled = rollouts.sample(prompts, seeds, keep=self.keep)
-        rewards = rollouts.rewards(sampled.x0, prompts)
+        runtime = self.runtime
+        prompts, seeds = self.draw_prompts(number, self.config.replay.refill, each=self.config.baseline.group)
+        sampled = runtime.sample(prompts, seeds, keep=self.keep)
+        rewards = runtime.rewards(sampled.x0, prompts)
         stored = sampled.x0.cpu() if sampled.states is None else sampled.states
         self.collection = Collection(number, prompts, stored, rewards.detach().double().cpu())
         self._old = None
@@ -140,7 +137,7 @@ class PolicyGradient(Algorithm):
         for part in self._parts(pairs):
             old = None if step == first or self._old is None else self._old[part.number]
             loss, kl = self._loss(part, gain[part.trajectory], old, len(pairs))
-            self.rollouts.begin("backward", *self._needed)
+            self.runtime.begin("backward", *self._needed)
             loss.backward()
             losses.append(loss.detach())
             kls.append(kl)
@@ -173,8 +170,8 @@ class PolicyGradient(Algorithm):
         return self.collection
 
     @property
-    def _needed(self) -> tuple[Part, ...]:
-        return ("network",) if self.regularise else self.rollouts.parts.of_role("policy")
+    def _needed(self) -> tuple[ModuleGroup, ...]:
+        return ("network",) if self.regularise else self.runtime.groups.of_role("policy")
 
     @abstractmethod
     def _likelihood(self, pairs: Pairs, regularise: bool) -> Likelihood:
@@ -194,7 +191,7 @@ class PolicyGradient(Algorithm):
         return torch.rand(rows, len(self.indices), generator=source).argsort(dim=1)[:, : self.timesteps]
 
     def _loss(self, pairs: Pairs, gain: Tensor, old: Tensor | None, total: int) -> tuple[Tensor, Tensor | None]:
-        self.rollouts.begin("forward", *self._needed)
+        self.runtime.begin("forward", *self._needed)
         found = self._likelihood(pairs, self.regularise)
         log_prob = found.log_prob
         ratio = (log_prob - (log_prob.detach() if old is None else old.to(log_prob))).exp()
@@ -215,7 +212,7 @@ class PolicyGradient(Algorithm):
         return pairs[begin * each : end * each]
 
     def _parts(self, pairs: Pairs) -> Iterator[Pairs]:
-        size = self.rollouts.execution.micro_batch
+        size = self.runtime.execution.micro_batch
         for start in range(0, len(pairs), size):
             yield pairs[start : start + size]
 
@@ -224,7 +221,7 @@ class PolicyGradient(Algorithm):
         """Of the policy before the collection's first update, by the numbers of the pairs; each distinct pair once."""
         distinct, place = torch.unique(self._key(pairs), return_inverse=True)
         first = torch.full_like(distinct, len(pairs)).scatter_reduce(0, place, torch.arange(len(pairs)), "amin")
-        self.rollouts.begin("forward", *self._needed)
+        self.runtime.begin("forward", *self._needed)
         found = torch.cat([self._likelihood(part, False).log_prob.cpu() for part in self._parts(pairs[first])])
         old = torch.zeros(int(pairs.number.max()) + 1, dtype=found.dtype)
         old[pairs.number] = found[place]

@@ -36,7 +36,7 @@ class Refl(DirectReward):
     def passes(self, start: Start, size: int) -> Iterator[Pass]:
         """One: predict, decode, reward."""
         self.forward()
-        m = self.output("policy", start.x, start.index, self.backbone.family.encode(start.prompts))
+        m = self.output("policy", start.x, start.index, self.family.encode(start.prompts))
         x0_hat = posterior_mean(
             start.x,
             m,
@@ -45,6 +45,6 @@ class Refl(DirectReward):
             guidance_scale=self.guidance_scale,
             impl=self.config.impl,
         )
-        reward, margin = self.score(x0_hat, start.prompts), self.config.baseline.margin
+        reward, margin = self.runtime.score_latents(x0_hat, start.prompts), self.config.baseline.margin
         loss = -reward if margin is None else torch.relu(margin - reward)
         yield Pass(loss.sum() / size, reward)

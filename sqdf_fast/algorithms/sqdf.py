@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from sqdf_fast.algorithms.base import Algorithm
 from sqdf_fast.config import Config
-from sqdf_fast.engine import Executor, StepResult, make_executor
+from sqdf_fast.engine import StepResult
 from sqdf_fast.engine.noise import Stream, generator, sample_seeds
-from sqdf_fast.engine.rollouts import Rollouts
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.errors import UserError
 from sqdf_fast.replay import ReplayBuffer
 
@@ -21,40 +22,36 @@ class Sqdf(Algorithm):
 
     can_fall_back_to_staged: ClassVar[bool] = True
 
-    def __init__(self, config: Config, rollouts: Rollouts) -> None:
-        super().__init__(config, rollouts)
-        schedule = rollouts.sampler.schedule
+    def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
+        super().__init__(config, runtime, prompts)
         self.replay = ReplayBuffer(
             config.replay.capacity,
-            schedule.trainable,
+            self.schedule.trainable,
             config.replay.mode,
             gamma=config.objective.gamma,
             store=config.replay.store,
-            levels=schedule.levels,
+            levels=self.schedule.levels,
         )
         self.refills = 0
-        self.executor = self._make_executor()
 
     def collect(self, step: int) -> None:
         """Refill the buffer once every ``replay.steps_per_refill`` steps."""
-        settings, rollouts = self.config.replay, self.rollouts
+        settings, runtime = self.config.replay, self.runtime
         if self.refills * settings.steps_per_refill > step:
             return
-        prompts, seeds = rollouts.fresh(self.refills, settings.refill)
-        sampled = rollouts.sample(prompts, seeds, keep="trainable" if settings.store == "states" else "none")
-        rewards = rollouts.rewards(sampled.x0, prompts) if settings.mode == "prioritised" else None
-        # The buffer's x_0 are of the network's precision, as its states are.
-        stored = sampled.x0.to(rollouts.backbone.family.dtype) if sampled.states is None else sampled.states
+        prompts, seeds = self.draw_prompts(self.refills, settings.refill)
+        sampled = runtime.sample(prompts, seeds, keep="trainable" if settings.store == "states" else "none")
+        rewards = runtime.rewards(sampled.x0, prompts) if settings.mode == "prioritised" else None
+        # The buffer's x_0 have the network's precision, as its states do.
+        stored = sampled.x0.to(self.family.dtype) if sampled.states is None else sampled.states
         self.replay.add(stored, prompts, rewards)
         self.refills += 1
 
     def accumulate(self, step: int) -> StepResult:
         """The gradient of the loss on states drawn from the buffer."""
-        if self.executor.execution is not self.rollouts.execution:
-            self.executor = self._make_executor()
         seed, size = self.config.seed, self.config.optimizer.batch_size
         batch = self.replay.draw(size, generator(seed, Stream.REPLAY, step))
-        result = self.executor.accumulate(batch, sample_seeds(seed, Stream.TRANSITION, step, size))
+        result = self.runtime.gradient(batch, sample_seeds(seed, Stream.TRANSITION, step, size))
         if step == 0 and self.config.objective.mask_nonpositive and torch.all(result.reward <= 0):
             raise UserError(
                 "every reward of the first batch is <= 0 and objective.mask_nonpositive drops such samples: nothing "
@@ -72,18 +69,3 @@ class Sqdf(Algorithm):
         """Buffer and refills as they were."""
         self.replay.load_state_dict({**values["replay"], "tensors": tensors})
         self.refills = values["refills"]
-
-    def _make_executor(self) -> Executor:
-        rollouts = self.rollouts
-        executor = make_executor(
-            rollouts.backbone,
-            rollouts.sampler.schedule,
-            rollouts.score,
-            self.config.objective,
-            guidance_scale=self.config.sampling.guidance_scale,
-            execution=rollouts.execution,
-            parts=rollouts.parts,
-            impl=self.config.impl,
-        )
-        executor.on_stage = rollouts.enter
-        return executor

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sqdf_fast.commands.sample import for_sampling, trained_policy
+from sqdf_fast.backbone import Role
+from sqdf_fast.commands.sample import trained_policy, with_lookahead
 from sqdf_fast.commands.verdict import Scores, Verdict
 from sqdf_fast.config import Config, make_config
-from sqdf_fast.engine.module_groups import Parts
-from sqdf_fast.engine.rollouts import Rollouts
-from sqdf_fast.engine.runtime import HeldOut, load_backbone, make_sampler, pick_device, pick_dtype
+from sqdf_fast.display import StageProgress
+from sqdf_fast.engine.loading import load_run_reward, pick_device
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.errors import UserError
-from sqdf_fast.evaluate import Judges, evaluate_images, load_judges
+from sqdf_fast.evaluate.judge import Better
 from sqdf_fast.families import KNOWN_MODELS
 from sqdf_fast.prompts import load_prompts
-from sqdf_fast.rewards import Reward, checked_reward, load_reward
 from sqdf_fast.runs.folder import RunFolder
-
-Progress = Callable[[str, int, int, dict[str, float]], None]
+from sqdf_fast.training.evaluator import Evaluator, HeldOut
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,14 @@ class Target:
     policy: str | None = None
 
 
-def judge_targets(
+def evaluate_models(
     given: Sequence[str],
     *,
     settings: Mapping[str, Any],
     assignments: Mapping[str, Any],
     judges: Sequence[str] = (),
     seed: int,
-    progress: AbstractContextManager[Progress] | None = None,
+    progress: StageProgress | None = None,
 ) -> Verdict:
     """Sample every target, and before them the base model of the first one, on the same prompts and noise; judge all.
 
@@ -69,24 +67,20 @@ def judge_targets(
     targets = find_targets(given, settings, assignments)
     config = targets[0].config
     held_out = HeldOut.of(config, seed)
-    reward, panel = _judging(config, judges, held_out.prompts)
-    with progress or nullcontext(_untold) as told:
-        pictures = {target.label: _pictures(target, held_out, reward, told) for target in targets}
-        # Sampling is over: the card is the reward's.
+    # Reward and judges on the CPU: what is wrong with them shows before anything is sampled.
+    reward = load_run_reward(config, held_out.prompts, torch.device("cpu"))
+    evaluator = Evaluator(config, reward, held_out, judges=judges)
+    with progress or StageProgress() as shown:
+        images = {target.label: _images(target, evaluator, shown) for target in targets}
+        # Sampling is over: the device is the reward's.
         device = pick_device(config.device)
         reward.to(device)
-        base: Tensor | None = None
         scores: dict[str, Scores] = {}
-        for label, images in pictures.items():
-            there = images.to(device)
-            base = panel.embed(there) if base is None else base
-            scores[label] = evaluate_images(there, held_out.prompts, reward, panel, base=base)
-            told("judging", len(scores), len(pictures), {})
-    return Verdict(config.reward, held_out.prompts, seed, scores, {"proxy_reward": "higher", **panel.better}, pictures)
-
-
-def _untold(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
-    """Progress that nobody looks at."""
+        for label, found in images.items():
+            scores[label] = evaluator.judge(found, device, is_base=not scores).values
+            shown.phase("judging", len(scores), len(images))
+    better: dict[str, Better] = {"proxy_reward": "higher", **evaluator.judges.better}
+    return Verdict(config.reward, held_out.prompts, seed, scores, better, images)
 
 
 def find_targets(given: Sequence[str], settings: Mapping[str, Any], assignments: Mapping[str, Any]) -> list[Target]:
@@ -187,39 +181,12 @@ def _complete(config: Config, settings: Mapping[str, Any], assignments: Mapping[
         # Prompts of one's own: all of them.
         number = {"num_prompts": len(load_prompts(prompts))}
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=number)})
-    return for_sampling(config)
+    return with_lookahead(config, "tweedie")
 
 
-def _judging(config: Config, names: Sequence[str], prompts: Sequence[str]) -> tuple[Reward, Judges]:
-    """Reward and judges on the CPU, told the prompts: what is wrong with them shows before anything is sampled."""
-    dtype = pick_dtype(config.dtype, pick_device(config.device))
-    reward = load_reward(config.reward, device="cpu", dtype=dtype, **config.reward_options)
-    settings = config.evaluation
-    judges = load_judges(
-        config.model, reward, names or settings.judges, settings.held_out, settings.judge_options, dtype
-    )
-    distinct = list(dict.fromkeys(prompts))
-    reward.encode_prompts(distinct)
-    reward.drop_text_tower()
-    judges.encode_prompts(distinct)
-    return reward, judges
-
-
-def _pictures(target: Target, held_out: HeldOut, reward: Reward, progress: Progress) -> Tensor:
-    """Of the held-out prompts, float32 [N, 3, H, W] in [0, 1] on the CPU."""
-    config = target.config
-    backbone = load_backbone(config, target.policy)
-    parts = Parts(backbone)
-    parts.apply(config.execution)
-    rollouts = Rollouts(
-        config,
-        held_out.prompts,
-        backbone,
-        make_sampler(config, backbone),
-        partial(checked_reward, reward),
-        parts,
-        on_progress=lambda phase: lambda done, total: progress(target.label, done, total, {}),
-    )
-    role = "reference" if target.policy is None else "policy"
-    sampled = rollouts.sample(held_out.prompts, held_out.seeds, role=role)
-    return rollouts.decode(sampled.x0)
+def _images(target: Target, evaluator: Evaluator, progress: StageProgress) -> Tensor:
+    """The target's images of the held-out prompts, float32 [N, 3, H, W] in [0, 1] on the CPU."""
+    prompts = evaluator.held_out.prompts
+    runtime = Runtime.load(target.config, prompts=prompts, policy=target.policy, progress=progress)
+    role: Role = "reference" if target.policy is None else "policy"
+    return evaluator.images(runtime, role=role, phase=target.label)

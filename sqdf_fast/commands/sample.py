@@ -1,24 +1,21 @@
-"""Using a run: pictures from it."""
+"""`sqdf-fast sample`: images from a run or a base model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqdf_fast.backbone import Role
 from sqdf_fast.config import Config, make_config
 from sqdf_fast.display import StageProgress, image_grid, save_png
-from sqdf_fast.engine.executor import RewardFunction
+from sqdf_fast.engine.loading import load_run_reward
 from sqdf_fast.engine.noise import Stream, sample_seeds
-from sqdf_fast.engine.rollouts import decode_images
-from sqdf_fast.engine.runtime import load_backbone, make_sampler, pick_device, pick_dtype
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.errors import UserError
 from sqdf_fast.families.loading import KNOWN_MODELS
 from sqdf_fast.files import disk_errors
 from sqdf_fast.guided_sampling import Cost, Method, training_free
-from sqdf_fast.rewards import checked_reward, load_reward
 from sqdf_fast.rewards.preprocess import to_pil
 from sqdf_fast.runs.folder import RunFolder
 
@@ -35,35 +32,38 @@ def draw(
     reward: str | None = None,
     **options: Any,
 ) -> Cost | None:
-    """Sample ``number`` pictures of each prompt into one labelled PNG.
+    """Sample ``number`` images of each prompt into one labelled PNG.
 
     Args:
         run: a run folder; or a base model, "shapes", a known short name or a diffusers folder.
-        base: draw from the run's base model instead of the fine-tuned one.
-        method: better them without training, see :func:`sqdf_fast.guided_sampling.training_free`; options: its own.
-        reward: that ``method`` goes by; None: the run's.
+        base: sample from the run's base model instead of the fine-tuned one.
+        method: improves the samples without training, see :func:`sqdf_fast.guided_sampling.training_free`; options:
+            its own.
+        reward: what ``method`` maximizes; None: the run's.
 
     Returns:
         What ``method`` has cost; None without one.
 
     Raises:
-        UserError: no run, no trained LoRA in it, or the picture cannot be written; what ``method`` refuses.
+        UserError: no run, no trained policy in it, or the file cannot be written; what ``method`` refuses.
     """
     config, policy = _opened(run)
-    config = _with_consistency(config) if options.get("estimate") == "consistency" else for_sampling(config)
-    backbone = load_backbone(config, policy)
-    sampler, role = make_sampler(config, backbone), _role(base or policy is None)
+    config = with_lookahead(config, "consistency" if options.get("estimate") == "consistency" else "tweedie")
+    if reward is not None and reward != config.reward:
+        # Its options are the run's own reward's.
+        config = config.model_copy(update={"reward": reward, "reward_options": {}})
     repeated = [prompt for prompt in prompts for _ in range(number)]
     seeds = sample_seeds(seed, Stream.EVALUATION, 1, len(repeated))
-    if method is None:
-        latents, cost = sampler.sample(repeated, seeds, role=role).x0, None
-    else:
-        score = _scorer(config, reward, repeated)
-        with StageProgress() as progress:
-            options["on_progress"] = lambda done, total: progress("sampling", done, total, {})
-            found = training_free(method, backbone, sampler, score, repeated, seeds, role=role, **options)
-        latents, cost = found.x0, found.cost
-    images = decode_images(backbone.family, latents, config.sampling.batch_size)
+    role: Role = "reference" if base or policy is None else "policy"
+    with StageProgress() as progress:
+        scorer = None if method is None else load_run_reward(config, repeated)
+        runtime = Runtime.load(config, prompts=repeated, policy=policy, reward=scorer, progress=progress)
+        if method is None:
+            latents, cost = runtime.sample(repeated, seeds, role=role).x0, None
+        else:
+            improved = training_free(method, runtime, repeated, seeds, role=role, **options)
+            latents, cost = improved.x0, improved.cost
+        images = runtime.decode(latents)
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         save_png(image_grid(to_pil(images), repeated, columns=number), output)
@@ -80,18 +80,6 @@ def _opened(run: Path) -> tuple[Config, str | None]:
     return config, trained_policy(folder, config)
 
 
-def _scorer(config: Config, spec: str | None, prompts: Sequence[str]) -> RewardFunction:
-    device = pick_device(config.device)
-    options = config.reward_options if spec in (None, config.reward) else {}
-    reward = load_reward(spec or config.reward, device=device, dtype=pick_dtype(config.dtype, device), **options)
-    reward.encode_prompts(list(dict.fromkeys(prompts)))
-    return partial(checked_reward, reward)
-
-
-def _role(base: bool) -> Role:
-    return "reference" if base else "policy"
-
-
 def trained_policy(run: RunFolder, config: Config) -> str:
     """The folder of what a run trained. Raises UserError where it has saved nothing yet."""
     folder = run.policy(config)
@@ -102,10 +90,6 @@ def trained_policy(run: RunFolder, config: Config) -> str:
     return str(folder)
 
 
-def for_sampling(config: Config) -> Config:
-    """The same model without its consistency LoRA, which sampling does not need and which need not be there."""
-    return config.model_copy(update={"objective": config.objective.model_copy(update={"lookahead": "tweedie"})})
-
-
-def _with_consistency(config: Config) -> Config:
-    return config.model_copy(update={"objective": config.objective.model_copy(update={"lookahead": "consistency"})})
+def with_lookahead(config: Config, lookahead: Literal["consistency", "tweedie"]) -> Config:
+    """The configuration with another look-ahead; "tweedie" samples without a consistency LoRA, which may be missing."""
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"lookahead": lookahead})})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sqdf_fast.config import Config
-from sqdf_fast.engine.runtime import pick_device
+from sqdf_fast.engine.loading import pick_device
 from sqdf_fast.errors import UserError
 from sqdf_fast.evaluate.judges import find_judge
 from sqdf_fast.families import refuse_unknown_model

@@ -60,15 +60,14 @@ def work(job: Job, place: Place, directory: str) -> None:
 
 
 def _guarded(job: Job, place: Place, asked: threading.Event) -> int:
-    from sqdf_fast.compare.training_free import SamplingStopped
-    from sqdf_fast.training.trainer import Interrupted
+    from sqdf_fast.errors import Interrupted
 
     try:
         with job.folder.with_name(f".{job.folder.name}.lock").open("w") as lock:
             # A process of an earlier, killed comparison may still be about to end.
             fcntl.flock(lock, fcntl.LOCK_EX)
             _run(job, place, asked)
-    except (Interrupted, SamplingStopped):
+    except Interrupted:
         return STOPPED
     except UserError as error:
         _say(str(error))
@@ -91,11 +90,11 @@ def _run(job: Job, place: Place, asked: threading.Event) -> None:
     if place.threads is not None:
         torch.set_num_threads(place.threads)
     if job.free is not None:
-        sample_free(job, job.free, asked.is_set)
+        sample_free(job, job.free, asked)
     elif make_ready(job):
-        continue_run(job.folder, asked.is_set)
+        continue_run(job.folder, asked)
     else:
-        new_run(job.config, job.folder, asked.is_set)
+        new_run(job.config, job.folder, asked)
 
 
 def _say(reason: str) -> None:

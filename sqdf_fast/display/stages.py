@@ -28,6 +28,15 @@ class StageProgress:
         shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self._bars.update(self._tasks[stage], completed=done, total=total, figures=shown)
 
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Draw the bar of stage ``name``; one without a total has nothing to show yet."""
+        if total:
+            self(name, done, total, {})
+
+    def message(self, text: str) -> None:
+        """Print a line that stays, above the bars."""
+        self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def __enter__(self) -> StageProgress:
         self._bars.start()
         return self

@@ -114,7 +114,7 @@ def _foresee(
 ) -> Tensor:
     family = backbone.family
     lookahead = lookahead.to(family.device, family.precision)
-    unconditional = family.encode([""]) if guidance_scale != 1 else None
+    unconditional = family.unconditional(guidance_scale)
     parts = []
     with backbone.role(role):
         for start in range(0, len(x), batch_size):

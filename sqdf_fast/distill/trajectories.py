@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.engine.noise import Stream
-from sqdf_fast.families import Conditioning
+from sqdf_fast.engine.sampler import Sampler, Step
 from sqdf_fast.kernels import posterior_mean
+from sqdf_fast.kernels.guidance import per_sample
 from sqdf_fast.kernels.philox import derive_seeds, philox_normal
 from sqdf_fast.schedule import DenoisingSchedule, Lookahead, consistency_rows
 
@@ -72,14 +73,14 @@ def guided_trajectories(
         batch_size: trajectories denoised at once.
         on_progress: called with (network calls done, network calls in all).
     """
+    sampler = Sampler(backbone, schedule, guidance_scale=guidance_scale, batch_size=batch_size, merge_lora=False)
     states, x0 = [], []
     starts = range(0, len(prompts), batch_size)
     with backbone.role("reference"):
         for number, start in enumerate(starts):
-            part = slice(start, start + batch_size)
-            conditioning = backbone.family.encode(prompts[part])
-            kept = []
-            for i, x in enumerate(_walk(backbone, schedule, conditioning, seeds[part], branch[part], guidance_scale)):
+            part, kept = slice(start, start + batch_size), []
+            transition = _Branching(sampler, branch[part])
+            for i, x in enumerate(sampler.walk(prompts[part], seeds[part], transition=transition)):
                 kept.append(x.to("cpu", backbone.family.dtype))
                 if on_progress:
                     on_progress(number * len(schedule) + i, len(starts) * len(schedule))
@@ -88,31 +89,25 @@ def guided_trajectories(
     return Trajectories(torch.cat(states), torch.cat(x0), branch, list(prompts))
 
 
-def _walk(
-    backbone: Backbone,
-    schedule: DenoisingSchedule,
-    conditioning: Conditioning,
-    seeds: Tensor,
-    branch: Tensor,
-    guidance_scale: float,
-) -> Iterator[Tensor]:
-    family = backbone.family
-    device, dtype = family.device, family.precision
-    unconditional = family.encode([""]) if guidance_scale != 1 else None
-    timesteps, seeds, branch = schedule.timesteps.to(device, dtype), seeds.to(device), branch.to(device)
-    # Rows 0 .. T - 1 are the steps with noise, T .. 2T - 1 the same steps without.
-    rows = torch.cat([schedule.transition[:, :2], schedule.ode]).to(device, dtype)
+class _Branching:
+    """Transitions with the sampler's noise before each sample's branch, [B], and deterministic ones from there on."""
 
-    def noise(*purpose: int) -> Tensor:
-        return philox_normal(derive_seeds(*purpose, ids=seeds), family.latent_shape, dtype=dtype, device=device)
+    def __init__(self, sampler: Sampler, branch: Tensor) -> None:
+        family, schedule = sampler.backbone.family, sampler.schedule
+        self.sampler, self.branch = sampler, branch.to(family.device)
+        self.sigmas: list[float] = schedule.transition[:, 2].tolist()
+        # Rows 0 .. T - 1 are the steps with noise, T .. 2T - 1 the same steps without.
+        self.rows = torch.cat([schedule.transition[:, :2], schedule.ode]).to(family.device, family.precision)
 
-    x = noise(Stream.INITIAL)
-    yield x
-    for i, sigma in enumerate(schedule.transition[:, 2].tolist()):
-        still = branch <= i
-        m = backbone.predict(x, timesteps[i].expand(len(x)), conditioning, unconditional)
-        x = posterior_mean(x, m, rows, i + len(schedule) * still, guidance_scale=guidance_scale)
-        if sigma > 0 and not still.all():
-            scale = sigma * (~still).to(dtype)
-            x = x + scale.reshape(-1, *(1,) * (x.ndim - 1)) * noise(Stream.DENOISING, i)
-        yield x
+    def __call__(self, step: Step) -> Tensor:
+        sampler, family = self.sampler, self.sampler.backbone.family
+        timesteps = sampler.tables.timesteps[step.index]
+        m = sampler.backbone.predict(step.x, timesteps, step.conditioning, step.unconditional)
+        still, sigma = self.branch <= step.i, self.sigmas[step.i]
+        rows = step.i + len(self.sigmas) * still
+        x = posterior_mean(step.x, m, self.rows, rows, guidance_scale=sampler.guidance_scale)
+        if sigma == 0 or still.all():
+            return x
+        seeds = derive_seeds(Stream.DENOISING, step.i, ids=step.seeds).to(family.device)
+        noise = philox_normal(seeds, family.latent_shape, dtype=x.dtype, device=family.device)
+        return x + per_sample(sigma * (~still).to(x.dtype), x) * noise

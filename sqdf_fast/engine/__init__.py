@@ -6,11 +6,19 @@ from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, Objective
 from sqdf_fast.engine.executor import Executor, RewardFunction, StepResult
 from sqdf_fast.engine.joint import JointExecutor
-from sqdf_fast.engine.module_groups import Parts
+from sqdf_fast.engine.module_groups import ModuleGroups
 from sqdf_fast.engine.staged import StagedExecutor
 from sqdf_fast.schedule import DenoisingSchedule
 
-__all__ = ["Executor", "JointExecutor", "Parts", "RewardFunction", "StagedExecutor", "StepResult", "make_executor"]
+__all__ = [
+    "Executor",
+    "JointExecutor",
+    "ModuleGroups",
+    "RewardFunction",
+    "StagedExecutor",
+    "StepResult",
+    "make_executor",
+]
 
 _EXECUTORS: dict[str, type[Executor]] = {"joint": JointExecutor, "staged": StagedExecutor}
 
@@ -23,7 +31,7 @@ def make_executor(
     *,
     guidance_scale: float,
     execution: Execution,
-    parts: Parts | None = None,
+    groups: ModuleGroups | None = None,
     impl: str = "auto",
 ) -> Executor:
     """The executor that ``execution`` names; arguments as of :class:`Executor`."""
@@ -34,6 +42,6 @@ def make_executor(
         objective,
         guidance_scale=guidance_scale,
         execution=execution,
-        parts=parts,
+        groups=groups,
         impl=impl,
     )

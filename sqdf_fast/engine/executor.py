@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.config import Execution, Objective
-from sqdf_fast.engine.module_groups import Part, Parts
-from sqdf_fast.families import Conditioning
+from sqdf_fast.engine.module_groups import ModuleGroup, ModuleGroups
+from sqdf_fast.families import Family
 from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.schedule import DenoisingSchedule, Lookahead
 
@@ -34,6 +34,11 @@ class StepResult:
     index: Tensor
 
 
+def decoded_reward(family: Family, reward: RewardFunction, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The rewards [B] of the images that latents [B, ...] decode to, with their graph."""
+    return reward(family.decode(latents.to(family.dtype)), prompts)
+
+
 class Executor(ABC):
     """Adds the gradient of the SQDF loss to the policy's parameters.
 
@@ -47,11 +52,11 @@ class Executor(ABC):
         reward: images [B, 3, H, W] in [0, 1] and prompts to [B]; raises UserError when it misbehaves.
         objective: the loss's settings; guidance_scale: of policy and reference.
         execution: sizes of the chunks; the gradient does not depend on them beyond rounding.
-        parts: modules that recompute and move as ``execution`` says; default: those of the backbone.
+        groups: modules that are checkpointed and offloaded as ``execution`` says; default: those of the backbone.
         impl: implementation of the kernels.
 
     Attributes:
-        stage: the stage that runs or ran last; on_stage: told its name as it begins.
+        stage: the current or last stage; on_stage: called with its name as it begins.
     """
 
     def __init__(
@@ -63,13 +68,13 @@ class Executor(ABC):
         *,
         guidance_scale: float,
         execution: Execution,
-        parts: Parts | None = None,
+        groups: ModuleGroups | None = None,
         impl: str = "auto",
     ) -> None:
         self.backbone, self.schedule, self.reward, self.objective = backbone, schedule, reward, objective
         self.guidance_scale, self.execution, self.impl = guidance_scale, execution, impl
-        self.parts = parts or Parts(backbone)
-        self.parts.apply(execution)
+        self.groups = groups or ModuleGroups(backbone)
+        self.groups.apply(execution)
         self.stage = ""
         self.on_stage: Callable[[str], None] = lambda name: None
         family = backbone.family
@@ -89,12 +94,12 @@ class Executor(ABC):
                 memory, libraries of the GPU included. Gradients are incomplete then: discard them.
         """
 
-    def begin(self, stage: str, *needed: Part) -> None:
-        """``stage`` begins now: what it does not need has left, what it needs arrives as its own."""
+    def begin(self, stage: str, *needed: ModuleGroup) -> None:
+        """Begin ``stage``: drop what it does not need, then upload what it needs, on its own account."""
         self.stage = stage
-        self.parts.leave(*needed)
+        self.groups.leave(*needed)
         self.on_stage(stage)
-        self.parts.use(*needed)
+        self.groups.use(*needed)
 
     @property
     def lookahead_role(self) -> Role:
@@ -105,10 +110,6 @@ class Executor(ABC):
     def lookahead_scale(self) -> float:
         """Guidance scale of the look-ahead: a consistency model is distilled with its guidance."""
         return 1.0 if self.lookahead_role == "consistency" else self.guidance_scale
-
-    def unconditional(self, scale: float) -> Conditioning | None:
-        """The empty prompt's row where ``scale`` asks for two halves."""
-        return None if scale == 1 else self.backbone.family.encode([""])
 
     def ahead(self, index: Tensor) -> list[int]:
         """Positions in the batch that have a look-ahead: x_prev of the last index is x_0 itself.

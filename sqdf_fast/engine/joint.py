@@ -8,14 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sqdf_fast.engine.executor import Executor, StepResult
-from sqdf_fast.engine.module_groups import Part
+from sqdf_fast.engine.executor import Executor, StepResult, decoded_reward
+from sqdf_fast.engine.module_groups import ALL_GROUPS
 from sqdf_fast.engine.oom_fallback import normalize_oom_errors
 from sqdf_fast.families import Conditioning
 from sqdf_fast.objective import SqdfLoss, look_ahead, sqdf_loss
 from sqdf_fast.replay import ReplayBatch
-
-EVERYTHING: tuple[Part, ...] = ("network", "decoder", "reward")
 
 
 class JointExecutor(Executor):
@@ -27,9 +25,9 @@ class JointExecutor(Executor):
         size = self.execution.micro_batch
         for start in range(0, len(batch.prompts), size):
             part = slice(start, start + size)
-            self.begin("forward", *EVERYTHING)
+            self.begin("forward", *ALL_GROUPS)
             found = self._loss(batch.x[part], batch.index[part], batch.prompts[part], seeds[part], len(batch.prompts))
-            self.begin("backward", *EVERYTHING)
+            self.begin("backward", *ALL_GROUPS)
             found.loss.backward()
             losses.append(found.loss.detach())
             rewards.append(found.reward)
@@ -41,7 +39,7 @@ class JointExecutor(Executor):
         ahead = self.ahead(index)
         x, index = x.to(family.device, self.precision), index.to(family.device)
         conditioning = family.encode(prompts)
-        unconditional = self.unconditional(self.guidance_scale)
+        unconditional = family.unconditional(self.guidance_scale)
         timesteps = self.tables.timesteps[index]
         with torch.no_grad(), self.backbone.role("reference"):
             reference = self.backbone.predict(x, timesteps, conditioning, unconditional)
@@ -50,7 +48,7 @@ class JointExecutor(Executor):
 
         def score(x_prev: Tensor) -> Tensor:
             x0_hat = self._look_ahead(x_prev, index, ahead, conditioning)
-            return self.reward(family.decode(x0_hat.to(family.dtype)), prompts)
+            return decoded_reward(family, self.reward, x0_hat, prompts)
 
         return sqdf_loss(
             x,
@@ -75,7 +73,7 @@ class JointExecutor(Executor):
             return x_prev
         rows = torch.tensor(ahead, device=x_prev.device)
         scale = self.lookahead_scale
-        unconditional = self.unconditional(scale)
+        unconditional = self.backbone.family.unconditional(scale)
         with self.backbone.role(self.lookahead_role):
             estimate = look_ahead(
                 x_prev[rows],

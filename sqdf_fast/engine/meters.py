@@ -6,6 +6,8 @@ says why.
 
 from __future__ import annotations
 
+import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 
 POWER_INTERVAL = 0.1
 """Seconds between two samples of the power, where the GPU has no energy counter (before Volta)."""
+
+
+def process_peak_bytes() -> int:
+    """The most memory that this process has held, in bytes of the host's."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class StageCounter(Protocol):

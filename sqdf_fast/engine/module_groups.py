@@ -1,4 +1,4 @@
-"""The modules of a run by the stage that uses them: which recompute, and whose frozen weights are on the device."""
+"""The modules of a run, grouped by the stages that use them: which use gradient checkpointing, which are offloaded."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from sqdf_fast.config import Execution
 from sqdf_fast.engine.offload import Offload
 from sqdf_fast.gradient_checkpointing import CheckpointedBlocks, checkpoint_blocks
 
-Part = Literal["network", "decoder", "reward"]
+ModuleGroup = Literal["network", "decoder", "reward"]
+
+ALL_GROUPS: tuple[ModuleGroup, ...] = ("network", "decoder", "reward")
 
 
-class Parts:
+class ModuleGroups:
     """Network, decoder and reward of a run.
 
     Args:
         backbone: the network's roles; its family has the decoder.
-        reward: the reward's module, None where it has none; ``checkpointed_block_types`` names its blocks.
+        reward: the reward's module, or None; ``checkpointed_block_types`` names its blocks.
     """
 
     def __init__(self, backbone: Backbone, reward: nn.Module | None = None) -> None:
         family = backbone.family
         self.backbone = backbone
-        self._modules: dict[Part, list[nn.Module]] = {
+        self._modules: dict[ModuleGroup, list[nn.Module]] = {
             "network": [family.network],
             "decoder": [family.vae],
             "reward": [] if reward is None else [reward],
         }
-        self.checkpointed: dict[Part, list[CheckpointedBlocks]] = {
+        kinds = getattr(reward, "checkpointed_block_types", ())
+        self.checkpointed: dict[ModuleGroup, list[CheckpointedBlocks]] = {
             "network": backbone.checkpointed,
             "decoder": [checkpoint_blocks(family.vae, family.checkpointed_block_types["decoder"])],
-            "reward": []
-            if reward is None
-            else [checkpoint_blocks(reward, getattr(reward, "checkpointed_block_types", ()))],
+            "reward": [checkpoint_blocks(module, kinds) for module in self._modules["reward"]],
         }
         self._offload: Offload | None = None
 
     def apply(self, execution: Execution) -> None:
-        """Recompute and keep resident what ``execution`` says, from now on."""
-        for name, checkpointed in self.checkpointed.items():
-            for found in checkpointed:
+        """Checkpoint and offload what ``execution`` says, from now on."""
+        for name, blocks in self.checkpointed.items():
+            for found in blocks:
                 found.enabled = name in execution.gradient_checkpointing
         if execution.offload == "staged" and self._offload is None:
             self._offload = Offload(dict(self._modules.items()), self.backbone.family.device)
@@ -50,16 +51,16 @@ class Parts:
             self._offload.use(*self._modules)
             self._offload = None
 
-    def leave(self, *names: Part) -> None:
-        """What runs next needs no other parts than these."""
+    def leave(self, *names: ModuleGroup) -> None:
+        """Drop the offloaded weights of all other groups from the device."""
         if self._offload is not None:
             self._offload.leave(*names)
 
-    def use(self, *names: Part) -> None:
-        """What runs next needs these parts' weights on the device, and no others."""
+    def use(self, *names: ModuleGroup) -> None:
+        """Have these groups' weights on the device, and of offloaded ones no others."""
         if self._offload is not None:
             self._offload.use(*names)
 
-    def of_role(self, role: Role) -> tuple[Part, ...]:
-        """What running the network as ``role`` needs: a fully trained policy never leaves."""
+    def of_role(self, role: Role) -> tuple[ModuleGroup, ...]:
+        """The groups that running the network as ``role`` needs: a fully trained policy is never offloaded."""
         return () if role == "policy" and self.backbone.kind == "full" else ("network",)

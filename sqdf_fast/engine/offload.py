@@ -24,7 +24,7 @@ class Offload:
 
     def __init__(self, parts: Mapping[str, Iterable[nn.Module]], device: torch.device) -> None:
         seen: set[int] = set()
-        self._parts = {name: _Part(_frozen(modules, seen), device) for name, modules in parts.items()}
+        self._parts = {name: PinnedWeights(_frozen(modules, seen), device) for name, modules in parts.items()}
 
     @property
     def resident(self) -> frozenset[str]:
@@ -44,7 +44,7 @@ class Offload:
             self._parts[name].upload()
 
 
-class _Part:
+class PinnedWeights:
     """Tensors, and one buffer on the host that holds what is in them.
 
     Attributes:

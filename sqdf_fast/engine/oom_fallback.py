@@ -1,4 +1,4 @@
-"""What to give up when memory runs out after all: one rung less at the stage that ran out."""
+"""What an optimizer step gives up when memory runs out after all: one setting at a time, in the stage that ran out."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def normalize_oom_errors() -> Iterator[None]:
-    """Whatever ran out of memory inside raises torch.OutOfMemoryError; also a decorator.
+    """Raise torch.OutOfMemoryError for whatever ran out of memory inside; also a decorator.
 
-    An error that only wraps such a one, as that of a reward does, is that one.
+    An error that only wraps one, such as a reward's, counts as one.
     """
     try:
         yield
@@ -53,26 +53,33 @@ def normalize_oom_errors() -> Iterator[None]:
 def next_fallback(execution: Execution, stage: str) -> tuple[Execution, str] | None:
     """The next smaller execution for a step that ran out of memory in ``stage``, and what was given up.
 
-    First the chunks of that stage are halved, then its blocks are recomputed, then the joint graph is taken apart, then
-    frozen weights leave the device between their stages. None: nothing is left. The gradient stays the same beyond
-    rounding.
+    First the chunks of that stage are halved, then its blocks are checkpointed, then the staged executor replaces the
+    joint graph, then frozen weights are offloaded between their stages. None: nothing is left. The gradient stays the
+    same beyond rounding.
 
     Args:
         stage: as the executors name them: "transition", "look-ahead", "reward", "look-ahead vjp", "policy vjp" of the
             staged one, "forward", "backward" of the joint one, "optimizer" of the trainer: no graph is alive there.
     """
-    return next(_rungs(execution, stage), None)
+    return next(_fallbacks(execution, stage), None)
 
 
-def _rungs(execution: Execution, stage: str) -> Iterator[tuple[Execution, str]]:
+def offloaded(execution: Execution) -> tuple[Execution, str] | None:
+    """``execution`` with frozen weights offloaded between their stages; None where they are, or cannot be (int8)."""
+    if execution.offload == "staged" or execution.quantization == "int8":
+        return None
+    return execution.model_copy(update={"offload": "staged"}), "frozen weights offloaded between their stages"
+
+
+def _fallbacks(execution: Execution, stage: str) -> Iterator[tuple[Execution, str]]:
     if stage != "optimizer":
         yield from _smaller_graphs(execution, stage)
     if execution.executor == "joint":
         # The chunks of the staged executor were chosen for another one.
         smallest = {"executor": "staged", "forward_batch_rows": 2, "backward_batch_rows": 1, "decode_images": 1}
         yield execution.model_copy(update=smallest), "joint graph -> staged"
-    if execution.offload == "none" and execution.quantization != "int8":
-        yield execution.model_copy(update={"offload": "staged"}), "frozen weights -> on the device by stage"
+    if (lower := offloaded(execution)) is not None:
+        yield lower
 
 
 def _smaller_graphs(execution: Execution, stage: str) -> Iterator[tuple[Execution, str]]:
@@ -98,4 +105,4 @@ def _checkpointed(execution: Execution, parts: tuple[str, ...]) -> Iterator[tupl
     missing = tuple(part for part in parts if part not in execution.gradient_checkpointing)
     if missing:
         more = execution.model_copy(update={"gradient_checkpointing": (*execution.gradient_checkpointing, *missing)})
-        yield more, f"recompute {' and '.join(missing)}"
+        yield more, f"gradient checkpointing of {' and '.join(missing)}"

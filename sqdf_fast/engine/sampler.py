@@ -14,6 +14,7 @@ from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.engine.compilation import Compilation, CompiledBlocks, compile_options, repeated_kinds
 from sqdf_fast.engine.noise import Stream
 from sqdf_fast.engine.oom_fallback import normalize_oom_errors
+from sqdf_fast.families import Conditioning
 from sqdf_fast.kernels import posterior_mean
 from sqdf_fast.kernels.philox import derive_seeds, philox_normal
 from sqdf_fast.schedule import DenoisingSchedule
@@ -34,6 +35,24 @@ class Trajectories:
 
     x0: Tensor
     states: Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step of a batch, about to be taken.
+
+    Attributes:
+        i: position in the schedule; index: [B] int64 of it, on the device.
+        x: x_t, [B, ...]; seeds: [B] int64.
+        conditioning: of the B prompts; unconditional: one row, None without guidance.
+    """
+
+    i: int
+    index: Tensor
+    x: Tensor
+    seeds: Tensor
+    conditioning: Conditioning
+    unconditional: Conditioning | None
 
 
 class Sampler:
@@ -106,18 +125,76 @@ class Sampler:
         x0, states = [], []
         chunks = range(0, len(prompts), self.batch_size)
         steps = len(self.schedule) if stop is None else stop
+        stored = self.backbone.family.precision if keep == "all" else self.backbone.family.dtype
         with self._ready(role):
             for number, start in enumerate(chunks):
-                part = slice(start, start + self.batch_size)
-
-                def report(step: int, done: int = number * steps) -> None:
-                    if on_progress:
-                        on_progress(done + step, len(chunks) * steps)
-
-                latents, kept = self._denoise(prompts[part], seeds[part], keep, steps, report)
-                x0.append(latents)
-                states += kept
+                part, kept = slice(start, start + self.batch_size), []
+                for i, x in enumerate(self.walk(prompts[part], seeds[part], stop=steps)):
+                    if keep == "all" or (keep == "trainable" and i < steps and self._trainable[i]):
+                        kept.append(x.to("cpu", stored))
+                    if on_progress and i:
+                        on_progress(number * steps + i, len(chunks) * steps)
+                x0.append(x)
+                if kept:
+                    states.append(torch.stack(kept, dim=1))
         return Trajectories(torch.cat(x0), torch.cat(states) if states else None)
+
+    def walk(
+        self,
+        prompts: Sequence[str],
+        seeds: Tensor,
+        *,
+        x: Tensor | None = None,
+        first: int = 0,
+        stop: int | None = None,
+        transition: Callable[[Step], Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """The states x at index ``first``, ``first`` + 1, ..., ``stop`` of one batch of trajectories.
+
+        The only denoising loop there is: whoever takes other steps passes a ``transition``, whoever stops early stops
+        iterating. Steps run in the backbone's role, and with a graph where the caller has gradients enabled.
+
+        Args:
+            prompts: B prompts; seeds: [B] int64.
+            x: state at ``first``, [B, ...]; None: the initial noise of the seeds.
+            stop: index of the last state; None: T, the final latents.
+            transition: from a step to the next state; default: :meth:`transition`.
+        """
+        family = self.backbone.family
+        conditioning, unconditional = family.encode(prompts), family.unconditional(self.guidance_scale)
+        x = self._noise(derive_seeds(Stream.INITIAL, ids=seeds), family.precision) if x is None else x
+        yield x
+        for i in range(first, len(self.schedule) if stop is None else stop):
+            index = torch.full((len(x),), i, device=family.device)
+            step = Step(i, index, x, seeds, conditioning, unconditional)
+            x = self.transition(step) if transition is None else transition(step)
+            yield x
+
+    def transition(self, step: Step) -> Tensor:
+        """x_{t-1} = p x + q m + sigma z."""
+        if self.compilation == "cuda-graphs":
+            # Outputs of the step before may be overwritten from here on; none is referenced.
+            torch.compiler.cudagraph_mark_step_begin()
+        m = self.backbone.predict(step.x, self.tables.timesteps[step.index], step.conditioning, step.unconditional)
+        return self.add_noise(self.mean(step, m), step)
+
+    def mean(self, step: Step, m: Tensor) -> Tensor:
+        """The transition's mean p x + q m under guidance; m: the network's output, [B, ...] or [2B, ...]."""
+        rows = self.tables.transition[:, :2]
+        return posterior_mean(step.x, m, rows, step.index, guidance_scale=self.guidance_scale, impl=self.impl)
+
+    def add_noise(self, mean: Tensor, step: Step) -> Tensor:
+        """mean + sigma z; a step without noise draws none."""
+        sigma = self._sigma[step.i]
+        if sigma == 0:
+            return mean
+        return mean + sigma * self._noise(derive_seeds(Stream.DENOISING, step.i, ids=step.seeds), mean.dtype)
+
+    @property
+    def tables(self) -> DenoisingSchedule:
+        """The schedule's coefficients on the device, in the family's precision."""
+        family = self.backbone.family
+        return self.schedule.to(family.device, family.precision)
 
     @contextmanager
     def _ready(self, role: Role) -> Iterator[None]:
@@ -125,44 +202,6 @@ class Sampler:
         compiled = self._compiled.get(id(self.backbone.network(role)))
         with adapted(role), compiled.active() if compiled else nullcontext():
             yield
-
-    def _denoise(
-        self, prompts: Sequence[str], seeds: Tensor, keep: Keep, steps: int, report: Callable[[int], None]
-    ) -> tuple[Tensor, list[Tensor]]:
-        family = self.backbone.family
-        device = family.device
-        tables = self.schedule.to(device, family.precision)
-        conditioning = family.encode(prompts)
-        unconditional = family.encode([""]) if self.guidance_scale != 1 else None
-        x = self._noise(derive_seeds(Stream.INITIAL, ids=seeds), tables.transition.dtype)
-        states, stored = [], family.precision if keep == "all" else family.dtype
-        for i in range(steps):
-            if keep == "all" or (keep == "trainable" and self._trainable[i]):
-                states.append(x.to("cpu", stored))
-            index = torch.full((len(x),), i, device=device)
-            if self.compilation == "cuda-graphs":
-                # Outputs of the step before may be overwritten from here on: none is held.
-                torch.compiler.cudagraph_mark_step_begin()
-            m = self.backbone.predict(x, tables.timesteps[index], conditioning, unconditional)
-            mean = posterior_mean(
-                x,
-                m,
-                tables.transition[:, :2],
-                index,
-                guidance_scale=self.guidance_scale,
-                impl=self.impl,
-            )
-            sigma = self._sigma[i]
-            # The noise of a step that adds none is not drawn.
-            x = (
-                mean
-                if sigma == 0
-                else mean + sigma * self._noise(derive_seeds(Stream.DENOISING, i, ids=seeds), x.dtype)
-            )
-            report(i + 1)
-        if keep == "all":
-            states.append(x.to("cpu", stored))
-        return x, [torch.stack(states, dim=1)] if states else []
 
     def _noise(self, seeds: Tensor, dtype: torch.dtype) -> Tensor:
         family = self.backbone.family

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.backbone import Rows
-from sqdf_fast.engine.executor import Executor, StepResult
+from sqdf_fast.engine.executor import Executor, StepResult, decoded_reward
 from sqdf_fast.engine.oom_fallback import normalize_oom_errors
 from sqdf_fast.kernels import denoise_step_staged, denoise_step_vjp, posterior_mean, posterior_mean_vjp
 from sqdf_fast.objective import credited_loss, temperature
@@ -37,13 +37,13 @@ class _Call:
     timesteps: Tensor
     halves: int
 
-    def parts(self, rows: int) -> Iterator[_Part]:
+    def parts(self, rows: int) -> Iterator[RowSlice]:
         """All of it, at most ``rows`` rows at a time; both halves of a sample together where two fit, as in joint."""
         together = min(rows, self.halves)
         size = rows // together
         for start in range(0, len(self.prompts), size):
             for half in range(0, self.halves, together):
-                yield _Part(slice(half, half + together), slice(start, start + size))
+                yield RowSlice(slice(half, half + together), slice(start, start + size))
 
     def by_half(self, rows: Tensor) -> Tensor:
         """[halves S, ...] as [halves, S, ...]."""
@@ -51,7 +51,7 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class _Part:
+class RowSlice:
     """Which halves of which of a call's samples; its rows are [halves samples, ...]."""
 
     halves: slice
@@ -159,7 +159,7 @@ class StagedExecutor(Executor):
     def _scored(self, x0_hat: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         family = self.backbone.family
         latents = x0_hat.to(family.dtype, copy=True).requires_grad_(True)
-        reward = self.reward(family.decode(latents), prompts)
+        reward = decoded_reward(family, self.reward, latents, prompts)
         (slope,) = torch.autograd.grad(reward.sum(), latents)
         return reward.detach(), slope.to(self.precision)
 
@@ -213,7 +213,7 @@ class StagedExecutor(Executor):
         return x.grad
 
     def _policy_vjp(self, step: _Step, grad_x_prev: Tensor, grad_kl: Tensor, delta: Tensor) -> None:
-        self.begin("policy vjp", *self.parts.of_role("policy"))
+        self.begin("policy vjp", *self.groups.of_role("policy"))
         grad = denoise_step_vjp(
             grad_x_prev,
             grad_kl,
@@ -253,7 +253,7 @@ class StagedExecutor(Executor):
         assert outputs is not None
         return outputs.flatten(0, 1)
 
-    def _rows(self, call: _Call, part: _Part, x: Tensor) -> Rows:
+    def _rows(self, call: _Call, part: RowSlice, x: Tensor) -> Rows:
         samples, timesteps = x[part.samples], call.timesteps[part.samples]
         halves = range(call.halves)[part.halves]
         given = call.prompts[part.samples]

@@ -121,6 +121,15 @@ class Family(ABC):
             self._encoded.update({prompt: encoded[i : i + 1] for i, prompt in enumerate(part)})
         return Conditioning.cat([self._encoded[prompt] for prompt in prompts]).to(self.device)
 
+    def encode_all(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts and keep them, a few at a time, so that the text encoders are no longer needed."""
+        for start in range(0, len(prompts), 8):
+            self.encode(prompts[start : start + 8])
+
+    def unconditional(self, guidance_scale: float) -> Conditioning | None:
+        """The empty prompt's conditioning, one row; None at a guidance scale of 1, which runs the conditional half."""
+        return None if guidance_scale == 1 else self.encode([""])
+
     def remember(self, prompt: str, conditioning: Conditioning) -> None:
         """Take ``conditioning``, one row, for ``prompt`` from now on; no text encoder is asked."""
         self._encoded[prompt] = conditioning

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sqdf_fast.backbone import Backbone, Role, Rows
 from sqdf_fast.config import Config, Execution
 from sqdf_fast.config import Optimizer as OptimizerSettings
-from sqdf_fast.engine import Parts, make_executor
-from sqdf_fast.engine.module_groups import Part
+from sqdf_fast.engine import ModuleGroups, make_executor
+from sqdf_fast.engine.module_groups import ModuleGroup
 from sqdf_fast.engine.optimizers import make_optimizer
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.families import Family
@@ -30,7 +30,7 @@ from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.rewards import Reward
 from sqdf_fast.schedule import DenoisingSchedule
 
-PARTS: tuple[Part, ...] = ("network", "decoder", "reward")
+PARTS: tuple[ModuleGroup, ...] = ("network", "decoder", "reward")
 
 _LCM_RANK = 64
 _LCM_TARGETS = (
@@ -113,7 +113,7 @@ class Simulation:
         )
         self.guidance_scale = config.sampling.guidance_scale if family.guided else 1.0
         self.schedule = family.schedule(config.sampling.num_inference_steps, config.sampling.eta)
-        self._parts = _CountedParts(self.backbone, reward)
+        self._parts = _CountedGroups(self.backbone, reward)
         networks = {id(n): n for n in (self.backbone.network("policy"), family.network)}
         self.modules: tuple[nn.Module, ...] = (*networks.values(), family.vae, reward)
         replaced = to_meta(self.modules)
@@ -129,9 +129,9 @@ class Simulation:
         """Network rows a sample."""
         return 1 if self.guidance_scale == 1 else 2
 
-    def frozen_bytes(self) -> dict[Part, int]:
+    def frozen_bytes(self) -> dict[ModuleGroup, int]:
         """Bytes of each part's frozen weights."""
-        modules: dict[Part, nn.Module] = {"network": self.family.network, "decoder": self.family.vae}
+        modules: dict[ModuleGroup, nn.Module] = {"network": self.family.network, "decoder": self.family.vae}
         modules["reward"] = self.reward
         return {part: _bytes(t for t in _tensors(m) if not t.requires_grad) for part, m in modules.items()}
 
@@ -177,7 +177,7 @@ class Simulation:
                 self.config.objective,
                 guidance_scale=self.guidance_scale,
                 execution=execution,
-                parts=self._parts,
+                groups=self._parts,
                 impl="reference",
             )
             executor.on_stage = count.stage
@@ -216,7 +216,7 @@ class Simulation:
             yield
 
     def _scatter(self) -> None:
-        """Parts come back as one block each: give every weight its own storage again, whatever ran before."""
+        """ModuleGroups come back as one block each: give every weight its own storage again, whatever ran before."""
         for module in self.modules:
             for tensor in _tensors(module):
                 tensor.data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
@@ -274,18 +274,18 @@ class Simulation:
         return replace(self.schedule, **tables, _copies={})
 
 
-class _CountedParts(Parts):
-    """Parts whose uploads are counted, and known as weights."""
+class _CountedGroups(ModuleGroups):
+    """ModuleGroups whose uploads are counted, and known as weights."""
 
     def counted_by(self, count: MemoryCount | None) -> None:
         """From now on."""
         self.count, self.uploads = count, dict[str, int]()
 
-    def use(self, *names: Part) -> None:
+    def use(self, *names: ModuleGroup) -> None:
         if self._offload is None or self.count is None:
             return
         arriving = set(names) - self._offload.resident
-        # Parts that leave do so before others come.
+        # ModuleGroups that leave do so before others come.
         with self.count.exchange():
             super().use(*names)
             for name in arriving:

@@ -1,27 +1,34 @@
-"""A run from its beginning to its end: planned, held to its budget, stopped and continued."""
+"""A training run from start to end: planned, held to its memory budget, stopped and resumed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from sqdf_fast.algorithms import make_algorithm
 from sqdf_fast.config import Config, with_settings
 from sqdf_fast.display import TrainingProgress
 from sqdf_fast.engine.gpu_memory import DeviceMemory, cap_process
+from sqdf_fast.engine.loading import load_run_reward, pick_device, pick_dtype
+from sqdf_fast.engine.noise import Stream, sample_seeds
 from sqdf_fast.engine.oom_fallback import normalize_oom_errors
-from sqdf_fast.engine.runtime import pick_device, pick_dtype
-from sqdf_fast.errors import UserError
-from sqdf_fast.files import disk_errors
+from sqdf_fast.engine.runtime import Runtime
+from sqdf_fast.errors import Interrupted, UserError
+from sqdf_fast.files import write_text
 from sqdf_fast.plan import Plan, make_plan, parse_memory
 from sqdf_fast.plan.device import CONTEXT_BYTES, CPU, GIB
+from sqdf_fast.prompts import load_prompts
+from sqdf_fast.rewards import preflight
 from sqdf_fast.runs import read_run, summary_lines, write_environment, write_report
 from sqdf_fast.runs.checkpoint import checkpoints, step_of
 from sqdf_fast.runs.folder import RunFolder
-from sqdf_fast.training.trainer import Interrupted, Trainer
+from sqdf_fast.training.evaluator import Evaluator, HeldOut
+from sqdf_fast.training.trainer import Trainer
 
 
 def plan_for(
@@ -34,9 +41,9 @@ def plan_for(
         allow: quantizations that may be tried; keep: settings that stay as they are, dotted keys; see `make_plan`.
 
     Raises:
-        UserError: a budget that is none, or a model or reward that cannot be simulated.
+        UserError: an invalid budget, or a model or reward that cannot be simulated.
     """
-    # What no plan is of is refused as for a run.
+    # What cannot be planned is refused as it is for a run.
     with_settings(config, {"vram": vram})
     device = pick_device(config.device)
     total = None
@@ -85,18 +92,16 @@ def _stored_plan(run: RunFolder) -> Plan | None:
         raise UserError(f"{run.plan} is damaged ({error}); delete it to continue without a budget") from None
 
 
-def new_run(
-    config: Config,
-    path: Path | None,
-    interrupted: Callable[[], bool] = lambda: False,
-    keep: Sequence[str] = (),
-) -> str:
+def new_run(config: Config, path: Path | None, stop: threading.Event | None = None, keep: Sequence[str] = ()) -> str:
     """Train into a new run folder (default ``runs/MODEL-REWARD-NNN``) and return its summary.
 
     Everything that can be refused is refused before the folder is made.
 
+    Args:
+        stop: set to end the run after its current network call; keep: settings that a plan leaves as they are.
+
     Raises:
-        UserError: bad input; Interrupted: the user stopped it, a checkpoint is written.
+        UserError: bad input; Interrupted: the run was stopped, a checkpoint is written.
     """
     if path is None:
         # A reward may be module:function or a weighted sum.
@@ -107,18 +112,17 @@ def new_run(
     config, plan = _planned(config, keep)
     _hold_to(plan, config)
     with TrainingProgress(config.steps, planned_bytes=_planned_bytes(plan, config)) as progress:
-        _say_whose_memory(config, progress)
+        _show_device_memory(config, progress)
         with _room_to_start():
-            trainer = Trainer(config, RunFolder(path), progress, interrupted)
-            trainer.preflight()
+            trainer = _assemble(config, RunFolder(path), stop, progress)
+            check(trainer)
         run = RunFolder.create(path, config)
         if plan is not None:
-            with disk_errors(run.plan):
-                run.plan.write_text(plan.as_json(), encoding="utf-8")
+            write_text(run.plan, plan.as_json())
         return _finish(trainer)
 
 
-def continue_run(path: Path, interrupted: Callable[[], bool] = lambda: False) -> str:
+def continue_run(path: Path, stop: threading.Event | None = None) -> str:
     """Train on from the newest checkpoint of a run folder and return its summary. Raises as :func:`new_run`."""
     run, config = RunFolder.open(path)
     found = checkpoints(run.checkpoints)
@@ -126,17 +130,47 @@ def continue_run(path: Path, interrupted: Callable[[], bool] = lambda: False) ->
     _hold_to(plan, config)
     first = step_of(found[-1]) if found else 0
     with TrainingProgress(config.steps, first, planned_bytes=_planned_bytes(plan, config)) as progress:
-        _say_whose_memory(config, progress)
+        _show_device_memory(config, progress)
         with _room_to_start():
-            trainer = Trainer(config, run, progress, interrupted)
+            trainer = _assemble(config, run, stop, progress)
             trainer.resume()
         return _finish(trainer)
 
 
-def _say_whose_memory(config: Config, progress: TrainingProgress) -> None:
+def check(trainer: Trainer) -> None:
+    """Run the reward, its gradient and the judges on two of the base model's images, before anything is trained.
+
+    Raises:
+        UserError: what the reward or a judge returns cannot be trained on, or a prompt cannot be judged.
+    """
+    runtime, evaluator, algorithm = trainer.runtime, trainer.evaluator, trainer.algorithm
+    # No more images at once than a step will score.
+    number = min(2, runtime.execution.decode_images)
+    prompts = (algorithm.prompts * 2)[:number]
+    seeds = sample_seeds(trainer.config.seed, Stream.PREFLIGHT, 0, number)
+    images = runtime.decode(runtime.sample(prompts, seeds, "checking", role="reference").x0)
+    runtime.begin("checking", "reward")
+    images = images.to(runtime.family.device)
+    preflight(evaluator.reward, images, prompts, needs_gradient=algorithm.needs_gradient)
+    for prompt in dict.fromkeys(evaluator.held_out.prompts):
+        evaluator.judges.alignment(images[:1], [prompt])
+
+
+def _show_device_memory(config: Config, progress: TrainingProgress) -> None:
     device = pick_device(config.device)
     if device.type == "cuda":
         progress.message(str(DeviceMemory.of(device)))
+
+
+def _assemble(config: Config, run: RunFolder, stop: threading.Event | None, progress: TrainingProgress) -> Trainer:
+    prompts, held_out = load_prompts(config.prompts), HeldOut.of(config)
+    known = list(dict.fromkeys([*prompts, *held_out.prompts]))
+    # A wrong reward shows before gigabytes of model are loaded.
+    reward = load_run_reward(config, known)
+    runtime = Runtime.load(config, prompts=known, reward=reward, stop=stop, progress=progress)
+    progress.memory = runtime.memory
+    evaluator = Evaluator(config, reward, held_out, prompts=known)
+    return Trainer(config, run, runtime, evaluator, make_algorithm(config, runtime, prompts), progress)
 
 
 @contextmanager
@@ -146,8 +180,8 @@ def _room_to_start() -> Iterator[None]:
             yield
     except torch.OutOfMemoryError:
         raise UserError(
-            "out of memory before the first step; give --vram, which plans where the weights are, or see what others "
-            "hold of the GPU with nvidia-smi"
+            "out of memory before the first step; give --vram, which plans where the weights are, or see with "
+            "nvidia-smi what other processes hold"
         ) from None
 
 
@@ -172,7 +206,7 @@ def _finish(trainer: Trainer) -> str:
         if not trainer.whole:
             raise UserError(
                 f"out of memory in the optimizer after step {trainer.step}, where nothing smaller can be tried; start "
-                "anew with --vram, or with --set optimizer.kind=adamw8bit --set optimizer.states=cpu"
+                "a new run with --vram, or with --set optimizer.kind=adamw8bit --set optimizer.states=cpu"
             ) from None
         trainer.save()
         write_report(folder)

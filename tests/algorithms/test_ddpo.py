@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from support.direct_reward import apart, settings
 from support.gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
 from support.marks import slow
+from support.stopping import StopWhen
 
 from sqdf_fast.algorithms.advantages import advantages
-from sqdf_fast.engine.rollouts import Rollouts
-from sqdf_fast.errors import UserError
+from sqdf_fast.engine.runtime import Runtime
+from sqdf_fast.errors import Interrupted, UserError
 from sqdf_fast.runs import read_metrics
 from sqdf_fast.training.lifecycle import continue_run, new_run
-from sqdf_fast.training.trainer import Interrupted
 
 ALL = ["ddpo", "dpok", "awm"]
 
@@ -115,8 +115,8 @@ def test_what_an_update_costs(model, steps_per_refill, forwards):
 @pytest.mark.parametrize("algorithm", ["dpok", "awm"])
 def test_micro_batches_add_up_to_the_whole(model, algorithm):
     whole, parts = (policy_gradient(model, algorithm, baseline={"timesteps": 2}) for _ in range(2))
-    parts.rollouts.execution = whole.rollouts.execution.model_copy(update={"micro_batch": 5})
-    whole.rollouts.execution = whole.rollouts.execution.model_copy(update={"micro_batch": 100})
+    parts.runtime.execution = whole.runtime.execution.model_copy(update={"micro_batch": 5})
+    whole.runtime.execution = whole.runtime.execution.model_copy(update={"micro_batch": 100})
     one, two = step(whole, 0), step(parts, 0)
     assert apart(two, one) < 1e-12
     for found in (whole, parts):
@@ -187,7 +187,7 @@ def test_a_reward_without_a_gradient_trains_and_a_resumed_run_is_the_same(model,
         new_run(
             run_config(model, algorithm),
             folder / "parts",
-            lambda: metrics.exists() and '"kind": "step"' in metrics.read_text(encoding="utf-8"),
+            StopWhen(lambda: metrics.exists() and '"kind": "step"' in metrics.read_text(encoding="utf-8")),
         )
     assert [line["step"] for line in read_metrics(metrics) if line["kind"] == "step"] == [1]
     continue_run(folder / "parts")
@@ -199,7 +199,7 @@ def test_a_reward_without_a_gradient_trains_and_a_resumed_run_is_the_same(model,
 def test_running_out_of_memory_changes_no_result(model, folder, monkeypatch):
     config = run_config(model, "dpok", steps=2)
     new_run(config, folder / "plain")
-    begin, seen = Rollouts.begin, []
+    begin, seen = Runtime.begin, []
 
     def failing(self, stage, *needed):
         begin(self, stage, *needed)
@@ -207,7 +207,7 @@ def test_running_out_of_memory_changes_no_result(model, folder, monkeypatch):
         if seen.count("backward") == 1 and stage == "backward":
             raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(Rollouts, "begin", failing)
+    monkeypatch.setattr(Runtime, "begin", failing)
     new_run(config, folder / "squeezed")
     assert len(seen) > 6
     one, two = lora(folder / "plain"), lora(folder / "squeezed")

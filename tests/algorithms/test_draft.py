@@ -9,18 +9,18 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from support.direct_reward import BATCH, GUIDANCE, STEPS, Published, apart, gradient, make, settings
 from support.marks import slow
+from support.stopping import StopWhen
 
 from sqdf_fast.cli import main
 from sqdf_fast.config import Execution, Objective
 from sqdf_fast.engine.joint import JointExecutor
 from sqdf_fast.engine.noise import Stream
-from sqdf_fast.engine.rollouts import Rollouts
-from sqdf_fast.errors import UserError
+from sqdf_fast.engine.runtime import Runtime
+from sqdf_fast.errors import Interrupted, UserError
 from sqdf_fast.kernels.philox import derive_seeds
 from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.runs import read_metrics
 from sqdf_fast.training.lifecycle import continue_run, new_run
-from sqdf_fast.training.trainer import Interrupted, Trainer
 
 REWARDS = """
 def brightness(images, prompts):
@@ -92,8 +92,8 @@ def test_the_result_is_of_the_pictures_that_the_sampler_draws(model):
     found = make(settings(model, "draft-kl", baseline={"truncation": 3}, execution={"micro_batch": 2}))
     found.collect(2)
     result = found.accumulate(2)
-    prompts, seeds = found.rollouts.fresh(2, BATCH)
-    rewards = found.rollouts.rewards(found.rollouts.sample(prompts, seeds).x0, prompts)
+    prompts, seeds = found.draw_prompts(2, BATCH)
+    rewards = found.runtime.rewards(found.runtime.sample(prompts, seeds).x0, prompts)
     assert torch.allclose(result.reward, rewards, rtol=1e-10)
     trainable = found.schedule.trainable[1:].nonzero().flatten() + 1
     assert result.index.sort().values.tolist() == trainable.repeat_interleave(BATCH).tolist()
@@ -118,12 +118,12 @@ def test_with_one_step_it_is_sqdf_without_discount(model, tmp_path):
     folder = with_scheduler(model, tmp_path / "one", timestep_spacing="trailing")
     config = settings(folder, "draft-kl", sampling={"num_inference_steps": 1})
     one, two = make(config), make(config)
-    prompts, seeds = one.rollouts.fresh(2, BATCH)
-    x = two.rollouts.sample(prompts, seeds, stop=0).x0
+    prompts, seeds = one.draw_prompts(2, BATCH)
+    x = two.runtime.sample(prompts, seeds, stop=0).x0
     sqdf = JointExecutor(
         two.backbone,
         two.schedule,
-        two.rollouts.score,
+        two.runtime.score,
         Objective(lookahead="tweedie", alpha=0.3, gamma=1.0),
         guidance_scale=GUIDANCE,
         execution=Execution(executor="joint", micro_batch=BATCH),
@@ -163,7 +163,7 @@ def test_what_a_step_costs(model, algorithm, sampled, pulled):
     assert found.backbone.evaluations == 2 * BATCH * sampled
     found.accumulate(0)
     assert found.backbone.evaluations == 2 * BATCH * (sampled + pulled - untrainable)
-    assert found.rollouts.reward_evaluations == BATCH * (3 if algorithm == "draft-lv" else 1)
+    assert found.runtime.reward_evaluations == BATCH * (3 if algorithm == "draft-lv" else 1)
 
 
 def test_more_steps_than_there_are_cannot_carry_a_gradient(model):
@@ -204,8 +204,8 @@ def lora(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "lora" / "pytorch_lora_weights.safetensors")
 
 
-def stop_within_the_second_step(run: Path, questions: int):
-    """An `interrupted` that turns true after so many questions of step 2: network calls of sampling, batches scored."""
+def stop_within_the_second_step(run: Path, questions: int) -> StopWhen:
+    """Set after so many looks of step 2: network calls of sampling, batches scored."""
     asked = iter(range(10**9))
 
     def interrupted() -> bool:
@@ -213,7 +213,7 @@ def stop_within_the_second_step(run: Path, questions: int):
         first_done = metrics.exists() and '"kind": "step"' in metrics.read_text()
         return first_done and next(asked) >= questions
 
-    return interrupted
+    return StopWhen(interrupted)
 
 
 @pytest.mark.parametrize(("algorithm", "questions"), [("draft-kl", 2), slow("refl", 0)])
@@ -237,7 +237,7 @@ def test_a_run_stopped_within_a_step_and_resumed_equals_the_whole_bit_for_bit(mo
 def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder, monkeypatch, algorithm, stage):
     config = whole_run(model, algorithm)
     new_run(config, folder / "plain")
-    begin, seen = Rollouts.begin, []
+    begin, seen = Runtime.begin, []
 
     def failing(self, name, *needed):
         begin(self, name, *needed)
@@ -245,7 +245,7 @@ def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder
         if name == stage and seen.count(stage) == 2:
             raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(Rollouts, "begin", failing)
+    monkeypatch.setattr(Runtime, "begin", failing)
     new_run(config, folder / "squeezed")
     assert apart(lora(folder / "squeezed"), lora(folder / "plain")) < 1e-6
     lines = [line for line in read_metrics(folder / "squeezed" / "metrics.jsonl") if line["kind"] == "step"]
@@ -254,18 +254,21 @@ def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder
 
 
 def test_when_memory_never_suffices_the_ladder_ends_in_one_line(model, folder, monkeypatch):
-    def failing(self, name, *needed):
-        raise torch.OutOfMemoryError("no room")
+    begin, given_up = Runtime.begin, []
 
-    given_up = []
-    monkeypatch.setattr(Rollouts, "begin", failing)
-    monkeypatch.setattr(Trainer, "_give_up", lambda self, what: given_up.append(what))
+    def failing(self, name, *needed):
+        begin(self, name, *needed)
+        if name == "forward":
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Runtime, "begin", failing)
+    monkeypatch.setattr(Runtime, "_give_up", lambda self, what: given_up.append(what))
     with pytest.raises(UserError, match="smallest settings"):
         new_run(whole_run(model, "draft"), folder / "run")
     assert [what.split(": ")[1] for what in given_up] == [
         "micro_batch 5 -> 2",
         "micro_batch 2 -> 1",
-        "recompute network and decoder and reward",
+        "gradient checkpointing of network and decoder and reward",
     ]
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from sqdf_fast.cli import main
 from sqdf_fast.commands.evaluate import find_targets
-from sqdf_fast.commands.sample import for_sampling
+from sqdf_fast.commands.sample import with_lookahead
 from sqdf_fast.config import make_config
-from sqdf_fast.engine.runtime import load_backbone
+from sqdf_fast.engine.loading import load_backbone
 from sqdf_fast.errors import UserError
 from sqdf_fast.runs.folder import RunFolder
 
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "tuned"
     config = make_config("shapes", flags=SMALL)
     folder = RunFolder.create(path, config)
-    backbone = load_backbone(for_sampling(config))
+    backbone = load_backbone(with_lookahead(config, "tweedie"))
     generator = torch.Generator().manual_seed(0)
     for parameter in backbone.policy_parameters.values():
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from support.tiny import write_pipeline
 
-from sqdf_fast.commands import sample as inference
 from sqdf_fast.cli import main
+from sqdf_fast.commands import sample as inference
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,18 @@ def descent(execution: Execution, stage: str) -> list[str]:
 
 def test_every_stage_gives_up_what_is_its_own_first():
     execution = Execution(forward_batch_rows=4, backward_batch_rows=2, decode_images=2)
-    away = "frozen weights -> on the device by stage"
+    away = "frozen weights offloaded between their stages"
     assert descent(execution, "transition") == [
         "forward_batch_rows 4 -> 2",
         "forward_batch_rows 2 -> 1",
         away,
     ]
-    assert descent(execution, "reward") == ["decode_images 2 -> 1", "recompute decoder and reward", away]
-    assert descent(execution, "policy vjp") == ["backward_batch_rows 2 -> 1", "recompute network", away]
+    assert descent(execution, "reward") == [
+        "decode_images 2 -> 1",
+        "gradient checkpointing of decoder and reward",
+        away,
+    ]
+    assert descent(execution, "policy vjp") == ["backward_batch_rows 2 -> 1", "gradient checkpointing of network", away]
     # Only weights can make room for the update.
     assert descent(execution, "optimizer") == [away]
     joint = execution.model_copy(update={"executor": "joint"})
@@ -45,7 +49,7 @@ def test_a_joint_graph_is_taken_apart_last():
     )
     assert descent(execution, "backward")[:3] == [
         "micro_batch 2 -> 1",
-        "recompute network and reward",
+        "gradient checkpointing of network and reward",
         "joint graph -> staged",
     ]
     staged = execution.model_copy(update={"micro_batch": 1, "gradient_checkpointing": ("decoder", "network", "reward")})

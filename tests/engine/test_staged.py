@@ -248,7 +248,7 @@ def test_blocks_are_recomputed_and_the_gradient_stays(model, consistency_lora):
     for found in (plain, blocks):
         found.accumulate(batch([0, 1]), SEEDS[:2])
     assert relative(gradients(blocks), gradients(plain)) < 1e-12
-    (network,), (decoder,) = (blocks.parts.checkpointed[name] for name in ("network", "decoder"))
+    (network,), (decoder,) = (blocks.groups.checkpointed[name] for name in ("network", "decoder"))
     # Two images. The network: two guidance halves of the policy, whose first two blocks come before any LoRA and have
     # no graph, and one look-ahead each.
     assert (network.count, decoder.count) == ((network.blocks - 2) * 4 + network.blocks * 2, decoder.blocks * 2)
@@ -314,7 +314,7 @@ def test_frozen_weights_are_there_in_their_stages_only(model, consistency_lora, 
         "look-ahead vjp": nothing,
         "policy vjp": nothing if kind == "full" else network,
     }
-    moving.parts.apply(Execution())
+    moving.groups.apply(Execution())
     assert frozen_bytes(family.network) == frozen_bytes(plain.backbone.family.network)
     unchanged = zip(family.network.parameters(), plain.backbone.family.network.parameters(), strict=True)
     assert all(torch.equal(one, two) for one, two in unchanged)

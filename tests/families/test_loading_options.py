@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Jo
 from support.tiny_families import WRITERS
 
 from sqdf_fast.config import make_config
-from sqdf_fast.engine import runtime as assembly
+from sqdf_fast.engine import loading
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family, set_attention
 
@@ -94,10 +94,10 @@ def test_xformers_reaches_every_attention_layer_wherever_the_weights_wait(models
     )
     monkeypatch.setattr(ModelMixin, "set_attention_backend", lambda network, backend: backends.append(backend))
     # The run's device is a GPU that is not here: weights to be moved there stay.
-    monkeypatch.setattr(assembly, "pick_device", lambda name: CUDA)
+    monkeypatch.setattr(loading, "pick_device", lambda name: CUDA)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *device, **options: module)
     monkeypatch.setattr(
-        assembly, "Backbone", lambda family, **options: SimpleNamespace(family=family, policy_parameters={})
+        loading, "Backbone", lambda family, **options: SimpleNamespace(family=family, policy_parameters={})
     )
     config = make_config(
         "shapes",
@@ -109,7 +109,7 @@ def test_xformers_reaches_every_attention_layer_wherever_the_weights_wait(models
             "execution": {"attention": "xformers", "offload": offload},
         },
     )
-    family = assembly.load_backbone(config).family
+    family = loading.load_backbone(config).family
     assert family.device == CUDA
     assert backends == ["xformers"]
     layers = [module for module in family.network.modules() if isinstance(module, Attention)]

@@ -10,7 +10,7 @@ from support.marks import slow
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, make_config, with_settings
-from sqdf_fast.engine import Parts, make_executor
+from sqdf_fast.engine import ModuleGroups, make_executor
 from sqdf_fast.engine.optimizers import clip_grad_norm, make_optimizer
 from sqdf_fast.engine.sampler import Sampler
 from sqdf_fast.families import load_family
@@ -53,7 +53,7 @@ def real_step(execution, dtype, config=CONFIG, updated=False):
         config.objective,
         guidance_scale=config.sampling.guidance_scale,
         execution=execution,
-        parts=Parts(backbone, reward),
+        parts=ModuleGroups(backbone, reward),
         impl="reference",
     )
     x = torch.randn(BATCH, *family.latent_shape, dtype=torch.float16)

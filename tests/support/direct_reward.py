@@ -13,11 +13,11 @@ from torch.func import functional_call
 from sqdf_fast.algorithms import make_algorithm
 from sqdf_fast.algorithms.base import Algorithm
 from sqdf_fast.config import Config, make_config
-from sqdf_fast.engine import Parts
+from sqdf_fast.engine.loading import load_backbone
 from sqdf_fast.engine.noise import Stream
-from sqdf_fast.engine.rollouts import Rollouts
-from sqdf_fast.engine.runtime import load_backbone, make_sampler
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.kernels.philox import derive_seeds, philox_normal
+from sqdf_fast.rewards.base import FunctionReward
 
 STEPS, GUIDANCE, BATCH = 4, 3.0, 5
 PROMPTS = ["a red star", "a blue ring", "a ring", "a star", "a red ring"]
@@ -53,8 +53,7 @@ def make(config: Config, *, stirred: bool = True) -> Algorithm:
         with torch.no_grad():
             for number, parameter in enumerate(backbone.policy_parameters.values()):
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)), alpha=0.1)
-    rollouts = Rollouts(config, PROMPTS, backbone, make_sampler(config, backbone), score, Parts(backbone))
-    return make_algorithm(config, rollouts)
+    return make_algorithm(config, Runtime(config, backbone, FunctionReward(score, "score", {})), PROMPTS)
 
 
 def gradient(algorithm: Algorithm, step: int = 2) -> dict[str, torch.Tensor]:
@@ -87,7 +86,7 @@ class Published:
             name: parameter.detach().clone().requires_grad_(True)
             for name, parameter in algorithm.backbone.policy_parameters.items()
         }
-        self.prompts, self.seeds = algorithm.rollouts.fresh(2, BATCH)
+        self.prompts, self.seeds = algorithm.draw_prompts(2, BATCH)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """W + B A for every adapted layer (LoRA alpha = rank)."""

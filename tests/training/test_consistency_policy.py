@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from support.direct_reward import settings
 
 from sqdf_fast.backbone import Backbone
-from sqdf_fast.commands.evaluate import judge_targets
+from sqdf_fast.commands.evaluate import evaluate_models
 from sqdf_fast.commands.sample import draw
 from sqdf_fast.config import make_config
+from sqdf_fast.engine.loading import load_backbone
 from sqdf_fast.engine.noise import Stream, sample_seeds
-from sqdf_fast.engine.runtime import load_backbone, make_sampler
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family
 from sqdf_fast.kernels.philox import derive_seeds, philox_normal
@@ -74,7 +75,7 @@ def test_a_run_trains_and_samples(model, consistency_lora, tmp_path, monkeypatch
     draw(tmp_path / "run", PROMPTS, number=1, seed=0, base=False, output=tmp_path / "tuned.png")
     draw(tmp_path / "run", PROMPTS, number=1, seed=0, base=True, output=tmp_path / "base.png")
     assert (tmp_path / "tuned.png").read_bytes() != (tmp_path / "base.png").read_bytes()
-    scores = judge_targets([str(tmp_path / "run")], settings={}, assignments={}, seed=0).scores
+    scores = evaluate_models([str(tmp_path / "run")], settings={}, assignments={}, seed=0).scores
     assert scores["base"]["eval_proxy_reward"] != scores["run"]["eval_proxy_reward"]
 
 
@@ -82,7 +83,7 @@ def test_base_samples_are_multistep_consistency_sampling(model, consistency_lora
     """Noise, estimate, noise again at the next level: written out with the consistency role."""
     settled = config(model, consistency_lora)
     backbone = load_backbone(settled)
-    sampler = make_sampler(settled, backbone)
+    sampler = Runtime(settled, backbone).sampler
     seeds = sample_seeds(0, Stream.REFILL, 0, 2)
     found = sampler.sample(PROMPTS, seeds, role="reference").x0
     family, timesteps = backbone.family, [999, 759, 499, 259]

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.stopping import StopWhen
 
 from sqdf_fast.config import Config, make_config
+from sqdf_fast.errors import Interrupted
 from sqdf_fast.runs import read_metrics, read_run
 from sqdf_fast.training.lifecycle import continue_run, new_run
-from sqdf_fast.training.trainer import Interrupted
 
 REWARDS = """
 def brightness(images, prompts):
@@ -115,7 +116,7 @@ def test_warn_goes_on_and_an_interruption_changes_nothing(model: Path, folder: P
     assert [alarm["step"] for alarm in records(whole, "alarm")] == [6]
     assert "Alarm at step 6" in (whole / "report.html").read_text(encoding="utf-8")
     with pytest.raises(Interrupted):
-        new_run(config(model, "warn"), broken, lambda: len(records_so_far(broken)) >= 5)
+        new_run(config(model, "warn"), broken, StopWhen(lambda: len(records_so_far(broken)) >= 5))
     assert records(broken, "alarm") == []
     continue_run(broken)
     assert records(broken, "evaluation") == records(whole, "evaluation")

@@ -18,6 +18,7 @@ from plan.conftest import allocated_peak
 from safetensors.torch import load_file
 from support.fake_gpu import CUDA, Cuda, fake_cuda, fake_nvml
 from support.marks import slow
+from support.stopping import stop_after
 
 from sqdf_fast.algorithms.sqdf import Sqdf
 from sqdf_fast.backbone import Backbone
@@ -25,20 +26,19 @@ from sqdf_fast.cli import main
 from sqdf_fast.commands.sample import draw
 from sqdf_fast.config import Config, make_config
 from sqdf_fast.display import TrainingProgress
-from sqdf_fast.engine import Executor, optimizers, rollouts
+from sqdf_fast.engine import Executor, optimizers
 from sqdf_fast.engine.meters import StageMeter
 from sqdf_fast.engine.optimizers import allocate_states, clip_grad_norm
 from sqdf_fast.engine.sampler import Sampler
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import Interrupted, UserError
+from sqdf_fast.families.stable_diffusion import StableDiffusion
 from sqdf_fast.kernels.denoise_step import native as denoise_step_native
 from sqdf_fast.plan import Plan, Planner
 from sqdf_fast.plan.device import CONTEXT_BYTES, GIB
 from sqdf_fast.runs import read_metrics
 from sqdf_fast.runs.checkpoint import read_checkpoint
-from sqdf_fast.training import lifecycle as train
-from sqdf_fast.training import trainer
+from sqdf_fast.training import evaluator, lifecycle, trainer
 from sqdf_fast.training.lifecycle import continue_run, new_run
-from sqdf_fast.training.trainer import Interrupted
 
 REWARDS = """
 import os
@@ -131,12 +131,6 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-def stop_after(calls: int):
-    """An `interrupted` that turns true after so many questions."""
-    asked = iter(range(10**9))
-    return lambda: next(asked) >= calls
-
-
 def test_the_run_folder_is_complete(model, folder):
     run = folder / "run"
     summary = new_run(config(model), run)
@@ -186,9 +180,8 @@ def test_a_limit_ends_the_run_and_spreads_its_evaluations(model, folder, finishe
     assert (lines[-1]["kind"], lines[-1]["reason"]) == ("end", "limit")
     assert lines[-1]["spent_unet_evaluations"] == evaluated[1]["spent_unet_evaluations"] == sum(each[:3])
     # A run that is stopped and resumed ends at the same place.
-    calls = iter(range(10_000))
     with pytest.raises(Interrupted):
-        new_run(config(model, **changes), folder / "parts", lambda: next(calls) > 12)
+        new_run(config(model, **changes), folder / "parts", stop_after(13))
     continue_run(folder / "parts")
     assert same(lora(folder / "limited"), lora(folder / "parts"))
 
@@ -446,14 +439,14 @@ def test_out_of_memory_before_every_update_saves_the_last_whole_step(
 
 def test_running_out_of_memory_while_sampling_halves_the_batch(model, folder, finished, monkeypatch):
     plain = finished(config(model, steps=1))
-    denoise = Sampler._denoise
+    walk = Sampler.walk
 
-    def failing(self, prompts, *rest):
+    def failing(self, prompts, *rest, **options):
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("no room")
-        return denoise(self, prompts, *rest)
+        return walk(self, prompts, *rest, **options)
 
-    monkeypatch.setattr(Sampler, "_denoise", failing)
+    monkeypatch.setattr(Sampler, "walk", failing)
     new_run(config(model, steps=1), folder / "squeezed")
     truth, found = final(plain), final(folder / "squeezed")
     assert (found - truth).norm() / truth.norm() < 1e-4
@@ -463,14 +456,14 @@ def test_running_out_of_memory_while_sampling_halves_the_batch(model, folder, fi
 
 def test_running_out_of_memory_while_decoding_takes_fewer_pictures(model, folder, finished, monkeypatch):
     plain = finished(config(model, steps=1, execution=STAGED))
-    decode = rollouts.decode_images
+    decode = StableDiffusion.decode
 
-    def failing(family, latents, size):
-        if size > 1:
+    def failing(family, latents):
+        if len(latents) > 1 and not torch.is_grad_enabled():
             raise torch.OutOfMemoryError("no room")
-        return decode(family, latents, size)
+        return decode(family, latents)
 
-    monkeypatch.setattr(rollouts, "decode_images", failing)
+    monkeypatch.setattr(StableDiffusion, "decode", failing)
     new_run(config(model, steps=1, execution=STAGED), folder / "squeezed")
     truth, found = final(plain), final(folder / "squeezed")
     assert (found - truth).norm() / truth.norm() < 1e-4
@@ -482,7 +475,7 @@ def test_out_of_memory_before_the_first_step_is_one_line(model, folder, monkeypa
     def preflight(*_, **__):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(trainer, "preflight", preflight)
+    monkeypatch.setattr(lifecycle, "preflight", preflight)
     with pytest.raises(UserError, match="before the first step"):
         new_run(config(model), folder / "run")
     assert not (folder / "run").exists()
@@ -490,7 +483,7 @@ def test_out_of_memory_before_the_first_step_is_one_line(model, folder, monkeypa
 
 def test_out_of_memory_in_the_judges_saves_the_state(model, folder, finished, monkeypatch):
     whole = finished(config(model))
-    evaluate, calls = trainer.evaluate_images, []
+    evaluate, calls = evaluator.evaluate_images, []
 
     def failing(*arguments, **options):
         calls.append(1)
@@ -498,7 +491,7 @@ def test_out_of_memory_in_the_judges_saves_the_state(model, folder, finished, mo
             raise torch.OutOfMemoryError("no room")
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(trainer, "evaluate_images", failing)
+    monkeypatch.setattr(evaluator, "evaluate_images", failing)
     with pytest.raises(UserError, match="state is saved"):
         new_run(config(model), folder / "run")
     continue_run(folder / "run")
@@ -556,14 +549,15 @@ def held(monkeypatch) -> Cuda:
         numbers = {"vram_gib": vram / GIB, "peak_gib": 14.0, "reserve_gib": 2.0}
         return Plan(True, config.model, device_name, *numbers.values(), "staged", 1, PLANNED, (), 1.0, 1.0)
 
-    def begin(config, run, progress, interrupted):
+    def assemble(config, run, stop, progress):
         cuda.begun.append((config, progress.planned_bytes))
-        return SimpleNamespace(preflight=lambda: None, resume=lambda: None)
+        return SimpleNamespace(resume=lambda: None)
 
-    monkeypatch.setattr(train, "pick_device", lambda name: CUDA)
-    monkeypatch.setattr(train, "make_plan", plan)
-    monkeypatch.setattr(train, "Trainer", begin)
-    monkeypatch.setattr(train, "_finish", lambda trainer: "done")
+    monkeypatch.setattr(lifecycle, "pick_device", lambda name: CUDA)
+    monkeypatch.setattr(lifecycle, "make_plan", plan)
+    monkeypatch.setattr(lifecycle, "_assemble", assemble)
+    monkeypatch.setattr(lifecycle, "check", lambda trainer: None)
+    monkeypatch.setattr(lifecycle, "_finish", lambda trainer: "done")
     return cuda
 
 
@@ -629,7 +623,7 @@ def test_half_the_joint_peak_is_enough_and_gives_the_same_weights(folder, monkey
 
     def measured(sqdf, step):
         # The profiler does not know what was there before it began.
-        modules = [module for part in sqdf.rollouts.parts._modules.values() for module in part]
+        modules = [module for part in sqdf.runtime.groups._modules.values() for module in part]
         before = sum(t.untyped_storage().nbytes() for m in modules for t in (*m.parameters(), *m.buffers()))
         results = []
         real.append(before + allocated_peak(lambda: results.append(accumulate(sqdf, step))))
