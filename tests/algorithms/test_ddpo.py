@@ -112,7 +112,7 @@ def test_what_an_update_costs(model, steps_per_refill, forwards):
     assert found.backbone.evaluations - before == 2 * SIZE * (3 + forwards + 3)
 
 
-@pytest.mark.parametrize("algorithm", ["dpok", "awm"])
+@pytest.mark.parametrize("algorithm", ["dpok", slow("awm")])
 def test_micro_batches_add_up_to_the_whole(model, algorithm):
     whole, parts = (policy_gradient(model, algorithm, baseline={"timesteps": 2}) for _ in range(2))
     parts.runtime.execution = whole.runtime.execution.model_copy(update={"micro_batch": 5})
@@ -124,7 +124,7 @@ def test_micro_batches_add_up_to_the_whole(model, algorithm):
     assert apart(step(parts, 1), step(whole, 1)) < 1e-11
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo", "awm"])
+@pytest.mark.parametrize("algorithm", ["ddpo", slow("awm")])
 def test_state_holds_all_that_a_second_step_needs(model, algorithm):
     whole, resumed = policy_gradient(model, algorithm), policy_gradient(model, algorithm)
     move(whole, step(whole, 0), 0.01)
