@@ -31,7 +31,7 @@ RUNS = {
     "sqdf": ["evaluation.every=10"],
     "draft": [
         "algorithm=draft",
-        "baseline.truncation=1",
+        "draft.truncation=1",
         "optimizer.lr=2e-3",
         "optimizer.batch_size=8",
         "execution.micro_batch=8",

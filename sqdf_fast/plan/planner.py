@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel
 
-from sqdf_fast.config import Config, Execution, default_preset, make_config
+from sqdf_fast.config import Config, Execution, current_names, default_preset, make_config
 from sqdf_fast.errors import UserError
 from sqdf_fast.families.loading import family_from_configs
 from sqdf_fast.plan import cache
@@ -97,6 +97,7 @@ class Plan:
     def from_json(text: str) -> Plan:
         """What `as_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
         values = json.loads(text)
+        values["settings"] = current_names(dict(values["settings"]))
         values["stages"] = tuple(PlannedStage(**stage) for stage in values["stages"])
         values["switches"] = tuple(Switch(**switch) for switch in values.get("switches", ()))
         return Plan(**values)

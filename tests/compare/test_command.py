@@ -234,7 +234,7 @@ def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
     [
         (["--methods", "sqfd"], "method 'sqfd' is unknown; did you mean 'sqdf'"),
         (["--budget", "much"], "budget 'much' is none"),
-        (["--seeds", "a"], "--seeds a: expected whole numbers"),
+        (["--seeds", "a"], "invalid --seeds 'a': expected comma-separated whole numbers"),
         (["--ablate", "beta"], "'beta' is unknown; allowed: gamma"),
         (["--set", "objective.alpah=1"], "'objective.alpah' is unknown"),
         (["--set", "steps=5"], "settings.steps is the comparison's to decide"),
