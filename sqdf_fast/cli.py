@@ -269,9 +269,10 @@ def evaluate(
 @_JSON
 def rewards(as_json: bool) -> None:
     """List the built-in rewards: size, download, input, gradient and licence; docs/rewards.md."""
+    from sqdf_fast.commands.rewards import as_text
     from sqdf_fast.rewards import catalogue
 
-    click.echo(json.dumps(catalogue.as_dict(), indent=1) if as_json else catalogue.as_text())
+    click.echo(json.dumps(catalogue.as_dict(), indent=1) if as_json else as_text())
 
 
 @app.command()
@@ -284,7 +285,24 @@ def rewards(as_json: bool) -> None:
 @_CHOSEN
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, for all methods.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time. Default: one a GPU, or one on the CPU.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Runs at a time. Default: one per GPU, one on the CPU, all on a cluster.",
+)
+@click.option(
+    "--launcher",
+    type=click.Choice(["local", "slurm", "debug"]),
+    default="local",
+    show_default=True,
+    help="Where runs are started: processes here, Slurm jobs, or one after the other in this process.",
+)
+@click.option(
+    "--slurm",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Of each Slurm job: partition=gpu, time=240 (minutes), mem=32G, ...; one GPU and one day by default.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder, new or to go on with. Default: a new one.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Folder to go on with, by its own protocol.yaml.")
 def compare(
@@ -296,6 +314,8 @@ def compare(
     file: Path | None,
     assignments: tuple[str, ...],
     jobs: int | None,
+    launcher: str,
+    slurm: tuple[str, ...],
     output: Path | None,
     resume: Path | None,
     **flags: str | None,
@@ -307,15 +327,18 @@ def compare(
     """
     from sqdf_fast.compare.command import compare as run_comparison
     from sqdf_fast.compare.command import protocol_of, stored_protocol
-    from sqdf_fast.compare.pool import Stopped
     from sqdf_fast.compare.protocol import read_protocol
     from sqdf_fast.config import parse_assignments
+    from sqdf_fast.errors import Interrupted
     from sqdf_fast.runs.folder import RunFolder
 
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if resume is not None:
         if given or assignments or any((methods, seeds, budget, points, ablate, file, output)):
-            raise UserError("--resume goes on by the folder's own protocol.yaml; leave out everything but --jobs")
+            raise UserError(
+                "--resume continues by the folder's own protocol.yaml; leave out everything but --jobs, --launcher and "
+                "--slurm"
+            )
         protocol, folder = stored_protocol(resume), resume
     else:
         values = read_protocol(file) if file else _short_protocol(given, assignments, budget)
@@ -326,8 +349,8 @@ def compare(
         protocol = protocol_of(values, layers, names, **whole)
         folder = output or RunFolder.next_free(Path("runs"), "compare")
     try:
-        table, failed = run_comparison(protocol, folder, jobs)
-    except Stopped:
+        table, failed = run_comparison(protocol, folder, jobs, launcher, parse_assignments(slurm))
+    except Interrupted:
         click.echo(f"Interrupted. Continue with: sqdf-fast compare --resume {folder}", err=True)
         sys.exit(130)
     click.echo(f"{table}\n\n{folder / 'report.html'}")
@@ -379,7 +402,8 @@ def main(arguments: list[str] | None = None) -> int:
     # diffusers, transformers and peft log how they load; a user needs their errors only.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         result = app.main(arguments, prog_name="sqdf-fast", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -20,8 +20,8 @@ from sqdf_fast.compare.command import Comparison, stored_protocol
 from sqdf_fast.compare.page import verdict
 from sqdf_fast.compare.results import Results, as_dict
 from sqdf_fast.compare.table import (
-    duel_sentence,
-    duel_table,
+    comparison_sentence,
+    comparison_table,
     end_table,
     equal_table,
     label,
@@ -30,7 +30,7 @@ from sqdf_fast.compare.table import (
     tuning_sentence,
     tuning_table,
 )
-from sqdf_fast.display.progress import format_bytes
+from sqdf_fast.display import format_bytes
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 
@@ -61,7 +61,7 @@ def cost_table(results: Results) -> tuple[list[str], list[list[str]]]:
     for run, end in zip(results.runs, results.end, strict=True):
         spent = [curve.points[-1].cost for curve in run.curves if "seconds" in curve.points[-1].cost]
         # The ablated method stands once, among the methods; training-free ones have their cost in every picture.
-        if not spent or run.free or (run.group and run.name == results.protocol.ablated):
+        if not spent or run.training_free or (run.group and run.name == results.protocol.ablated):
             continue
         fastest = min(spent, key=lambda cost: cost["seconds"])
         counts = [fastest[name] for name in ("unet_evaluations", "reward_evaluations", "seconds")]
@@ -91,8 +91,8 @@ def page(results: Results, name: str, pictures: Mapping[str, Sequence[str]]) -> 
         lines += ["", f"## Ablation: {label(group)}" if group else "## Methods"]
         shown = pictures.get(group, ())
         lines += [text for file in shown for text in ("", f"![{Path(file).stem.replace('_', ' ')}](images/{file})")]
-        if results.duels_of(group):
-            lines += ["", f"{duel_sentence(results, group)}:", "", *table(*duel_table(results, group))]
+        if results.comparisons_of(group):
+            lines += ["", f"{comparison_sentence(results, group)}:", "", *table(*comparison_table(results, group))]
         if sentence := level_sentence(results, group):
             lines += ["", f"{sentence}:", "", *table(*equal_table(results, group))]
         lines += ["", "At the end of training:", "", *table(*end_table(results, group))]

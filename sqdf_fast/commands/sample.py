@@ -66,7 +66,9 @@ def draw(
         images = runtime.decode(latents)
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        save_png(image_grid(to_pil(images), repeated, columns=number), output)
+        drawn = to_pil(images)
+        rows = [drawn[start : start + number] for start in range(0, len(drawn), number)]
+        save_png(image_grid(rows, prompts, tile=160), output)
     return cost
 
 

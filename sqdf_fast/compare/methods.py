@@ -35,7 +35,7 @@ METHODS: dict[str, Settings] = {
     "awm": {**_ON_POLICY, "algorithm": "awm"},
 }
 
-# Methods that train nothing and the strengths that make their curve; the first one is the sampler's own pictures.
+# Methods that train nothing, with the values that make their curve; the first value is plain sampling.
 TRAINING_FREE: dict[str, tuple[float, ...]] = {
     "best-of-n": (1, 2, 4, 8),
     "guided": (0.0, 1.0, 4.0, 16.0),

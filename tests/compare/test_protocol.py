@@ -9,7 +9,15 @@ import yaml
 from sqdf_fast.compare.command import Comparison, protocol_of
 from sqdf_fast.compare.methods import ABLATIONS, METHODS, ablation, builtin, method_config
 from sqdf_fast.compare.names import look_up
-from sqdf_fast.compare.protocol import dotted, dump_protocol, grown, make_protocol, parse_budget, read_protocol
+from sqdf_fast.compare.protocol import (
+    _announce,
+    dotted,
+    dump_protocol,
+    grown,
+    make_protocol,
+    parse_budget,
+    read_protocol,
+)
 from sqdf_fast.config import make_config, settings_of
 from sqdf_fast.config.merging import merge, nested
 from sqdf_fast.errors import UserError
@@ -35,7 +43,7 @@ def test_budgets(text, rows, seconds):
 
 @pytest.mark.parametrize("text", ["", "0", "0s", "-5", "12 rows", "s", "1.5", "1e4", "k", "2 days"])
 def test_budgets_that_are_none(text):
-    with pytest.raises(UserError, match=f"^budget '{text}' is none; give UNet evaluations"):
+    with pytest.raises(UserError, match=f"^invalid budget '{text}': expected UNet evaluations"):
         parse_budget(text)
 
 
@@ -71,6 +79,16 @@ def test_a_method_of_ones_own_starts_from_a_known_one():
     assert protocol.settings_of("mine") == {"algorithm": "sqdf", "policy.rank": 2}
 
 
+def test_protocols_with_an_old_key_load_with_one_line_that_names_the_new_one(caplog):
+    _announce.cache_clear()
+    study = Path(__file__).parents[2] / "bench" / "study" / "study.yaml"
+    protocol = make_protocol(read_protocol(study))
+    assert protocol.sweep_of("best-of-n") == (1, 2, 4, 8)
+    assert protocol.sweep_of("guided") == (0, 1, 4, 16)
+    assert caplog.messages == ["the key strengths of a protocol's methods is now sweep"]
+    assert "strengths" not in dump_protocol(protocol)
+
+
 def test_written_and_read_back(tmp_path):
     protocol = make_protocol(TUNED)
     path = tmp_path / "protocol.yaml"
@@ -81,22 +99,22 @@ def test_written_and_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (changed(SMALL, budget="soon"), "budget 'soon' is none"),
+        (changed(SMALL, budget="soon"), "invalid budget 'soon'"),
         (changed(SMALL, methods=["sqfd"]), "method 'sqfd' is unknown; did you mean 'sqdf'"),
         (changed(SMALL, methods=[]), "methods"),
         (changed(SMALL, methods={"a/b": {"like": "sqdf"}}), "'a/b' cannot name a folder"),
-        (changed(SMALL, methods={"sqdf": {"strengths": [1, 2]}}), "only best-of-n and guided have any"),
+        (changed(SMALL, methods={"sqdf": {"sweep": [1, 2]}}), "only best-of-n and guided have one"),
         (changed(SMALL, seeds=[1, 1]), "seeds: 1 is given twice"),
         (changed(SMALL, seeds=[]), "seeds"),
         (changed(SMALL, points=1), "points = 1"),
         (changed(SMALL, ablate=["gama"]), "'gama' is unknown; allowed: gamma"),
-        (changed(SMALL, ablate=["gamma"], methods=["draft-1"]), "ablated = 'sqdf' is none of the methods"),
-        (changed(SMALL, ablated="mine"), r"ablated = 'mine' is none of the methods \(sqdf, draft-1\); add it"),
+        (changed(SMALL, ablate=["gamma"], methods=["draft-1"]), "ablated = 'sqdf' is not one of the methods"),
+        (changed(SMALL, ablated="mine"), r"ablated = 'mine' is not one of the methods \(sqdf, draft-1\); add it"),
         (changed(SMALL, ablate=["gamma"], ablated="draft-1"), "which the method 'draft-1' does not read"),
-        (changed(SMALL, methods={"best-of-n": {"strengths": [1, 1.5]}}), "1.5 candidates; give whole numbers from 1"),
-        (changed(SMALL, methods={"best-of-n": {"strengths": [0]}}), "0 candidates; give whole numbers from 1"),
-        (changed(SMALL, methods={"guided": {"strengths": [0, -1]}}), "a guidance scale of -1; give numbers >= 0"),
-        (changed(SMALL, methods={"guided": {"strengths": [2, 2]}}), "methods.guided.strengths: 2.0 is given twice"),
+        (changed(SMALL, methods={"best-of-n": {"sweep": [1, 1.5]}}), "1.5 candidates; give whole numbers from 1"),
+        (changed(SMALL, methods={"best-of-n": {"sweep": [0]}}), "0 candidates; give whole numbers from 1"),
+        (changed(SMALL, methods={"guided": {"sweep": [0, -1]}}), "a guidance scale of -1; give numbers >= 0"),
+        (changed(SMALL, methods={"guided": {"sweep": [2, 2]}}), "methods.guided.sweep: 2.0 is given twice"),
         (changed(SMALL, sedes=[1]), "'sedes' is unknown; did you mean 'seeds'"),
         (changed(TUNED, tuning=None), "method 'sqdf' has trials but the protocol has no tuning"),
         (changed(TUNED, tuning={"budget": 300, "trials": 3}), "has 2 tuning trials and every method gets 3"),
@@ -105,7 +123,7 @@ def test_written_and_read_back(tmp_path):
             changed(TUNED, tuning={"budget": 300, "trials": 2, "reward": "true_reward"}),
             "may not look at true_reward",
         ),
-        (changed(TUNED, tuning={"budget": "x", "trials": 2}), "budget 'x' is none"),
+        (changed(TUNED, tuning={"budget": "x", "trials": 2}), "invalid budget 'x'"),
     ],
 )
 def test_refused(values, said):
