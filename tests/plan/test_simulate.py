@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.marks import slow
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, make_config, with_settings
@@ -72,22 +73,21 @@ def real_step(execution, dtype, config=CONFIG, updated=False):
     return run, family
 
 
-def executions():
-    staged = Execution(forward_batch_rows=4, backward_batch_rows=2, decode_images=1)
-    joint = Execution(executor="joint", micro_batch=2)
-    return [
-        staged,
-        staged.model_copy(update={"gradient_checkpointing": PARTS}),
-        joint,
-        joint.model_copy(update={"gradient_checkpointing": PARTS}),
-    ]
+CHECKPOINTED = {"gradient_checkpointing": PARTS}
+STAGED = Execution(forward_batch_rows=4, backward_batch_rows=2, decode_images=1)
+JOINT = Execution(executor="joint", micro_batch=2)
+STAGED_CHECKPOINTED, JOINT_CHECKPOINTED = (execution.model_copy(update=CHECKPOINTED) for execution in (STAGED, JOINT))
 
 
 @pytest.mark.parametrize(
     ("execution", "dtype"),
-    [(execution, (torch.float32, torch.float64)[number % 2]) for number, execution in enumerate(executions())]
-    + [(executions()[1], torch.float32)],
-    ids=["staged 32", "staged recomputed 64", "joint 32", "joint recomputed 64", "staged recomputed 32"],
+    [
+        slow(STAGED, torch.float32, id="staged 32"),
+        slow(STAGED_CHECKPOINTED, torch.float64, id="staged recomputed 64"),
+        pytest.param(JOINT, torch.float32, id="joint 32"),
+        slow(JOINT_CHECKPOINTED, torch.float64, id="joint recomputed 64"),
+        slow(STAGED_CHECKPOINTED, torch.float32, id="staged recomputed 32"),
+    ],
 )
 def test_the_allocators_peak_of_a_real_step_is_predicted_within_two_per_cent(execution, dtype, allocated_peak):
     run, family = real_step(execution, dtype)
@@ -106,9 +106,11 @@ def load_family_lora():
     return load_family("shapes", device=torch.device("cpu"), dtype=torch.float32).default_consistency_lora()
 
 
-@pytest.mark.parametrize("config", [CONFIG, WHOLE], ids=["LoRA, AdamW", "whole network, 8-bit AdamW"])
+@pytest.mark.parametrize(
+    "config", [slow(CONFIG, id="LoRA, AdamW"), pytest.param(WHOLE, id="whole network, 8-bit AdamW")]
+)
 def test_a_step_with_its_update_is_predicted_within_two_per_cent(config, allocated_peak):
-    execution = executions()[1]
+    execution = STAGED_CHECKPOINTED
     run, family = real_step(execution, torch.float32, config, updated=True)
     real = allocated_peak(run)
     counted = simulation(torch.float32, family.default_consistency_lora(), config).run(
@@ -118,8 +120,9 @@ def test_a_step_with_its_update_is_predicted_within_two_per_cent(config, allocat
     assert beside(counted, "weights", "optimizer") == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_step_whose_parts_come_and_go_is_predicted_within_two_per_cent(embedded, allocated_peak):
-    execution = executions()[1].model_copy(update={"offload": "staged"})
+    execution = STAGED_CHECKPOINTED.model_copy(update={"offload": "staged"})
     run, _ = real_step(execution, torch.float32)
     # What is there when the profiler begins is unknown to it: a first step brings every part anew.
     real = allocated_peak(lambda: (run(), run()))
