@@ -58,13 +58,18 @@ def flash_attention() -> Iterator[None]:
 
 @contextmanager
 def only_new_garbage() -> Iterator[None]:
-    """Inside, collections look at what was made since the beginning: not at a million objects of imported libraries."""
+    """Inside, collections look at what was made since the beginning: not at a million objects of imported libraries.
+
+    A process that has frozen its objects already keeps them frozen.
+    """
+    frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 @contextmanager
