@@ -10,14 +10,12 @@ import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 DEVICE = torch.device("meta")
 _HUGE = 2**44
-_exact_attention = nn.functional.scaled_dot_product_attention
 
 
 def to_meta(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
@@ -52,7 +50,8 @@ def _on_meta(tensor: Tensor, replaced: dict[int, Tensor]) -> Tensor:
 @contextmanager
 def flash_attention() -> Iterator[None]:
     """Inside, attention on meta tensors keeps what a flash kernel keeps: inputs, output, a float32 a row."""
-    with mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention):
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
         yield
 
 
@@ -111,11 +110,15 @@ def _attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if query.device != DEVICE or attn_mask is not None or enable_gqa:
-        return _exact_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output: Tensor = flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    return output
+    aten: Any = torch.ops.aten
+    found: tuple[Tensor, ...]
+    if attn_mask is None and not enable_gqa:
+        found = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, scale=scale)
+    else:
+        masked = query, key, value, attn_mask, dropout_p, is_causal
+        found = aten._scaled_dot_product_attention_math(*masked, scale=scale, enable_gqa=enable_gqa)
+    return found[0]

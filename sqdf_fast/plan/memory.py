@@ -120,11 +120,6 @@ class MemoryCount(TorchDispatchMode):
         self.stage_name = name
         self._current = self._enter(name)
 
-    def forget_stage(self, name: str) -> None:
-        """What this stage has counted so far does not matter."""
-        self.stages[name] = StageCount()
-        self.stage(self.stage_name)
-
     @contextmanager
     def counting(self, name: str) -> Iterator[StageCount]:
         """The block is the stage ``name``, then it is what it was before."""
@@ -150,6 +145,8 @@ class MemoryCount(TorchDispatchMode):
     ) -> Any:
         if _is_view(func):
             return func(*args, **kwargs) if kwargs else func(*args)
+        if func is _COPY and self._simulates and kwargs and _leaves(args[0], kwargs):
+            return torch.empty_like(args[0], dtype=kwargs.get("dtype"), device="cpu")
         if func is _ADD and _accumulates(args):
             func = torch.ops.aten.add_.Tensor
             if not _only_here(args[0]):
@@ -383,6 +380,12 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _leaves(tensor: Tensor, options: dict[str, Any]) -> bool:
+    """Whether a copy without values is one to the host."""
+    device = options.get("device")
+    return tensor.device.type == "meta" and device is not None and device.type == "cpu"
+
+
 def _accumulates(args: tuple[Any, ...]) -> bool:
     """Whether an addition is autograd's own, of two gradients that meet, and would reuse one of them.
 
@@ -412,7 +415,7 @@ def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: T
 
 
 _aten = torch.ops.aten
-_ADD = _aten.add.Tensor
+_ADD, _COPY = _aten.add.Tensor, _aten._to_copy.default
 _UNWRITTEN = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,

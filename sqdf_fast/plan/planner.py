@@ -345,7 +345,7 @@ def _values(section: BaseModel, prefix: str = "") -> dict[str, Any]:
 def _line(name: str, work: StageCount, choice: Choice, steps: Steps, device: Device, batch: int) -> PlannedStage:
     uploads = steps.uploads.get(name, 0)
     seconds = choice.seconds.get(name, 0.0) if name == "optimizer" else device.seconds(work)
-    if name == "sampled pictures":
+    if name == "sampled images":
         # Only evaluations decode them.
         work, seconds = dataclasses.replace(work, flops=0), 0.0
     elif name != "optimizer":
@@ -362,12 +362,12 @@ def _line(name: str, work: StageCount, choice: Choice, steps: Steps, device: Dev
 
 def _note(name: str, choice: Choice, uploads: int) -> str:
     execution, settings, notes = choice.execution, choice.settings, []
-    if name in ("sampling", "sampled pictures"):
-        notes.append(f"{settings['sampling.batch_size']} at once")
-        if name == "sampling" and not settings["sampling.merge_lora"]:
+    if name == "sampling":
+        notes.append(f"{settings['sampling.batch_size']} images at once")
+        if not settings["sampling.merge_lora"]:
             notes.append("LoRA not merged")
-    elif name == "reward":
-        notes.append(f"{execution.decode_images} pictures at once")
+    elif name in ("sampled images", "reward"):
+        notes.append(f"{execution.decode_images} images at once")
     elif name in ("transition", "look-ahead", "look-ahead vjp", "policy vjp"):
         rows = execution.backward_batch_rows if name.endswith("vjp") else execution.forward_batch_rows
         notes.append(f"{rows} rows at once")
@@ -375,7 +375,7 @@ def _note(name: str, choice: Choice, uploads: int) -> str:
         notes.append(f"{execution.micro_batch} samples at once")
     part = "network" if name.endswith("vjp") else "decoder" if name == "reward" else None
     if part in execution.gradient_checkpointing or (name == "backward" and execution.gradient_checkpointing):
-        notes.append("blocks recomputed")
+        notes.append("gradient checkpointing")
     if uploads:
         notes.append(f"{uploads / GIB:.2f} GiB of weights uploaded")
     if name == "optimizer" and settings["optimizer.states"] == "cpu":

@@ -14,10 +14,11 @@ from types import MappingProxyType
 from typing import Any
 
 from sqdf_fast.config import Config, Execution
+from sqdf_fast.engine.module_groups import ALL_GROUPS
 from sqdf_fast.plan import switches
 from sqdf_fast.plan.device import Device
 from sqdf_fast.plan.memory import StageCount, scaled
-from sqdf_fast.plan.simulate import PARTS, Simulation, Steps
+from sqdf_fast.plan.simulate import Simulation, Steps
 
 SAMPLES_AT_ONCE = (1, 2, 4, 8)
 SAMPLED_AT_ONCE = (1, 2, 4, 8, 16)
@@ -32,7 +33,6 @@ _WAY = (
 )
 _OFFLOAD, _STATES = "execution.offload", "optimizer.states"
 _NETWORK_STAGES = ("transition", "look-ahead", "look-ahead vjp", "policy vjp")
-_SAMPLING_STAGES = ("sampling", "sampled pictures")
 _LARGE_STATES = 2**27
 """Bytes of optimizer states from which it is worth asking whether they belong on the CPU."""
 _LATENTS_KEPT = 12
@@ -106,7 +106,7 @@ def profile(simulation: Simulation, quantization: str) -> Profile:
 def profiled(simulation: Simulation, executor: str, recomputed: bool) -> Steps:
     """One of a profile's runs. The staged ones sample too: one with merged weights, the other moves parts instead."""
     moving = executor == "staged" and recomputed
-    parts, offload = PARTS if recomputed else (), "staged" if moving else "none"
+    parts, offload = ALL_GROUPS if recomputed else (), "staged" if moving else "none"
     return simulation.run(
         Execution(
             executor=executor,
@@ -226,10 +226,10 @@ class _Common:
     def staged(self, samples: int, images: int, network: bool, rest: bool, offload: str) -> Choice:
         """samples: of a network call, 0 for a single row; network, rest: recomputed."""
         profile, batch = self.profile, self.config.optimizer.batch_size
-        peaks, seconds = self._sampling(offload)
         kept = 4 * _LATENTS_KEPT * profile.latent * batch
         recomputed = (*(("network",) if network else ()), *(("decoder", "reward") if rest else ()))
         execution = self._execution("staged", samples, images, recomputed, offload)
+        peaks, seconds = self._sampling(execution)
         for name in (*_NETWORK_STAGES, "reward", "optimizer"):
             parts = {"decoder", "reward"} if name == "reward" else {"network"}
             stage = profile.stages["staged", parts <= set(execution.gradient_checkpointing)].get(name)
@@ -242,9 +242,9 @@ class _Common:
 
     def joint(self, samples: int, recomputed: bool) -> Choice:
         """samples: of a micro-batch."""
-        peaks, seconds = self._sampling("none")
-        execution = self._execution("joint", samples, 1, PARTS if recomputed else (), "none")
-        everything = set(PARTS) <= set(execution.gradient_checkpointing)
+        execution = self._execution("joint", samples, 1, ALL_GROUPS if recomputed else (), "none")
+        peaks, seconds = self._sampling(execution)
+        everything = set(ALL_GROUPS) <= set(execution.gradient_checkpointing)
         for name, stage in self.profile.stages["joint", everything].items():
             chunk = 1 if name == "optimizer" else execution.micro_batch
             peaks[name] = self._peak(name, stage, chunk, "none")
@@ -270,11 +270,12 @@ class _Common:
         kept.pop("quantization", None)
         return Execution(**{**values, **kept})
 
-    def _sampling(self, offload: str) -> tuple[dict[str, int], dict[str, float]]:
-        replay, stages = self.config.replay, self.profile.stages["staged", not self.merged]
+    def _sampling(self, execution: Execution) -> tuple[dict[str, int], dict[str, float]]:
+        replay, stages, offload = self.config.replay, self.profile.stages["staged", not self.merged], execution.offload
         number = replay.refill / replay.steps_per_refill
         adapted, merged = (self.profile.stages["staged", a]["sampling"].at_peak["activations"] for a in (True, False))
-        peaks = {name: self._peak(name, stages[name], self.sampled, offload) for name in _SAMPLING_STAGES}
+        at_once = {"sampling": self.sampled, "sampled images": execution.decode_images}
+        peaks = {name: self._peak(name, stages[name], chunk, offload) for name, chunk in at_once.items()}
         if self.merged:
             # The copies of the weights do not grow with the batch.
             peaks["sampling"] -= max(merged - adapted, 0) * (self.sampled - 1)

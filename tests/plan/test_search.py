@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from sqdf_fast.config import Execution, make_config, with_settings
+from sqdf_fast.engine.module_groups import ALL_GROUPS
 from sqdf_fast.plan import Planner
 from sqdf_fast.plan.search import Choice, whole
-from sqdf_fast.plan.simulate import PARTS
 
 BATCH = 5
 CONFIG = with_settings(make_config("shapes"), {"optimizer.batch_size": BATCH})
 EXECUTIONS = {
-    "staged": Execution(forward_batch_rows=1, backward_batch_rows=1, gradient_checkpointing=PARTS, offload="staged"),
+    "staged": Execution(forward_batch_rows=1, backward_batch_rows=1, gradient_checkpointing=ALL_GROUPS, offload="staged"),
     "joint": Execution(executor="joint", micro_batch=1),
 }
 
