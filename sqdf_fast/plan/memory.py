@@ -268,7 +268,7 @@ class _Call:
         func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor], workspace: workspaces.Workspace
     ) -> _Call:
         if not outputs:
-            return _Call(0, 0, 0, 0, False)
+            return _Call(workspace(func, args), 0, 0, 0, False)
         packet = func._overloadpacket
         moved = sum(map(_nbytes, outputs)) + sum(
             _nbytes(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from sqdf_fast.config import Config, Execution, default_preset, make_config
 from sqdf_fast.errors import UserError
@@ -38,6 +38,8 @@ PLANNED = frozenset(
     }
 )
 """Settings that a plan chooses."""
+
+_RENAMED_STAGES = {"sampled pictures": "sampled images"}
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,10 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """What `as_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
-        values = json.loads(text)
-        values["stages"] = tuple(PlannedStage(**stage) for stage in values["stages"])
-        values["switches"] = tuple(Switch(**switch) for switch in values.get("switches", ()))
-        return Plan(**values)
+        """What `as_json` wrote, now or before stages were renamed. Raises ValueError for anything else."""
+        plan = TypeAdapter(Plan).validate_json(text)
+        stages = tuple(dataclasses.replace(s, name=_RENAMED_STAGES.get(s.name, s.name)) for s in plan.stages)
+        return dataclasses.replace(plan, stages=stages)
 
     def as_text(self) -> str:
         """A table for people."""
@@ -283,12 +284,13 @@ class Planner:
         stored = cache.read(key) if self.use_cache else None
         if stored is not None:
             try:
-                return kind.from_values(stored["values"])
-            except (KeyError, TypeError, ValueError, AttributeError):
+                found: T = TypeAdapter(kind).validate_python(stored["values"])
+                return found
+            except (KeyError, ValueError):
                 pass
         made = make()
         if self.use_cache:
-            cache.write(key, {"values": made.as_values()})
+            cache.write(key, {"values": dataclasses.asdict(made)})
         return made
 
     def _plan(self, choice: Choice, steps: Steps, vram: int, device: Device, advice: str = "") -> Plan:

@@ -7,9 +7,9 @@ wins is then simulated whole, at two batch sizes, and its peak extended in a str
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
-from math import ceil
+from math import ceil, prod
 from types import MappingProxyType
 from typing import Any
 
@@ -45,7 +45,7 @@ class Profile:
 
     Attributes:
         quantization: of the frozen network.
-        stages: by executor and whether blocks are recomputed.
+        stages: by executor and whether blocks are checkpointed.
         weights: on the device when all are resident; staged_weights: by stage, when parts come and go.
         uploads: bytes that then come, by stage.
         rows: network rows a sample; latent: numbers of one; trained: elements; trained_bytes: theirs.
@@ -53,7 +53,7 @@ class Profile:
     """
 
     quantization: str
-    stages: Mapping[tuple[str, bool], dict[str, StageCount]]
+    stages: dict[str, list[dict[str, StageCount]]]
     weights: int
     staged_weights: dict[str, int]
     uploads: dict[str, int]
@@ -63,61 +63,41 @@ class Profile:
     trained_bytes: int
     state_bytes: int
 
-    def as_values(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        stages = [[*key, {name: asdict(stage) for name, stage in run.items()}] for key, run in self.stages.items()]
-        return {**vars(self), "stages": stages}
-
-    @staticmethod
-    def from_values(values: dict[str, Any]) -> Profile:
-        """What `as_values` gave."""
-        stages = {
-            (executor, recomputed): {name: StageCount(**stage) for name, stage in run.items()}
-            for executor, recomputed, run in values["stages"]
-        }
-        return Profile(**{**values, "stages": stages})
-
 
 def profile(simulation: Simulation, quantization: str) -> Profile:
-    """Simulate one sample: both executors, everything recomputed and nothing."""
-    stages, uploads = {}, {}
-    for executor, recomputed in (("staged", True), ("staged", False), ("joint", True), ("joint", False)):
-        steps = profiled(simulation, executor, recomputed)
-        stages[executor, recomputed] = steps.stages
-        uploads.update(steps.uploads)
+    """Simulate one sample: both executors, with gradient checkpointing everywhere and nowhere."""
+    runs = {executor: [profiled(simulation, executor, c) for c in (False, True)] for executor in ("staged", "joint")}
+    stages = {executor: [steps.stages for steps in pair] for executor, pair in runs.items()}
+    checkpointed = stages["staged"][True]
     trained, trained_bytes = simulation.trained()
-    latent = 1
-    for size in simulation.family.latent_shape:
-        latent *= size
     return Profile(
         quantization,
         stages,
-        max(stage.at_peak["weights"] for stage in stages["joint", False].values()),
-        {name: stage.at_peak.get("weights", 0) for name, stage in stages["staged", True].items()},
-        uploads,
-        simulation.rows,
-        latent,
-        trained,
-        trained_bytes,
-        next(iter(stages["staged", True].values())).at_peak["optimizer"],
+        weights=max(stage.at_peak["weights"] for stage in stages["joint"][False].values()),
+        staged_weights={name: stage.at_peak.get("weights", 0) for name, stage in checkpointed.items()},
+        uploads=runs["staged"][True].uploads,
+        rows=simulation.rows,
+        latent=prod(simulation.family.latent_shape),
+        trained=trained,
+        trained_bytes=trained_bytes,
+        state_bytes=next(iter(checkpointed.values())).at_peak["optimizer"],
     )
 
 
-def profiled(simulation: Simulation, executor: str, recomputed: bool) -> Steps:
-    """One of a profile's runs. The staged ones sample too: one with merged weights, the other moves parts instead."""
-    moving = executor == "staged" and recomputed
-    parts, offload = ALL_GROUPS if recomputed else (), "staged" if moving else "none"
+def profiled(simulation: Simulation, executor: str, checkpointed: bool) -> Steps:
+    """One of a profile's runs. The staged ones sample too: one with merged weights, the other offloads instead."""
+    offloaded = executor == "staged" and checkpointed
     return simulation.run(
         Execution(
             executor=executor,
             forward_batch_rows=simulation.rows,
             backward_batch_rows=simulation.rows,
-            gradient_checkpointing=parts,
-            offload=offload,
+            gradient_checkpointing=ALL_GROUPS if checkpointed else (),
+            offload="staged" if offloaded else "none",
         ),
         1,
         sampled=1 if executor == "staged" else 0,
-        merged=not moving,
+        merged=not offloaded,
         optimizer=simulation.config.optimizer.model_copy(update={"states": "device"}),
     )
 
@@ -232,7 +212,7 @@ class _Common:
         peaks, seconds = self._sampling(execution)
         for name in (*_NETWORK_STAGES, "reward", "optimizer"):
             parts = {"decoder", "reward"} if name == "reward" else {"network"}
-            stage = profile.stages["staged", parts <= set(execution.gradient_checkpointing)].get(name)
+            stage = profile.stages["staged"][parts <= set(execution.gradient_checkpointing)].get(name)
             if stage is None:
                 continue
             chunk = _chunk(name, execution, profile.rows)
@@ -245,7 +225,7 @@ class _Common:
         execution = self._execution("joint", samples, 1, ALL_GROUPS if recomputed else (), "none")
         peaks, seconds = self._sampling(execution)
         everything = set(ALL_GROUPS) <= set(execution.gradient_checkpointing)
-        for name, stage in self.profile.stages["joint", everything].items():
+        for name, stage in self.profile.stages["joint"][everything].items():
             chunk = 1 if name == "optimizer" else execution.micro_batch
             peaks[name] = self._peak(name, stage, chunk, "none")
             seconds[name] = self._seconds(name, stage, self.config.optimizer.batch_size, chunk, "none")
@@ -271,9 +251,9 @@ class _Common:
         return Execution(**{**values, **kept})
 
     def _sampling(self, execution: Execution) -> tuple[dict[str, int], dict[str, float]]:
-        replay, stages, offload = self.config.replay, self.profile.stages["staged", not self.merged], execution.offload
+        replay, stages, offload = self.config.replay, self.profile.stages["staged"][not self.merged], execution.offload
         number = replay.refill / replay.steps_per_refill
-        adapted, merged = (self.profile.stages["staged", a]["sampling"].at_peak["activations"] for a in (True, False))
+        adapted, merged = (self.profile.stages["staged"][a]["sampling"].at_peak["activations"] for a in (True, False))
         at_once = {"sampling": self.sampled, "sampled images": execution.decode_images}
         peaks = {name: self._peak(name, stages[name], chunk, offload) for name, chunk in at_once.items()}
         if self.merged:

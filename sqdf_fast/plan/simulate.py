@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,6 @@ class Steps:
     samples: int
     sampled: int
     uploads: dict[str, int]
-
-    def as_values(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @staticmethod
-    def from_values(values: dict[str, Any]) -> Steps:
-        """What `as_values` gave."""
-        stages = {name: StageCount(**stage) for name, stage in values["stages"].items()}
-        return Steps(stages, values["samples"], values["sampled"], values["uploads"])
 
     @property
     def peak_bytes(self) -> int:

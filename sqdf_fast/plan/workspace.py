@@ -3,7 +3,7 @@
 On the CPU these are the scratch buffers of ATen's own kernels, as its sources allocate them (FlashAttentionKernel.cpp,
 ConvolutionMM2d.cpp) and as the profiler reports oneDNN's reordered copies; tests hold float32 and float64 to the
 profiler's events (a CPU converts bfloat16 inside and needs more). On CUDA they are the accumulators of FlashAttention-2
-(flash_api.cpp of its repository). cuDNN's convolutions are taken to need none, as with channels_last and tensor cores;
+(flash_api.cpp of its repository), and what a step of AdamW makes of a bfloat16 parameter. cuDNN's convolutions are taken to need none, as with channels_last and tensor cores;
 that, and cuBLAS's buffer, the reserve has to bear until a card has measured it.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+import sqdf_fast.kernels.adamw_8bit  # defines the ops
 
 Workspace = Callable[[Any, tuple[Any, ...]], int]
 _aten = torch.ops.aten
@@ -67,6 +69,16 @@ def _flash_backward(grad: Tensor, query: Tensor, *_: Any) -> int:
     *heads, length, width = query.shape
     rows = prod(heads) * -(-length // _FLASH_BLOCK) * _FLASH_BLOCK
     return 4 * rows * (-(-width // 32) * 32 + 1)
+
+
+def _adamw_8bit(parameter: Tensor, *_: Any) -> int:
+    """Of bitsandbytes' step on a float32 copy of parameter and gradient, which is rounded stochastically afterwards."""
+    return 24 * parameter.numel() if parameter.dtype == torch.bfloat16 else 0
+
+
+def _adamw_32bit(parameter: Tensor, *_: Any) -> int:
+    """Of the reference, which is what runs on CUDA."""
+    return 32 * parameter.numel() if parameter.dtype == torch.bfloat16 else 0
 
 
 def _output_positions(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
@@ -174,4 +186,6 @@ _ON_CPU: dict[Any, Callable[..., int]] = {
 }
 _ON_CUDA: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+    torch.ops.sqdf_fast.adamw_8bit: _adamw_8bit,
+    torch.ops.sqdf_fast.adamw_32bit: _adamw_32bit,
 }
