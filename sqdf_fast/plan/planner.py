@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -13,19 +14,20 @@ import torch
 from pydantic import BaseModel, TypeAdapter
 
 from sqdf_fast.config import Config, Execution, default_preset, make_config
+from sqdf_fast.engine.loading import consistency_source
 from sqdf_fast.errors import UserError
 from sqdf_fast.families.loading import family_from_configs
 from sqdf_fast.plan import cache
 from sqdf_fast.plan.device import CPU, GIB, Device, find_device, reserve_bytes
-from sqdf_fast.plan.fake import only_new_garbage
+from sqdf_fast.plan.fake import DEVICE, only_new_garbage
 from sqdf_fast.plan.memory import StageCount, scaled
-from sqdf_fast.plan.search import Choice, Profile, choices, fastest, profile, whole
+from sqdf_fast.plan.search import Choice, Profile, choices, fastest, profile, simulate_full_batch
 from sqdf_fast.plan.simulate import Simulation, Steps
 from sqdf_fast.plan.switches import Switch, explained
 from sqdf_fast.plan.workspace import on_cpu
 from sqdf_fast.rewards.registry import reward_from_config
 
-T = TypeVar("T", Profile, Steps)
+T = TypeVar("T")
 
 ALLOWED = ("nf4", "int8")
 """What changes the result, and is tried only when asked for."""
@@ -161,15 +163,12 @@ def make_plan(
     kept = {key: value for key, value in _values(config).items() if key in keep and key in PLANNED}
     inputs = config.model_dump(mode="json"), vram_bytes, device.name, sorted(allow), sorted(kept)
     key = cache.key_of(kind="plan", inputs=inputs)
-    if use_cache and (stored := cache.read(key)) is not None:
-        try:
-            return Plan.from_json(json.dumps(stored["plan"]))
-        except (KeyError, TypeError, ValueError):
-            pass
+    if use_cache and (stored := cache.read(key, Plan)) is not None:
+        return stored
     with only_new_garbage():
         plan = Planner(config, allow, use_cache, on_cpu=device is CPU, keep=kept).plan(vram_bytes, device)
     if use_cache:
-        cache.write(key, {"plan": json.loads(plan.as_json())})
+        cache.write(key, plan)
     return plan
 
 
@@ -177,7 +176,7 @@ class Planner:
     """Plans of one configuration; what has been simulated serves every budget.
 
     Args:
-        config, allow: see `make_plan`; keep: settings that stay, by dotted key.
+        config, allow: see `make_plan`; keep: fixed settings, by dotted key.
     """
 
     def __init__(
@@ -191,49 +190,40 @@ class Planner:
         self.config, self.use_cache, self.on_cpu, self.keep = config, use_cache, on_cpu, keep
         asked = config.execution.quantization
         wanted = [asked] if asked != "none" or "execution.quantization" in keep else ["none", *allow]
-        # Full-parameter training has nothing frozen to quantise but the reference, which can stay on the host.
+        # A fully trained policy leaves nothing to quantise but the reference, which can be offloaded.
         self.quantizations = ["none"] if config.policy.kind == "full" else wanted
         self._simulations: dict[str, Simulation] = {}
         self._profiles: dict[str, Profile] = {}
         self._steps: dict[str, Steps] = {}
 
     def plan(self, vram_bytes: int, device: Device) -> Plan:
-        """The fastest plan that fits, simulated whole."""
+        """The fastest plan whose full batch, simulated, fits; else the smallest one with advice."""
         budget = vram_bytes - reserve_bytes(vram_bytes, device)
         found = self.choices(device)
         while (choice := fastest(found, budget)) is not None:
-            steps = self._whole(choice)
+            steps = self._full_batch(choice)
             if steps.peak_bytes <= budget:
                 return self._plan(choice, steps, vram_bytes, device)
             found.remove(choice)
-        every = self.choices(device)
-        smallest = min(every, key=lambda choice: (choice.peak_bytes, choice.total_seconds))
-        steps = self._whole(smallest)
-        advice = self._advice(steps, budget)
-        return self._plan(smallest, steps, vram_bytes, device, advice)
+        smallest, steps = self._smallest(device)
+        return self._plan(smallest, steps, vram_bytes, device, self._advice(steps, budget))
 
     def smallest(self, device: Device) -> Plan:
         """The plan of the least peak, whatever it costs."""
-        every = self.choices(device)
-        choice = min(every, key=lambda choice: (choice.peak_bytes, choice.total_seconds))
-        steps = self._whole(choice)
+        choice, steps = self._smallest(device)
         # A budget in which it just fits.
         vram = steps.peak_bytes + reserve_bytes(steps.peak_bytes, device)
         return self._plan(choice, steps, vram, device)
 
     def batch_cost(self, choice: Choice) -> int:
-        """Bytes that the optimizer step of the whole batch holds above that of a single sample."""
+        """Bytes that the optimizer step of the full batch holds above that of a single sample."""
         one = self.config.optimizer.model_copy(update={"batch_size": 1})
-        alone = whole(
-            self.simulation(choice.settings["execution.quantization"]),
-            choice,
-            self.config.model_copy(update={"optimizer": one}),
-        )
-        many = self._whole(choice)
-        return _step_peak(many) - _step_peak(alone)
+        simulation = self.simulation(choice.settings["execution.quantization"])
+        alone = simulate_full_batch(simulation, choice, self.config.model_copy(update={"optimizer": one}))
+        return _step_peak(self._full_batch(choice)) - _step_peak(alone)
 
     def choices(self, device: Device) -> list[Choice]:
-        """Every choice of every quantization."""
+        """Every choice of every quantization. Raises UserError when the fixed settings contradict each other."""
         found = [c for q in self.quantizations for c in choices(self.profile(q), self.config, device, self.keep)]
         if not found:
             raise UserError(f"no plan has all of {self._kept_settings()}; leave one out")
@@ -242,55 +232,51 @@ class Planner:
     def profile(self, quantization: str) -> Profile:
         """One sample's simulation, made once."""
         if quantization not in self._profiles:
-            self._profiles[quantization] = self._kept(
+            self._profiles[quantization] = self._cached(
                 {"profile": quantization}, Profile, lambda: profile(self.simulation(quantization), quantization)
             )
         return self._profiles[quantization]
 
     def simulation(self, quantization: str = "none") -> Simulation:
-        """The setup on the meta device."""
+        """The setup on the meta device. Raises UserError for a model or reward that cannot be simulated."""
         if quantization not in self._simulations:
             config = self.config
             dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-            family = family_from_configs(
-                config.model, device=torch.device("meta"), dtype=dtype, resolution=config.resolution
-            )
+            family = family_from_configs(config.model, device=DEVICE, dtype=dtype, resolution=config.resolution)
             reward = reward_from_config(config.reward, device="meta", dtype=dtype)
-            consistency = None
-            if config.objective.lookahead == "consistency":
-                consistency = config.consistency_lora or family.default_consistency_lora()
-                if consistency is None:
-                    raise UserError(
-                        f"model {config.model!r} has no consistency LoRA of its own; "
-                        "give consistency_lora (`sqdf-fast distill` makes one) or set objective.lookahead=tweedie"
-                    )
             where: dict[str, Any] = {"workspace": on_cpu, "granularity": 1} if self.on_cpu else {}
-            simulation = Simulation(config, family, reward, quantization=quantization, consistency=consistency, **where)
-            self._simulations[quantization] = simulation
+            self._simulations[quantization] = Simulation(
+                config,
+                family,
+                reward,
+                quantization=quantization,
+                consistency=consistency_source(config, family),
+                **where,
+            )
         return self._simulations[quantization]
 
-    def _whole(self, choice: Choice) -> Steps:
+    def _smallest(self, device: Device) -> tuple[Choice, Steps]:
+        choice = min(self.choices(device), key=lambda choice: (choice.peak_bytes, choice.total_seconds))
+        return choice, self._full_batch(choice)
+
+    def _full_batch(self, choice: Choice) -> Steps:
         key = json.dumps(choice.settings, sort_keys=True)
         if key not in self._steps:
-            quantization = choice.settings["execution.quantization"]
-            self._steps[key] = self._kept(
-                {"steps": choice.settings}, Steps, lambda: whole(self.simulation(quantization), choice, self.config)
+            simulation = partial(self.simulation, choice.settings["execution.quantization"])
+            self._steps[key] = self._cached(
+                {"steps": choice.settings}, Steps, lambda: simulate_full_batch(simulation(), choice, self.config)
             )
         return self._steps[key]
 
-    def _kept(self, what: dict[str, Any], kind: type[T], make: Callable[[], T]) -> T:
-        """What the disk has of it, or else made and put there."""
+    def _cached(self, what: dict[str, Any], kind: type[T], make: Callable[[], T]) -> T:
+        """What is stored of it, else made and stored."""
         key = cache.key_of(**what, config=self.config.model_dump(mode="json"), on_cpu=self.on_cpu)
-        stored = cache.read(key) if self.use_cache else None
+        stored = cache.read(key, kind) if self.use_cache else None
         if stored is not None:
-            try:
-                found: T = TypeAdapter(kind).validate_python(stored["values"])
-                return found
-            except (KeyError, ValueError):
-                pass
+            return stored
         made = make()
         if self.use_cache:
-            cache.write(key, {"values": dataclasses.asdict(made)})
+            cache.write(key, made)
         return made
 
     def _plan(self, choice: Choice, steps: Steps, vram: int, device: Device, advice: str = "") -> Plan:
