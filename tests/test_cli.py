@@ -234,11 +234,11 @@ def test_a_plan_is_printed_as_a_table_and_as_json(capsys, monkeypatch, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "--model", "sd15", "--vram", "much"], "vram 'much' is no size"),
-        (["plan", "--model", "sd15", "--vram", "80%"], "no GPU is here"),
+        (["plan", "--model", "sd15", "--vram", "much"], "invalid --vram 'much': expected a size such as 24G"),
+        (["plan", "--model", "sd15", "--vram", "80%"], "no GPU was detected"),
         (["plan", "--model", "nothing/here", "--vram", "8G"], "architecture of model"),
         (["plan", "--model", "shapes", "--reward", "jpeg", "--vram", "8G"], "reward"),
-        (["train", "--model", "shapes", "--vram", "-1G"], "is no size"),
+        (["train", "--model", "shapes", "--vram", "-1G"], "invalid --vram '-1G': expected a size"),
     ],
 )
 def test_bad_plans_are_one_line(capsys, arguments, message):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -41,11 +41,12 @@ _LCM_TARGETS = (
 
 @dataclass(frozen=True)
 class Steps:
-    """What a simulated run counted.
+    """Counts of a simulated run.
 
     Attributes:
-        stages: by name, in the order of the step; samples: of the optimizer step; sampled: of the sampler's batch.
-        uploads: bytes of frozen weights brought to the device, by stage.
+        stages: by name, in the order of the step.
+        samples: samples of the optimizer step; sampled: trajectories sampled at once.
+        uploads: bytes of frozen weights uploaded, by stage.
     """
 
     stages: dict[str, StageCount]
@@ -55,7 +56,7 @@ class Steps:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that any stage holds."""
+        """Peak of the largest stage."""
         return max(stage.peak_bytes for stage in self.stages.values())
 
 
@@ -63,11 +64,11 @@ class Simulation:
     """A training setup on the meta device.
 
     Args:
-        config: of the run; its execution and batch sizes are given to `run` instead.
-        family, reward: on the meta device.
-        quantization: of the frozen network.
-        workspace, granularity: of the simulated device, see MemoryCount.
-        consistency: source of the consistency LoRA, or None without one.
+        config: of the run; `run` takes its execution and batch sizes separately.
+        family: model family on the meta device; reward: reward on the meta device.
+        quantization: quantization of the frozen network.
+        workspace, granularity: model of the simulated allocator, see MemoryCount.
+        consistency: folder, file or hub id of the consistency LoRA; None: no such role.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Simulation:
         consistency: str | None = None,
     ) -> None:
         self.config, self.reward = config, reward
-        self.family: Any = _FamilyWithoutFiles(family)
+        self.family = cast("Family", _FamilyWithoutFiles(family))
         self._workspace, self._granularity = workspace, granularity
         if quantization != "none":
             quantise(family.network, quantization)
@@ -131,11 +132,17 @@ class Simulation:
         optimizer: OptimizerSettings | None = None,
         hollow: bool = False,
     ) -> Steps:
-        """Count one optimizer step of ``samples`` samples, and sampling ``sampled`` trajectories, the LoRA ``merged``.
+        """Count one optimizer step, and the sampling and decoding before it.
 
-        Sampling runs a single denoising step; its work is counted as the whole trajectory's. With ``optimizer``, its
-        states exist throughout as in every step but the first. ``hollow``: network, decoder and reward hold one huge
-        block in place of their activations; what such runs differ in is what the step keeps beside them.
+        Args:
+            samples: samples of the optimizer step.
+            sampled: trajectories sampled at once, by a single denoising step whose work is counted for all of them;
+                0: none. As many images are decoded as ``execution`` decodes at once.
+            merged: whether the LoRA is merged while sampling.
+            optimizer: settings of the update, its states allocated from the start as in every step but the first;
+                None: no update.
+            hollow: network, decoder and reward hold one huge block in place of their activations. The difference
+                of two such runs is what the step keeps beside them.
         """
         parameters = list(self.backbone.policy_parameters.values())
         for parameter in parameters:
@@ -164,9 +171,8 @@ class Simulation:
         return Steps(stages, samples, sampled, uploads)
 
     def _runtime(self, execution: Execution, count: MemoryCount, sampled: int, merged: bool, hollow: bool) -> Runtime:
-        # What is compiled or laid out in another way is not simulated.
-        unchanged = {"channels_last": False, "compile": "none"}
-        sampling = {"batch_size": sampled, "merge_lora": merged, **unchanged}
+        # Neither compilation nor another memory layout is simulated.
+        sampling = {"batch_size": sampled, "merge_lora": merged, "channels_last": False, "compile": "none"}
         sections = {"execution": execution, "sampling": self.config.sampling.model_copy(update=sampling)}
         config = self.config.model_copy(update={**sections, "impl": "reference"})
         backbone, reward = self.backbone, self.reward
@@ -174,7 +180,7 @@ class Simulation:
         if hollow:
             weight = next(iter(backbone.policy_parameters.values()))
             backbone, reward = copy.copy(backbone), _HollowReward(weight)
-            backbone.family = _HollowFamily(self.family, weight)
+            backbone.family = cast("Family", _HollowFamily(self.family, weight))
         return _Runtime(config, backbone, reward, groups=self._groups, meter=StageMeter(DEVICE, count))
 
     def _sample(self, runtime: Runtime, sampled: int, count: MemoryCount) -> None:
@@ -206,7 +212,7 @@ class Simulation:
 
 
 class _Runtime(Runtime):
-    """Scores without values are not looked at."""
+    """Accepts rewards without values, which cannot be checked for being finite."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         assert self.reward is not None
@@ -214,7 +220,7 @@ class _Runtime(Runtime):
 
 
 class _Backbone(Backbone):
-    """Merging a LoRA for many calls is a stage of its own."""
+    """Counts the merging of a LoRA as a stage of its own, except layer by layer."""
 
     count: MemoryCount
 
@@ -231,7 +237,7 @@ class _Backbone(Backbone):
 
 
 class _FamilyWithoutFiles:
-    """A family whose LoRAs are not loaded: adapters of their shape are made."""
+    """A family that adds adapters of a LoRA's shape in place of loading its weights."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
@@ -245,9 +251,9 @@ class _FamilyWithoutFiles:
 
 
 class _HollowFamily(_FamilyWithoutFiles):
-    """Network and decoder hold one huge block in place of their activations."""
+    """A family whose network and decoder hold one huge block in place of their activations."""
 
-    def __init__(self, family: Any, weight: Tensor) -> None:
+    def __init__(self, family: Family, weight: Tensor) -> None:
         super().__init__(family)
         self._weight = weight
 
@@ -263,7 +269,7 @@ class _HollowReward(Reward):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        # Not a parameter of its own.
+        # In a tuple, so that it does not become a parameter of this module.
         self._weight = (weight,)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -271,17 +277,17 @@ class _HollowReward(Reward):
 
 
 class _CountedGroups(ModuleGroups):
-    """Module groups whose uploads are counted, and known as weights."""
+    """Counts the uploads of module groups, and their memory as weights."""
 
     def counted_by(self, count: MemoryCount | None) -> None:
-        """From now on."""
+        """Count from now on; None: stop."""
         self.count, self.uploads = count, dict[str, int]()
 
     def use(self, *names: ModuleGroup) -> None:
         if self._offload is None or self.count is None:
             return
         arriving = set(names) - self._offload.resident
-        # Groups that leave do so before others come.
+        # Dropped weights are freed before others are uploaded.
         with self.count.exchange():
             super().use(*names)
             for name in arriving:
@@ -292,10 +298,10 @@ class _CountedGroups(ModuleGroups):
 
 
 class _Update:
-    """The optimizer and its states, there from the start as in every step but the first.
+    """The optimizer, its states allocated from the start as in every step but the first.
 
-    States on the CPU leave nothing on the device, and their step is not run: it copies values. bitsandbytes' states
-    are those of the CPU's 8-bit AdamW, name by name.
+    With states on the CPU nothing stays on the device; that step copies values and is not run. bitsandbytes' states
+    have the names and sizes of the CPU's 8-bit AdamW.
     """
 
     def __init__(self, parameters: list[nn.Parameter], settings: OptimizerSettings, count: MemoryCount) -> None:

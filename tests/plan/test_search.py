@@ -12,7 +12,9 @@ from sqdf_fast.plan.search import Choice, simulate_full_batch
 BATCH = 5
 CONFIG = with_settings(make_config("shapes"), {"optimizer.batch_size": BATCH})
 EXECUTIONS = {
-    "staged": Execution(forward_batch_rows=1, backward_batch_rows=1, gradient_checkpointing=ALL_GROUPS, offload="staged"),
+    "staged": Execution(
+        forward_batch_rows=1, backward_batch_rows=1, gradient_checkpointing=ALL_GROUPS, offload="staged"
+    ),
     "joint": Execution(executor="joint", micro_batch=1),
 }
 
