@@ -1,7 +1,7 @@
-"""Modules and attention without values: tensors on PyTorch's meta device have shapes and types and take no memory.
+"""Modules and attention on PyTorch's meta device, whose tensors have shapes and dtypes and take no memory.
 
-The meta device stands for the GPU. Its operators keep what CUDA's keep, with one exception: attention would take the
-path that writes out the whole matrix of scores, so it is led to a flash kernel's.
+The meta device stands for the GPU. Its operators keep for the backward pass what CUDA's keep, except attention, which
+would materialize the whole matrix of scores and is replaced by a flash kernel.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _on_meta(tensor: Tensor, replaced: dict[int, Tensor]) -> Tensor:
 
 @contextmanager
 def flash_attention() -> Iterator[None]:
-    """Inside, attention on meta tensors keeps what a flash kernel keeps: inputs, output, a float32 a row."""
+    """Attention on meta tensors keeps what a flash kernel keeps: inputs, output and a float32 per row."""
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
         yield
@@ -73,7 +73,7 @@ def only_new_garbage() -> Iterator[None]:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Inside, no garbage is collected: a tensor leaves when its last reference does, in every run alike."""
+    """No garbage collection: a tensor is freed with its last reference, in every run alike."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -85,7 +85,7 @@ def no_collection() -> Iterator[None]:
 
 
 def hollow_call(x: Tensor, weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of ``shape`` that depends on both, by a call that holds 16 TiB until its backward pass."""
+    """A tensor of ``shape`` that depends on ``x`` and ``weight``; its graph holds 16 TiB until the backward pass."""
     result: Tensor = _Hollow.apply(x, weight, shape, dtype)
     return result
 

@@ -1,4 +1,4 @@
-"""From a configuration and a number of bytes to a plan."""
+"""Plans: how to run a configuration inside a memory budget."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sqdf_fast.rewards.registry import reward_from_config
 T = TypeVar("T")
 
 ALLOWED = ("nf4", "int8")
-"""What changes the result, and is tried only when asked for."""
+"""Quantizations change the result, so they are tried only when allowed."""
 
 PLANNED = frozenset(
     {
@@ -49,9 +49,9 @@ class PlannedStage:
     """One line of a plan.
 
     Attributes:
-        live_gib: the most that is alive during the stage; weights_gib: of that, weights.
-        flops, seconds: of a whole optimizer step; sampling: its share of the trajectories.
-        note: what was traded.
+        live_gib: peak memory of the stage; weights_gib: frozen and trained weights in it.
+        flops, seconds: work and predicted time in an optimizer step; of sampling, the step's share.
+        note: chunk sizes, and what was traded for memory.
     """
 
     name: str
@@ -67,14 +67,14 @@ class Plan:
     """How to run a configuration inside a budget.
 
     Attributes:
-        fits: whether anything does; else the plan is the smallest one and `advice` says what is missing.
-        vram_gib: the budget; peak_gib: most that the allocator holds; reserve_gib: kept free beside it.
-        executor, micro_batch: the settings' own, micro_batch the samples whose graph is in memory at once.
+        fits: whether the plan fits the budget; if not, it is the smallest plan, and `advice` says what would help.
+        vram_gib: the budget; peak_gib: peak of allocated memory; reserve_gib: kept free beside it.
+        executor, micro_batch: executor, and the samples whose graph is in memory at once.
         settings: dotted configuration keys to values, for `make_config`.
-        flops_per_step, predicted_seconds: of one optimizer step with its share of the sampling; the time is a model
-            of `device`, no measurement.
-        replay_ratio: optimizer steps a refill that the time is of; it changes the result, so no plan sets it.
-        switches: of speed, each with its reason.
+        flops_per_step, predicted_seconds: one optimizer step with its share of the sampling; the time is modelled for
+            `device`, not measured.
+        replay_ratio: optimizer steps per refill in that time; it changes the result, so no plan sets it.
+        switches: speed settings, each with its reason.
     """
 
     fits: bool
@@ -94,12 +94,12 @@ class Plan:
     switches: tuple[Switch, ...] = field(default=())
 
     def as_json(self) -> str:
-        """Everything, readable back with `from_json`."""
+        """The plan as JSON, for `from_json`."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """What `as_json` wrote, now or before stages were renamed. Raises ValueError for anything else."""
+        """The plan of `as_json`, of earlier versions too. Raises ValueError for anything else."""
         plan = TypeAdapter(Plan).validate_json(text)
         stages = tuple(dataclasses.replace(s, name=_RENAMED_STAGES.get(s.name, s.name)) for s in plan.stages)
         return dataclasses.replace(plan, stages=stages)
@@ -140,13 +140,13 @@ def make_plan(
     keep: Collection[str] = (),
     use_cache: bool = True,
 ) -> Plan:
-    """The fastest plan for ``config`` that fits ``vram_bytes``; if none fits, the smallest one and what would help.
+    """The fastest plan for ``config`` that fits ``vram_bytes``; if none fits, the smallest one with advice.
 
     Needs neither a GPU nor weights. The settings in PLANNED are the plan's to choose, but for those in ``keep``; of the
     configuration's own it keeps optimizer.states=cpu, sampling.merge_lora=false and a quantization.
 
     Args:
-        vram_bytes: what the process may take of the card, its context included.
+        vram_bytes: memory that the process may take of the GPU, its context included.
         device_name: a GPU for the time's model, as in `sqdf_fast.plan.device.DEVICES`; None: one of that size; "CPU"
             plans for none.
         allow: "nf4", "int8": quantizations of the frozen network that may be tried.
@@ -211,7 +211,7 @@ class Planner:
     def smallest(self, device: Device) -> Plan:
         """The plan of the least peak, whatever it costs."""
         choice, steps = self._smallest(device)
-        # A budget in which it just fits.
+        # The smallest budget that it fits.
         vram = steps.peak_bytes + reserve_bytes(steps.peak_bytes, device)
         return self._plan(choice, steps, vram, device)
 
@@ -230,7 +230,7 @@ class Planner:
         return found
 
     def profile(self, quantization: str) -> Profile:
-        """One sample's simulation, made once."""
+        """The simulation of one sample, made once."""
         if quantization not in self._profiles:
             self._profiles[quantization] = self._cached(
                 {"profile": quantization}, Profile, lambda: profile(self.simulation(quantization), quantization)
@@ -269,7 +269,7 @@ class Planner:
         return self._steps[key]
 
     def _cached(self, what: dict[str, Any], kind: type[T], make: Callable[[], T]) -> T:
-        """What is stored of it, else made and stored."""
+        """The stored result; else the one of ``make``, which is then stored."""
         key = cache.key_of(**what, config=self.config.model_dump(mode="json"), on_cpu=self.on_cpu)
         stored = cache.read(key, kind) if self.use_cache else None
         if stored is not None:

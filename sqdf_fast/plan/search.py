@@ -245,8 +245,13 @@ class _Common:
         gradients = at_peak.get("gradients", 0)
         if name in ("policy vjp", "forward", "backward", "optimizer"):
             gradients = max(gradients, profile.trained_bytes)
-        states = profile.state_bytes if self.states == "device" else 0
-        return weights + gradients + states + ceil(at_peak.get("activations", 0) * chunk)
+        kept = weights + gradients
+        if self.states == "device":
+            kept += profile.state_bytes
+        elif name == "optimizer":
+            # The update runs where the states are.
+            return kept
+        return kept + ceil(at_peak.get("activations", 0) * chunk)
 
     def _seconds(self, name: str, stage: StageCount, samples: float, chunk: float, execution: Execution) -> float:
         device, profile = self.device, self.profile
