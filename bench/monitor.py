@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqdf_fast.compare.drawing import SERIES, SHAPES, render
-from sqdf_fast.compare.figures import Series, plot
 from sqdf_fast.compare.table import label
 from sqdf_fast.config import make_config, parse_assignments
+from sqdf_fast.display.tradeoffs import Series, tradeoff_chart
 from sqdf_fast.errors import UserError
 from sqdf_fast.monitor import PROXY, Alarm, new_alarm, watched
 from sqdf_fast.runs import read_run
@@ -31,7 +30,7 @@ RUNS = {
     "sqdf": ["evaluation.every=10"],
     "draft": [
         "algorithm=draft",
-        "baseline.truncation=1",
+        "draft.truncation=1",
         "optimizer.lr=2e-3",
         "optimizer.batch_size=8",
         "execution.micro_batch=8",
@@ -126,11 +125,11 @@ def curve(run: Outcome) -> list[str]:
     return ["", f"## {run.name}, seed {run.seed}", "", *table(["step", *names, "KL"], rows)]
 
 
-def plotted(run: Outcome, colour: str, shape: str) -> Series:
+def plotted(run: Outcome, position: int) -> Series:
     """The true rule by step; the name says when the monitor spoke."""
     said = f"alarm at {run.alarms[0].step}" if run.alarms else "no alarm"
     points = [(float(record["step"]), float(record[TRUE])) for record in run.evaluations]
-    return Series(f"{run.name}-{run.seed}, {said}", points, colour, shape)
+    return Series.of(f"{run.name}-{run.seed}, {said}", points, position)
 
 
 def page(runs: Sequence[Outcome], picture: str) -> str:
@@ -173,12 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"monitor: {error}", file=sys.stderr)
         return 2
     images = given.output.parent / "images"
-    series = [plotted(run, f"s{index % SERIES}", SHAPES[index % len(SHAPES)]) for index, run in enumerate(runs)]
-    images.mkdir(parents=True, exist_ok=True)
-    drawing = plot(
-        "The true rule, which neither training nor monitor sees", "optimizer step", "true rule", series, better=(0, 1)
-    )
-    render(drawing).save(images / f"{given.output.stem}.png")
+    series = [plotted(run, position) for position, run in enumerate(runs)]
+    title = "The true rule, which neither training nor monitor sees"
+    chart = tradeoff_chart(title, "optimizer step", "true rule", series, better=(0, 1))
+    chart.save(images / f"{given.output.stem}.png")
     given.output.write_text(page(runs, f"images/{given.output.stem}.png"), encoding="utf-8")
     curves = [
         f' {{"run": "{run.name}", "seed": {run.seed}, "evaluations": [\n  '

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from sqdf_fast.config import make_config, parse_assignments
-from sqdf_fast.display import before_after_grid, save_png
+from sqdf_fast.display import image_grid, save_png
 from sqdf_fast.errors import UserError
 from sqdf_fast.runs import read_run, summarise
 from sqdf_fast.runs.run import Run
@@ -94,12 +94,12 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def picture(run: Run, path: Path, pairs: int = 12) -> None:
+def picture(run: Run, path: Path, pairs: int = 6) -> None:
     """The first pairs of a run's samples, before and after, as one PNG."""
     found = run.samples
     before, after = ([Image.open(file) for file in found.steps[step][:pairs] if file] for step in (0, run.last_step))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(before_after_grid(before, after, found.prompts[: len(before)], columns=4, tile=128), path)
+    save_png(image_grid([before, after], ["before", "after"], found.prompts[: len(before)]), path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

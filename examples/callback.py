@@ -1,4 +1,4 @@
-"""Train the pipeline you already call: its callback collects the states of a run, SQDF learns from them."""
+"""Train a diffusers pipeline through its callback: collect the states of a call, then take SQDF steps on them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from sqdf_fast.shapes import TRAIN_PROMPTS, pipeline_folder
 
 
 class SqdfCallback:
-    """A `callback_on_step_end` that keeps what one call of a pipeline goes through; `update` trains on it.
+    """A `callback_on_step_end` that stores the states of one pipeline call; `update` trains on them.
 
     Args:
-        latents: x at index 0 [B, ...], given to the call too: a callback sees only what follows each step.
-        call: arguments of the call; guidance_scale above 1.
+        pipe: pipeline with a DDIM or DDPM scheduler.
+        latents: x at index 0, [B, ...]. Pass the same tensor to the call: a callback only sees the state after a step.
+        call: keyword arguments of the call; guidance_scale above 1.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, latents: Tensor, call: dict[str, Any]) -> None:
@@ -36,7 +37,7 @@ class SqdfCallback:
         return tensors
 
     def update(self, pipe: StableDiffusionPipeline, optimizer: Optimizer, reward: Reward, prompts: list[str]) -> None:
-        """One optimizer step on one state of each sample, at an index drawn among the trainable ones."""
+        """Take one optimizer step on one state of each sample, at an index drawn from the trainable ones."""
         schedule, guidance_scale = self.schedule, self.guidance_scale
         index = schedule.trainable.float().multinomial(len(prompts), replacement=True)
         x = torch.stack([self.states[i][sample] for sample, i in enumerate(index.tolist())])
@@ -47,7 +48,8 @@ class SqdfCallback:
         def score(x_prev: Tensor) -> Tensor:
             ahead = network(x_prev, schedule.lookahead_timesteps)
             x0 = posterior_mean(x_prev, ahead, schedule.lookahead, index, guidance_scale=guidance_scale)
-            return reward((pipe.vae.decode(x0 / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1), prompts)
+            images = pipe.vae.decode(x0 / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+            return reward(rewards.saturate(images), prompts)
 
         policy = network(x, schedule.timesteps)
         pipe.unet.disable_adapters()
@@ -62,7 +64,7 @@ class SqdfCallback:
 
 
 def add_lora(pipe: StableDiffusionPipeline, rank: int) -> list[torch.nn.Parameter]:
-    """A fresh LoRA on the attention of a frozen pipeline; returns what is trained."""
+    """Freeze a pipeline, add a LoRA to the attention of its UNet and return the trainable parameters."""
     for module in (pipe.vae, pipe.text_encoder, pipe.unet):
         module.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = StableDiffusionPipeline.from_pretrained(args.model, safety_checker=None).to(device)
     pipe.set_progress_bar_config(disable=True)
-    # SD1.5 comes with PNDM, whose steps depend on earlier ones; DDIM with eta > 0 is a chain that can be read.
+    # SD1.5's default, PNDM, is a deterministic multistep method; SQDF needs noisy steps that depend on x_t alone.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     reward = rewards.load_reward(args.reward, device=device)
     parameters = add_lora(pipe, rank=8)
@@ -106,14 +108,14 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [options]")
-    parser.add_argument("--model", default=str(pipeline_folder()), help="default: the embedded shapes model")
-    parser.add_argument("--reward", default="taste", help="a registered reward or module:function; taste knows shapes")
+    parser.add_argument("--model", default=str(pipeline_folder()), help="default: embedded shapes model")
+    parser.add_argument("--reward", default="taste", help="built-in reward or module:function; taste knows shapes")
     shapes = list(TRAIN_PROMPTS[:: len(TRAIN_PROMPTS) // 8][:8])
     parser.add_argument(
-        "--prompts", nargs="+", default=shapes, metavar="PROMPT", help="one sample each; default: shapes"
+        "--prompts", nargs="+", default=shapes, metavar="PROMPT", help="prompts, one sample each; default: shapes"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="calls of the pipeline that are learnt from")
-    parser.add_argument("--updates", type=int, default=4, help="optimizer steps on each call's states")
+    parser.add_argument("--rounds", type=int, default=3, help="pipeline calls to learn from")
+    parser.add_argument("--updates", type=int, default=4, help="optimizer steps per call")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     try:

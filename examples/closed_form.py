@@ -1,12 +1,10 @@
-"""SQDF in worlds whose answer is known: trains by the real loss and replay buffer, compares with the closed
-form.
+"""Train SQDF where the answer is known, with the real loss and replay buffer, and compare with the closed form.
 
     python examples/closed_form.py [--output docs/closed_form.md]
 
-The data are a mixture of Gaussians, so that the pretrained network is exact, and small enough that the
-policy can be any function of the state that matters. What SQDF must converge to is then known: the
-minimiser of its loss at every single state (docs/algorithm.md), and how far that is from the optimum of the
-problem it approximates is a number.
+The data follow a mixture of Gaussians, so the pretrained network is exact, and the problem is small enough for the
+policy to represent any relevant function of the state. SQDF must then converge to the minimizer of its loss at each
+state (docs/algorithm.md), and its distance to the optimum of the original problem can be computed.
 """
 
 from __future__ import annotations
@@ -29,12 +27,12 @@ from sqdf_fast.schedule import TRAINABLE_RATIO, DenoisingSchedule
 
 @dataclass(frozen=True)
 class World:
-    """Data x_0 [D] of independent elements, each a mixture of Gaussians, and a reward.
+    """Data x_0 [D] with independent elements, each from a mixture of Gaussians, and a reward.
 
     Attributes:
-        schedule: of the sampler.
-        means, stds, weights: [components] of the mixture.
-        reward: x_0 [B, D] -> r [B].
+        schedule: the sampler's coefficients.
+        means, stds, weights: mixture parameters, [components].
+        reward: function x_0 [B, D] -> r [B].
     """
 
     schedule: DenoisingSchedule
@@ -47,13 +45,13 @@ class World:
         """The exact pretrained network: epsilon*(x) = -noise d log p_t(x) / dx, elementwise."""
         alphas = self.schedule.alphas_cumprod[timesteps.long()][..., None, None]
         variance = alphas * self.stds**2 + 1 - alphas
-        centred = x[..., None] - alphas.sqrt() * self.means
-        responsibility = (self.weights.log() - 0.5 * (variance.log() + centred**2 / variance)).softmax(-1)
-        return (1 - alphas[..., 0]).sqrt() * (responsibility * centred / variance).sum(-1)
+        centered = x[..., None] - alphas.sqrt() * self.means
+        responsibility = (self.weights.log() - 0.5 * (variance.log() + centered**2 / variance)).softmax(-1)
+        return (1 - alphas[..., 0]).sqrt() * (responsibility * centered / variance).sum(-1)
 
 
 class Policy(torch.nn.Module):
-    """m = epsilon*(x) + sum_f w[index, f] phi_f(x), elementwise; epsilon* at the start."""
+    """m = epsilon*(x) + sum_f w[index, f] phi_f(x), elementwise; starts at epsilon*."""
 
     def __init__(self, world: World, features: Callable[[Tensor], Tensor], elements: int) -> None:
         super().__init__()
@@ -75,7 +73,7 @@ def affine(x: Tensor) -> Tensor:
 
 
 def hats(knots: Tensor) -> Callable[[Tensor], Tensor]:
-    """Features of a piecewise linear function on equidistant knots, constant beyond them."""
+    """Features of a piecewise linear function on equidistant knots that is constant beyond them."""
     spacing = knots[1] - knots[0]
 
     def features(x: Tensor) -> Tensor:
@@ -115,7 +113,7 @@ def train(
     steps_per_refill: int = 20,
     seed: int = 0,
 ) -> None:
-    """Off-policy SQDF with Adam. Every state comes with z and -z: much less noise in the gradient."""
+    """Off-policy SQDF with Adam. Every state is used with z and -z, which makes the gradient much less noisy."""
     world = policy.world
     schedule, elements = world.schedule, policy.weight.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -149,7 +147,7 @@ def train(
         decay.step()
 
 
-# Gaussian world: p' = N(0, I), r = offset - 1/2 sum_d (x_d - c_d)^2.
+# Gaussian problem: p' = N(0, I), r = offset - 1/2 sum_d (x_d - c_d)^2.
 
 
 def gaussian_world(schedule: DenoisingSchedule, target: Tensor, offset: float = 0.0) -> World:
@@ -173,11 +171,10 @@ def learned_moments(policy: Policy) -> tuple[Tensor, Tensor]:
 def predicted_moments(
     schedule: DenoisingSchedule, target: Tensor, weight: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """The stationary point of the loss: mean (rho x + g L c) / (1 + g L^2) at any state, g = w sigma^2 /
-    beta.
+    """Moments at the stationary point of the loss: transition mean (rho x + g L c) / (1 + g L^2), g = w sigma^2 / beta.
 
     Args:
-        weight: w [T], credit of each index.
+        weight: credit w of each index, [T].
     """
     p, q, sigma = schedule.transition.unbind(1)
     rho = p + q * schedule.levels[:, 1]
@@ -192,22 +189,22 @@ def predicted_moments(
 
 
 def exact_moments(schedule: DenoisingSchedule, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The optimum of E[r(x_0)] - alpha sum KL with these sigmas: a quadratic value, backwards."""
+    """Moments at the optimum of E[r(x_0)] - alpha sum KL with these sigmas: backward recursion of a quadratic value."""
     p, q, sigma = schedule.transition.unbind(1)
     rho = p + q * schedule.levels[:, 1]
-    curvature, centre, gains = torch.ones((), dtype=torch.float64), target, []
+    curvature, center, gains = torch.ones((), dtype=torch.float64), target, []
     for i in reversed(range(len(schedule))):
         stiffness = beta / sigma[i] ** 2
         total = curvature + stiffness
-        gains.append((stiffness * rho[i] / total, curvature * centre / total))
-        curvature, centre = curvature * stiffness / total * rho[i] ** 2, centre / rho[i]
+        gains.append((stiffness * rho[i] / total, curvature * center / total))
+        curvature, center = curvature * stiffness / total * rho[i] ** 2, center / rho[i]
     mean, variance = torch.zeros_like(target), torch.ones_like(target)
     for i, (slope, shift) in enumerate(reversed(gains)):
         mean, variance = slope * mean + shift, slope**2 * variance + sigma[i] ** 2
     return mean, variance.sqrt()
 
 
-# Mixture world: one element, densities and per-state minimisers on a grid.
+# Mixture problem: one element, densities and per-state minimizers on a grid.
 
 GRID = torch.linspace(-5, 5, 1001, dtype=torch.float64)
 SPACING = GRID[1] - GRID[0]
@@ -222,11 +219,11 @@ def mixture_world(schedule: DenoisingSchedule) -> World:
 
 
 def chain_density(schedule: DenoisingSchedule, means: list[Tensor]) -> Tensor:
-    """Density of x_0 on GRID after the chain whose transition means at the states GRID are means[i]."""
-    density = normalised(torch.exp(-0.5 * GRID**2))
+    """Density of x_0 on GRID after a chain with transition means means[i] at the states GRID."""
+    density = normalized(torch.exp(-0.5 * GRID**2))
     for mean, sigma in zip(means, schedule.transition[:, 2], strict=True):
         kernel = torch.exp(-0.5 * ((GRID[:, None] - mean) / sigma) ** 2)
-        density = normalised(kernel @ (density / kernel.sum(0).clamp(min=1e-300)))
+        density = normalized(kernel @ (density / kernel.sum(0).clamp(min=1e-300)))
     return density
 
 
@@ -242,8 +239,8 @@ def policy_means(policy: Policy) -> list[Tensor]:
 
 
 @torch.no_grad()
-def minimising_means(world: World, *, gamma: float, beta: float) -> list[Tensor]:
-    """Transition means that minimise SQDF's loss at each state of GRID:
+def minimizing_means(world: World, *, gamma: float, beta: float) -> list[Tensor]:
+    """Transition means that minimize SQDF's loss at each state of GRID:
 
     -gamma^k E_z[r(x0_hat(mu + sigma z))] + beta / 2 ((mu - mu_ref) / sigma)^2.
     """
@@ -256,13 +253,13 @@ def minimising_means(world: World, *, gamma: float, beta: float) -> list[Tensor]
             x0_hat = look_ahead(x[:, None], torch.full(x.shape, i), lookahead, world.network)
             return weight[i] * world.reward(x0_hat)
 
-        means[i], _ = maximise(value, means[i], schedule.transition[i, 2], beta)
+        means[i], _ = maximize(value, means[i], schedule.transition[i, 2], beta)
     return means
 
 
 @torch.no_grad()
 def optimal_means(world: World, *, beta: float) -> list[Tensor]:
-    """Transition means that maximise E[r(x_0)] - alpha sum KL with these sigmas: dynamic programming."""
+    """Transition means that maximize E[r(x_0)] - alpha sum KL with these sigmas: dynamic programming."""
     schedule = world.schedule
     means = policy_means(Policy(world, affine, 1))
     value = world.reward(GRID[:, None])
@@ -273,11 +270,11 @@ def optimal_means(world: World, *, beta: float) -> list[Tensor]:
             left = position.long()
             return value[left].lerp(value[left + 1], position - left)
 
-        means[i], value = maximise(later, means[i], schedule.transition[i, 2], beta)
+        means[i], value = maximize(later, means[i], schedule.transition[i, 2], beta)
     return means
 
 
-def maximise(value: Callable[[Tensor], Tensor], reference: Tensor, sigma: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def maximize(value: Callable[[Tensor], Tensor], reference: Tensor, sigma: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """argmax and max [n] over mu of E_z[value(mu + sigma z)] - beta / 2 ((mu - reference) / sigma)^2."""
     nodes, weights = gauss_hermite(40)
     points = CANDIDATES[:, None] + sigma * nodes
@@ -299,14 +296,14 @@ def gauss_hermite(number: int) -> tuple[Tensor, Tensor]:
 
 
 def tilted_density(world: World, beta: float) -> Tensor:
-    """p'(x_0) exp(r(x_0) / beta) on GRID, normalised; beta = inf gives the data."""
+    """p'(x_0) exp(r(x_0) / beta) on GRID, normalized; beta = inf gives the data."""
     x = GRID[:, None]
     data = (world.weights / world.stds * torch.exp(-0.5 * ((x - world.means) / world.stds) ** 2)).sum(1)
-    return normalised(data * torch.exp(world.reward(x) / beta))
+    return normalized(data * torch.exp(world.reward(x) / beta))
 
 
-def normalised(density: Tensor) -> Tensor:
-    """The same with integral 1 on GRID."""
+def normalized(density: Tensor) -> Tensor:
+    """The density, scaled to integrate to 1 on GRID."""
     return density / (density.sum() * SPACING)
 
 
@@ -315,7 +312,7 @@ def total_variation(first: Tensor, second: Tensor) -> float:
     return float(0.5 * (first - second).abs().sum() * SPACING)
 
 
-# The record.
+# The page.
 
 
 def stable_diffusion_schedule(steps: int, trainable_ratio: float = TRAINABLE_RATIO) -> DenoisingSchedule:
@@ -332,7 +329,7 @@ def stable_diffusion_schedule(steps: int, trainable_ratio: float = TRAINABLE_RAT
 
 
 def buffer_rows() -> list[str]:
-    """Every buffer mode on the Gaussian world: relative deviation from the stationary point."""
+    """Relative deviation from the stationary point in the Gaussian problem, for every buffer mode."""
     schedule, target, beta = stable_diffusion_schedule(10), torch.tensor([2.0, -1.0]).double(), 1.0
     rows = []
     for gamma in (0.9, 1.0):
@@ -350,7 +347,7 @@ def buffer_rows() -> list[str]:
 
 
 def gaussian_rows() -> list[str]:
-    """The Gaussian world on 50 steps, all of them trained, c = 2, beta = 1: mean and variance of x_0."""
+    """Mean and variance of x_0 in the Gaussian problem with 50 trained steps, c = 2, beta = 1."""
     schedule, target, beta = stable_diffusion_schedule(50, math.inf), torch.tensor([2.0]).double(), 1.0
     rows = [
         "| tilted density | | 1.000 / 0.500 |",
@@ -381,7 +378,7 @@ def cell(moments: tuple[Tensor, Tensor]) -> str:
 
 
 def mixture_rows() -> list[str]:
-    """The mixture world on 8 steps: total variation of the trained chain to what it is compared with."""
+    """Total variation between the trained chain and each comparison in the mixture problem with 8 steps."""
     schedule, rows = stable_diffusion_schedule(8), []
     world = mixture_world(schedule)
     for beta in (0.5, 0.25):
@@ -391,7 +388,7 @@ def mixture_rows() -> list[str]:
             policy = mixture_policy(world)
             train(policy, alpha=beta / 2, gamma=gamma)
             trained = chain_density(schedule, policy_means(policy))
-            best = chain_density(schedule, minimising_means(world, gamma=gamma, beta=beta))
+            best = chain_density(schedule, minimizing_means(world, gamma=gamma, beta=beta))
             distances = [f"{total_variation(trained, other):.3f}" for other in (best, optimum, tilted)]
             rows.append(f"| {beta:g} | {gamma:g} | {' | '.join(distances)} |")
     start = chain_density(schedule, policy_means(Policy(world, affine, 1)))
@@ -407,44 +404,42 @@ def mixture_policy(world: World) -> Policy:
 
 PAGE = """# Closed form
 
-Two worlds in which the answer is known, trained in float64 through the functions a real run uses: the
-schedule, the kernels, the loss, the replay buffer. Written by
-`python examples/closed_form.py --output docs/closed_form.md`; the tests hold "trained" to 0.5 % of "closed
-form" and the distance to the minimisers to 0.02.
+Two small problems with a known answer, trained in float64 with the functions of a real run: schedule, kernels, loss
+and replay buffer. Written by `python examples/closed_form.py --output docs/closed_form.md`. The tests require
+"trained" to be within 0.5 % of "closed form" and within 0.02 of the minimizers.
 
-SQDF does not converge to the tilted density p' exp(r / beta), nor to the optimum of the problem with its
-number of steps: the look-ahead stands in for the soft value, and the discount is a choice. What it does
-converge to is exact: at every state the minimiser of its loss. The distances below say how far apart the
-three are.
+SQDF converges neither to the tilted density p' exp(r / beta) nor to the optimum of the problem with its number of
+steps: the look-ahead approximates the soft value, and the discount is a choice. It converges to the minimizer of its
+loss at every state. The tables show how far apart these are.
 
-## Gaussian world
+## Gaussian problem
 
-Data N(0, I), r = -1/2 sum (x - c)^2, DDIM with eta = 1 on Stable Diffusion 1.5's levels. With rho = p + q
-sqrt(1 - A), L = sqrt(A_prev) (1 at the last index), g = w sigma^2 / beta and beta = 2 alpha kl_scale / D,
-the stationary transition mean is (rho x + g L c) / (1 + g L^2) at every state, whatever the buffer holds.
+Data N(0, I), r = -1/2 sum (x - c)^2, DDIM with eta = 1 on Stable Diffusion 1.5's noise levels. With rho = p + q
+sqrt(1 - A), L = sqrt(A_prev) (1 at the last index), g = w sigma^2 / beta and beta = 2 alpha kl_scale / D, the
+stationary transition mean is (rho x + g L c) / (1 + g L^2) at every state, whatever the buffer contains.
 
-10 steps, c = (2, -1), beta = 1; largest relative deviation of the trained policy from it:
+10 steps, c = (2, -1), beta = 1; largest relative deviation of the trained policy:
 
 | gamma | buffer | mean of x_0 | std of x_0 |
 |---|---|---|---|
 {buffer}
 
-50 steps, none of them masked, c = 2, beta = 1; mean / variance of x_0:
+50 steps, all trainable, c = 2, beta = 1; mean / variance of x_0:
 
 | | trained | closed form |
 |---|---|---|
 {gaussian}
 
-For this world the exact soft value is r(x0_hat) / (1 + (1 - A_prev) / beta) up to a constant, which is the
-weight of `credit="posterior"`: exact here, a heuristic elsewhere, and without a discount to tune.
+Here the exact soft value is r(x0_hat) / (1 + (1 - A_prev) / beta) up to a constant. `credit="posterior"` uses this
+weight: it is exact in this problem, a heuristic elsewhere, and has no discount to tune.
 
-## Mixture world
+## Mixture problem
 
-Two modes, r = tanh(1.5 x), 8 steps, one element, a policy that is piecewise linear in the state. Total
-variation between the density that the trained chain ends in and, in turn, the chain of per-state minimisers
-of the loss, the optimum of the problem with these 8 steps (dynamic programming), the tilted density:
+Two modes, r = tanh(1.5 x), 8 steps, one element, and a policy that is piecewise linear in the state. Total variation
+between the final density of the trained chain and, in turn, the chain of per-state minimizers of the loss, the
+optimum of the problem with these 8 steps (dynamic programming), and the tilted density:
 
-| beta | gamma | minimisers | optimum of the steps | tilted |
+| beta | gamma | minimizers | optimum with 8 steps | tilted |
 |---|---|---|---|---|
 {mixture}
 """

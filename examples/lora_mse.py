@@ -1,6 +1,6 @@
-"""Train a LoRA of a Stable Diffusion pipeline: a plain loop of diffusers, peft and accelerate.
+"""Train a LoRA for a Stable Diffusion pipeline in a plain diffusers, peft and accelerate loop.
 
-The result is for pipe.load_lora_weights(output_dir). Without arguments it trains the embedded shapes model.
+Load the result with pipe.load_lora_weights(output_dir). Without arguments the script trains the embedded shapes model.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ from sqdf_fast.shapes.render import render
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="%(prog)s [options]")
-    parser.add_argument("--pretrained_model_name_or_path", default=str(pipeline_folder()), help="default: embedded")
-    parser.add_argument("--train_data_dir", type=Path, help="pictures and metadata.jsonl; default: rendered shapes")
-    parser.add_argument("--output_dir", type=Path, default=Path("lora"), help="folder for the LoRA")
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        default=str(pipeline_folder()),
+        help="diffusers folder or hub id; default: embedded shapes model",
+    )
+    parser.add_argument("--train_data_dir", type=Path, help="images and metadata.jsonl; default: rendered shapes")
+    parser.add_argument("--output_dir", type=Path, default=Path("lora"), help="output folder")
     parser.add_argument("--max_train_steps", type=int, default=100)
     parser.add_argument("--train_batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -41,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_data(folder: Path | None, pipe: StableDiffusionPipeline) -> list[tuple[Tensor, str]]:
-    """Pictures [3, H, W] in [-1, 1] with their captions; without a folder, one of every prompt of the shapes."""
+    """Images [3, H, W] in [-1, 1] and their captions; without a folder, one rendered image per shapes prompt."""
     if folder is None:
         captions: Sequence[str] = TRAIN_PROMPTS
         rendered = render(attributes_for(captions, np.random.default_rng(0)))
@@ -49,9 +53,9 @@ def load_data(folder: Path | None, pipe: StableDiffusionPipeline) -> list[tuple[
     else:
         rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
         captions = [row["text"] for row in rows]
-        pictures = [Image.open(folder / row["file_name"]).convert("RGB") for row in rows]
+        images = [Image.open(folder / row["file_name"]).convert("RGB") for row in rows]
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        pixels = pipe.image_processor.preprocess(pictures, height=side, width=side)
+        pixels = pipe.image_processor.preprocess(images, height=side, width=side)
     return list(zip(pixels, captions, strict=True))
 
 

@@ -84,6 +84,9 @@ def test_without_a_compiler_the_package_builds_without_its_native_library(tmp_pa
     assert str(wheel.filename).endswith("-py3-none-any.whl")
     assert "sqdf_fast/kernels/native.py" in names
     assert not [name for name in names if name.endswith(".so")]
+    data = ("display/templates/page.html", "display/templates/page.css", "display/templates/macros.html")
+    data += ("display/templates/plots.mplstyle", "runs/report.html", "compare/report.html", "commands/verdict.html")
+    assert {f"sqdf_fast/{name}" for name in data} <= set(names)
 
 
 RESULTS = """

@@ -30,7 +30,7 @@ from sqdf_fast.compare.table import (
     tuning_sentence,
     tuning_table,
 )
-from sqdf_fast.display.progress import format_bytes
+from sqdf_fast.display import format_bytes
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 

@@ -22,7 +22,7 @@ from sqdf_fast.compare.results import Results, Runs, make_results, write_results
 from sqdf_fast.compare.table import as_text
 from sqdf_fast.compare.tuning import UNJUDGED, Choice, Trial, choose
 from sqdf_fast.compare.worker import FAILURE, failure
-from sqdf_fast.config import Config
+from sqdf_fast.config import Config, refuse_without_effect
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 from sqdf_fast.runs import environment, read_run
@@ -71,7 +71,8 @@ class Comparison:
             method_config(self.base, name, self.own[name])
             for trial in method.tried:
                 method_config(self.base, name, {**self.own[name], **trial})
-        self._expand({name: {} for name in protocol.methods})
+        variants = self._expand({name: {} for name in protocol.methods})
+        refuse_without_effect(protocol.settings, *(variant.config for variant in variants))
 
     def run(self, jobs: int | None = None) -> tuple[Results, dict[str, str]]:
         """Run what is not there yet and write results and report.
@@ -166,7 +167,8 @@ class Comparison:
             assert ablated is not None
             for name, changes in ablation(axis, ablated.config).items():
                 settings = {**ablated.settings, **changes}
-                variant = self._variant(f"{ablated.name}.{name}", name, axis, settings)
+                config = method_config(ablated.config, name, changes)
+                variant = Variant(f"{ablated.name}.{name}", name, axis, settings, config)
                 if variant.config == ablated.config:
                     # Its runs stand for this variant too.
                     variant = replace(variant, name=ablated.name, label=f"{name} ({ablated.name} itself)")

@@ -1,4 +1,4 @@
-"""What runs say: scores against cost, the same at equal reward, and how far a mean over few seeds can be trusted."""
+"""Scores of runs against cost and at equal reward, with bootstrap intervals of means over few seeds."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ def crossing(curve: Curve, level: float) -> Place | None:
 
 
 def score_at(curve: Curve, place: Place, name: str) -> Array | None:
-    """A score there, of each prompt, or [1] where only the mean is known; None where it is not known at all."""
+    """A score at a place, of each prompt, or [1] where only the mean is known; None where it is unknown."""
     return _interpolated(curve, place, lambda point: _score(point, name))
 
 
 def cost_at(curve: Curve, place: Place, name: str) -> float | None:
-    """What training had cost there."""
+    """What training had cost up to a place."""
     found = _interpolated(
         curve, place, lambda point: None if name not in point.cost else np.array([point.cost[name]], dtype=np.float64)
     )
@@ -123,13 +123,11 @@ def _score(point: Point, name: str) -> Array | None:
 
 
 def _interpolated(curve: Curve, place: Place, read: Any) -> Array | None:
-    here = read(curve.points[place.before])
-    if here is None or place.weight == 0.0:
-        return here
-    there = read(curve.points[place.before + 1])
-    if there is None:
-        return None
-    return (1 - place.weight) * here + place.weight * there
+    before = read(curve.points[place.before])
+    if before is None or place.weight == 0.0:
+        return before
+    after = read(curve.points[place.before + 1])
+    return None if after is None else (1 - place.weight) * before + place.weight * after
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,8 @@ class Estimate:
     """A mean over seeds and prompts.
 
     Attributes:
-        low, high: 95 % percentile bootstrap; None where there is one seed and no prompt to draw from.
-        over: what was drawn anew: "seeds and prompts", "seeds", "prompts" or "".
+        low, high: 95 % percentile bootstrap; None for one seed without scores by prompt.
+        over: what was resampled: "seeds and prompts", "seeds", "prompts" or "".
     """
 
     mean: float

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sqdf_fast.compare.protocol import parse_budget
-from sqdf_fast.config import Config, with_settings
+from sqdf_fast.config import Config, settings_of, with_settings
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 from sqdf_fast.runs.checkpoint import checkpoints
@@ -129,7 +129,7 @@ def check_settings(job: Job) -> None:
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
+    values = settings_of(config)
     if config.vram is not None:
         # The plan of a memory budget fills these in.
         for key in ("execution", "sampling", "dtype", "optimizer"):

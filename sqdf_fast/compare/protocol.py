@@ -29,6 +29,8 @@ def dotted(settings: Any, prefix: str = "") -> Any:
 
 Dotted = Annotated[Settings, BeforeValidator(dotted)]
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+# By the methods, the budget, the seeds and the points of a comparison.
+_DECIDED = ("algorithm", "seed", "steps", "evaluation.points", "evaluation.every")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
 
 
@@ -158,9 +160,11 @@ class Protocol(Section):
     def base(self) -> Config:
         """The settings that all methods share, validated. Raises UserError."""
         for key in self.settings:
-            if key in ("seed", "steps", "evaluation.points", "evaluation.every") or key.startswith("limits"):
-                raise UserError(f"settings.{key} is the comparison's to decide; set budget, seeds and points instead")
-        return with_settings(make_config(self.preset), self.settings)
+            if key in _DECIDED or key.startswith("limits"):
+                raise UserError(
+                    f"settings.{key} is the comparison's to decide; set methods, budget, seeds and points instead"
+                )
+        return with_settings(make_config(self.preset), self.settings, shared=True)
 
     def settings_of(self, name: str) -> Settings:
         """A method's own settings, without what tuning chooses. Raises UserError."""

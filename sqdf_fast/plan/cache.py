@@ -14,10 +14,10 @@ import torch
 from pydantic import TypeAdapter
 
 import sqdf_fast
-import sqdf_fast.kernels
 from sqdf_fast import __version__
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import write_text
+from sqdf_fast.kernels import dispatch
 
 T = TypeVar("T")
 
@@ -56,8 +56,8 @@ def write(key: str, value: Any) -> None:
 def _code() -> str:
     """A hash of the whole package: a list of the modules that decide a plan would go out of date."""
     digest = hashlib.sha256(__version__.encode())
-    for folder in (*sqdf_fast.__path__, *sqdf_fast.kernels.__path__):
-        for path in sorted(Path(folder).rglob("*")):
+    for module in (sqdf_fast.__file__, dispatch.__file__):
+        for path in sorted(Path(module).parent.rglob("*")):
             if path.suffix in (".py", ".json"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()

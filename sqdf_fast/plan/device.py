@@ -126,17 +126,22 @@ def parse_memory(text: str, total: int | None = None) -> int:
         total: bytes of the card, for a percentage.
 
     Raises:
-        UserError: an invalid size, a percentage outside 0 to 100, or a percentage without a GPU.
+        UserError: not a size, not above 0, a share without a card or above 100 %.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z%]*)\s*", text.lower())
-    number = float(match[1]) if match else 0
-    if match is None or match[2] not in _UNITS or number <= 0 or (match[2] == "%" and number > 100):
+    if match is None or match[2] not in _UNITS:
         raise UserError(f"invalid --vram {text!r}: expected a size such as 24G, 8GiB or 80%")
-    if match[2] != "%":
-        return int(number * _UNITS[match[2]])
-    if total is None:
-        raise UserError(f"--vram {text!r} is a share of a GPU and no GPU was detected; give a size such as 24G")
-    return int(total * number / 100)
+    number = float(match[1])
+    if match[2] == "%":
+        if not 0 < number <= 100:
+            raise UserError(f"invalid --vram {text!r}: expected more than 0% and at most 100%")
+        if total is None:
+            raise UserError(f"invalid --vram {text!r}: no GPU to take a share of; give a size such as 24G")
+        return int(total * number / 100)
+    size = int(number * _UNITS[match[2]])
+    if size <= 0:
+        raise UserError(f"invalid --vram {text!r}: expected more than nothing, such as 24G")
+    return size
 
 
 def reserve_bytes(vram: int, device: Device | None = None) -> int:

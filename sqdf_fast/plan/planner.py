@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from sqdf_fast.config import Config, Execution, default_preset, make_config
+from sqdf_fast.config import Config, Execution, current_names, default_preset, dotted, make_config
+from sqdf_fast.display import format_duration, text_table
 from sqdf_fast.engine.loading import consistency_source
 from sqdf_fast.errors import UserError
 from sqdf_fast.families.loading import family_from_configs
@@ -100,24 +101,25 @@ class Plan:
     @staticmethod
     def from_json(text: str) -> Plan:
         """The plan of `as_json`, of earlier versions too. Raises ValueError for anything else."""
-        plan = TypeAdapter(Plan).validate_json(text)
+        try:
+            plan = TypeAdapter(Plan).validate_json(text)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"]) from None
         stages = tuple(dataclasses.replace(s, name=_RENAMED_STAGES.get(s.name, s.name)) for s in plan.stages)
-        return dataclasses.replace(plan, stages=stages)
+        return dataclasses.replace(plan, settings=current_names(plan.settings), stages=stages)
 
     def as_text(self) -> str:
         """A table for people."""
-        lines = [f"{'stage':<18}{'live GiB':>9}{'TFLOP':>10}{'seconds':>10}  traded"]
-        lines += [
-            f"{s.name:<18}{s.live_gib:>9.2f}{s.flops / 1e12:>10.1f}{s.seconds:>10.2f}  {s.note}".rstrip()
-            for s in self.stages
-        ]
+        rows = [[s.name, f"{s.live_gib:.2f}", f"{s.flops / 1e12:.1f}", f"{s.seconds:.2f}", s.note] for s in self.stages]
+        table = text_table(("stage", "live GiB", "TFLOP", "seconds", "traded"), rows, left=(0, 4))
         verdict = "fits" if self.fits else "does NOT fit"
-        lines += [
+        lines = [
+            table,
             "",
             f"{self.model} {verdict} {self.vram_gib:.2f} GiB: "
             f"peak {self.peak_gib:.2f} + reserve {self.reserve_gib:.2f} GiB",
-            f"a step: {self.flops_per_step / 1e12:.0f} TFLOP, about {self.predicted_seconds:.1f} s on a {self.device} "
-            "(a model of the card, not a measurement)",
+            f"a step: {self.flops_per_step / 1e12:.0f} TFLOP, about {format_duration(self.predicted_seconds)} on a "
+            f"{self.device} (a model of the card, not a measurement)",
             self._replay_line(),
             "settings: " + " ".join(f"{key}={_shown(value)}" for key, value in self.settings.items()),
             *(f"{s.key}={_shown(s.value)}: {s.reason}" for s in self.switches),
@@ -127,7 +129,7 @@ class Plan:
     def _replay_line(self) -> str:
         sampling = sum(stage.seconds for stage in self.stages if stage.name == "sampling")
         rest, ratio = self.predicted_seconds - sampling, self.replay_ratio
-        others = ", ".join(f"{r}: {rest + sampling * ratio / r:.1f} s" for r in (1, 4, 8) if r != ratio)
+        others = ", ".join(f"{r}: {format_duration(rest + sampling * ratio / r)}" for r in (1, 4, 8) if r != ratio)
         return f"replay.steps_per_refill is {ratio} and yours to set, it changes the result; a step at {others}"
 
 
@@ -160,7 +162,7 @@ def make_plan(
     if unknown := set(allow) - set(ALLOWED):
         raise UserError(f"allow = {min(unknown)!r} is unknown; allowed: {', '.join(ALLOWED)}")
     device = find_device(device_name, vram_bytes)
-    kept = {key: value for key, value in _values(config).items() if key in keep and key in PLANNED}
+    kept = {key: value for key, value in dotted(config.model_dump()).items() if key in keep and key in PLANNED}
     inputs = config.model_dump(mode="json"), vram_bytes, device.name, sorted(allow), sorted(kept)
     key = cache.key_of(kind="plan", inputs=inputs)
     if use_cache and (stored := cache.read(key, Plan)) is not None:
@@ -319,15 +321,6 @@ class Planner:
 
     def _kept_settings(self) -> str:
         return ", ".join(f"{key}={_shown(value)}" for key, value in self.keep.items())
-
-
-def _values(section: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key."""
-    values: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        values |= _values(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {prefix + name: value}
-    return values
 
 
 def _line(name: str, work: StageCount, choice: Choice, steps: Steps, device: Device, batch: int) -> PlannedStage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqdf_fast.rewards.base import Reward
 from sqdf_fast.rewards.checks import checked_reward, preflight
+from sqdf_fast.rewards.preprocess import saturate
 from sqdf_fast.rewards.registry import available_rewards, load_reward, reward_from_config
 from sqdf_fast.rewards.weighted import WeightedSum
 
@@ -15,4 +16,5 @@ __all__ = [
     "load_reward",
     "preflight",
     "reward_from_config",
+    "saturate",
 ]

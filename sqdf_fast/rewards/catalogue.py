@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,11 +15,11 @@ class RewardCard:
         scores: what it scores, in a few words.
         parameters: in memory while training.
         download: gigabytes (10^9 bytes) of the published files, of which a part may be read; 0: nothing.
-        side: of the square that its network sees, in pixels; None: the picture as it is.
+        side: of the square that its network sees, in pixels; None: the image as it is.
         reads_prompt: whether the score depends on the prompt.
         licence: of the published code and weights; "unknown" where their pages state none.
         source: where code and weights are published.
-        differentiable: whether it has a gradient with respect to the pictures.
+        differentiable: whether it has a gradient with respect to the images.
     """
 
     address: str
@@ -141,41 +140,7 @@ CATALOGUE = {
     ),
 }
 
-_HEADINGS = ("reward", "scores", "parameters", "download", "input", "prompt", "gradient", "licence")
-
 
 def as_dict() -> dict[str, dict[str, Any]]:
     """Every reward's facts by its name, for JSON."""
     return {name: asdict(card) for name, card in CATALOGUE.items()}
-
-
-def as_text() -> str:
-    """A table of them, and how to name others."""
-    rows = [_HEADINGS, *(_row(name, card) for name, card in CATALOGUE.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    notes = [
-        "",
-        "Your own: module:function. Sums: aesthetic*1.0 + clip*0.5, with your own in them too.",
-        "Without a gradient: --set algorithm=ddpo, dpok or awm. Weights and options: docs/rewards.md.",
-    ]
-    return "\n".join(lines + notes)
-
-
-def _row(name: str, card: RewardCard) -> Sequence[str]:
-    return (
-        name,
-        card.scores,
-        _millions(card.parameters),
-        f"{card.download:.2f} GB" if card.download else "none",
-        f"{card.side} px" if card.side else "any",
-        "yes" if card.reads_prompt else "no",
-        "yes" if card.differentiable else "no",
-        card.licence,
-    )
-
-
-def _millions(number: int) -> str:
-    if number >= 1_000_000:
-        return f"{number / 1e6:.0f} M"
-    return f"{number:,}".replace(",", " ") if number else "none"

@@ -102,14 +102,14 @@ def test_known_moments():
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_mixture(gamma):
-    """Total variation at most 0.02 to the chain of per-state minimisers, far from the untrained chain."""
+    """Total variation at most 0.02 to the chain of per-state minimizers, far from the untrained chain."""
     schedule, beta = world.stable_diffusion_schedule(8), 0.5
     mixture = world.mixture_world(schedule)
     policy = world.mixture_policy(mixture)
     untrained = world.chain_density(schedule, world.policy_means(policy))
     world.train(policy, alpha=beta / 2, gamma=gamma, steps=300, batch_size=2048)
     trained = world.chain_density(schedule, world.policy_means(policy))
-    best = world.chain_density(schedule, world.minimising_means(mixture, gamma=gamma, beta=beta))
+    best = world.chain_density(schedule, world.minimizing_means(mixture, gamma=gamma, beta=beta))
     assert world.total_variation(trained, best) <= 0.02
     assert world.total_variation(untrained, best) > 0.4
 

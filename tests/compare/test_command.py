@@ -146,7 +146,7 @@ def test_methods_that_train_nothing_have_a_point_for_each_strength(model, folder
     proxies = [point["scores"]["proxy_reward"] for point in run["curve"]]
     assert proxies == sorted(proxies)
     assert proxies[0] < proxies[-1]
-    assert "64 a picture" in capsys.readouterr().out
+    assert "64 an image" in capsys.readouterr().out
 
     # Broken off after two strengths: those stay as they are, the others are drawn again.
     metrics = folder / "out" / "runs" / "best-of-n" / "seed-3" / "metrics.jsonl"
@@ -234,7 +234,7 @@ def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
     [
         (["--methods", "sqfd"], "method 'sqfd' is unknown; did you mean 'sqdf'"),
         (["--budget", "much"], "budget 'much' is none"),
-        (["--seeds", "a"], "--seeds a: expected whole numbers"),
+        (["--seeds", "a"], "invalid --seeds 'a': expected comma-separated whole numbers"),
         (["--ablate", "beta"], "'beta' is unknown; allowed: gamma"),
         (["--set", "objective.alpah=1"], "'objective.alpah' is unknown"),
         (["--set", "steps=5"], "settings.steps is the comparison's to decide"),

@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sqdf_fast.compare.command import Comparison, protocol_of
 from sqdf_fast.compare.methods import ABLATIONS, METHODS, ablation, builtin, method_config
 from sqdf_fast.compare.names import look_up
 from sqdf_fast.compare.protocol import dotted, dump_protocol, grown, make_protocol, parse_budget, read_protocol
-from sqdf_fast.config import make_config
+from sqdf_fast.config import make_config, settings_of
+from sqdf_fast.config.merging import merge, nested
 from sqdf_fast.errors import UserError
 
 
@@ -112,7 +114,7 @@ def test_refused(values, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["seed", "steps", "limits.seconds", "evaluation.points"])
+@pytest.mark.parametrize("key", ["algorithm", "seed", "steps", "limits.seconds", "evaluation.points"])
 def test_what_the_comparison_decides_is_not_set(key):
     with pytest.raises(UserError, match=f"settings.{key} is the comparison's to decide"):
         make_protocol(changed(SMALL, settings={key: 1})).base()
@@ -165,7 +167,7 @@ def test_a_method_that_is_added_to_a_folder_joins_the_others(tmp_path):
 def test_on_a_consistency_model_every_algorithm_looks_ahead_by_it(tmp_path):
     settings = {"policy.base": "consistency", "sampling.guidance_scale": 1}
     found = Comparison(make_protocol(changed(SMALL, settings=settings, methods=["sqdf", "draft-1"])), tmp_path)
-    assert found.own["draft-1"] == {"algorithm": "draft", "baseline.truncation": 1}
+    assert found.own["draft-1"] == {"algorithm": "draft", "draft.truncation": 1}
     # What is set on purpose is refused all the same.
     looking = changed(SMALL, settings=settings, methods={"sqdf": {"settings": {"objective.lookahead": "tweedie"}}})
     with pytest.raises(UserError, match=r"method 'sqdf': objective\.lookahead = tweedie does not go with"):
@@ -204,6 +206,46 @@ def test_a_reward_without_a_gradient_is_for_methods_that_need_none():
 
 def test_dotted():
     assert dotted({"a": {"b": 1, "c": {"d": 2}}, "e.f": 3, "g": []}) == {"a.b": 1, "a.c.d": 2, "e.f": 3, "g": []}
+
+
+def test_what_methods_share_reaches_those_that_read_it_and_is_read_by_one_at_least(tmp_path):
+    shared = {"awm.timesteps": 3, "objective.gamma": 0.8}
+    found = Comparison(make_protocol(changed(SMALL, settings=shared, methods=["sqdf", "awm"])), tmp_path)
+    configs = {name: method_config(found.base, name, found.own[name]) for name in found.own}
+    assert (configs["sqdf"].objective.gamma, configs["awm"].awm.timesteps) == (0.8, 3)
+    for key in ("awm.timesteps", "baseline.timesteps"):
+        with pytest.raises(UserError, match=rf"^setting {key} has no effect with algorithm = sqdf \(only with"):
+            Comparison(make_protocol(changed(SMALL, settings={key: 3})), tmp_path)
+    Comparison(make_protocol(changed(SMALL, settings={"baseline.timesteps": 3}, methods=["awm"])), tmp_path)
+    own = make_protocol(changed(SMALL, methods={"sqdf": {"settings": {"awm.timesteps": 3}}}))
+    with pytest.raises(UserError, match=r"^method 'sqdf': setting awm\.timesteps has no effect .*\(only with awm\)"):
+        Comparison(own, tmp_path)
+
+
+def test_variants_of_the_lookahead_leave_the_steps_of_another_one_behind(tmp_path):
+    methods = {"sqdf": {"settings": {"objective.lookahead": "deterministic", "objective.lookahead_steps": 3}}}
+    found = Comparison(make_protocol(changed(SMALL, methods=methods, ablate=["lookahead"])), tmp_path)
+    variants = {one.name: one.config.objective for one in found._expand({"sqdf": {}})}
+    assert variants["sqdf"].lookahead_steps == 3
+    assert variants["sqdf.lookahead-tweedie"].lookahead == "tweedie"
+    assert variants["sqdf.lookahead-deterministic-4"].lookahead_steps == 4
+
+
+STUDY, DATA = Path(__file__).parents[2] / "bench" / "study", Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("name", ["study", "longer"])
+def test_the_recorded_protocols_mean_what_they_meant(name, tmp_path):
+    """Trials, methods and variants, in what their algorithm reads, are those of version 0.1.0."""
+    found = Comparison(make_protocol(read_protocol(STUDY / f"{name}.yaml")), tmp_path)
+    configs = {job.name: job.config for job in found._trials()}
+    configs |= {one.name: one.config for one in found._expand({method: {} for method in found.own})}
+    recorded = yaml.safe_load((DATA / f"version_0_1_0_{name}.yaml").read_text())
+    assert configs.keys() == recorded["runs"].keys()
+    for run, settings in recorded["runs"].items():
+        assert settings_of(configs[run]) == settings_of(
+            make_config(file=merge(recorded["shared"], nested(settings)))
+        ), run
 
 
 BASE = make_config("shapes")

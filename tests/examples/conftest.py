@@ -26,7 +26,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def load_example():
-    """name -> the module of examples/name.py, imported anew."""
+    """name -> the module of examples/name.py, imported again on every call."""
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"examples_{name}", ROOT / "examples" / f"{name}.py")
@@ -63,3 +63,13 @@ def mean_reward():
         return load_taste()(images, prompts).mean().item()
 
     return measure
+
+
+@pytest.fixture
+def saturated_model(tmp_path, load_pipeline) -> Path:
+    """The embedded pipeline with a decoder that makes every pixel brighter than 1."""
+    pipe = load_pipeline()
+    with torch.no_grad():
+        pipe.vae.decoder.layers[-1].bias += 10
+    pipe.save_pretrained(tmp_path / "saturated")
+    return tmp_path / "saturated"

@@ -106,6 +106,22 @@ def brightness(images, prompts):
     return images.mean(dim=(1, 2, 3))
 
 
+def test_saturated_pixels_pass_their_gradient(load_example, saturated_model, monkeypatch):
+    script, norms = load_example("callback"), []
+
+    class Recorded(torch.optim.SGD):
+        def step(self):
+            norms.extend(parameter.grad.norm().item() for parameter in self.param_groups[0]["params"])
+
+    monkeypatch.setattr(
+        script.rewards, "load_reward", lambda name, device: lambda images, prompts: -images.mean((1, 2, 3))
+    )
+    monkeypatch.setattr(script, "AdamW", lambda parameters, lr: Recorded(parameters, lr))
+    script.main(["--model", str(saturated_model), "--prompts", "a red star", "--rounds", "1", "--updates", "1"])
+    # Of each LoRA's pair, B = 0 has a gradient at the first step and A has none.
+    assert sum(norm > 0 for norm in norms) == len(norms) / 2 > 0
+
+
 def test_a_model_whose_scheduler_cannot_be_read(load_example, tmp_path, monkeypatch, capsys):
     """Like SD1.5: an AutoencoderKL, a scheduler that takes earlier steps into account, prompts of its own."""
     script, folder = load_example("callback"), write_pipeline(tmp_path / "tiny")

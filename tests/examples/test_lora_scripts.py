@@ -142,6 +142,21 @@ def test_sqdf_trains_on_what_it_means_to(load_example, load_pipeline, tmp_path, 
     assert kls[2] > 1e-4
 
 
+def test_saturated_pixels_pass_their_gradient(load_example, saturated_model, tmp_path, monkeypatch):
+    script = load_example("lora_sqdf")
+    monkeypatch.setattr(
+        script.rewards, "load_reward", lambda name, device: lambda images, prompts: -images.mean((1, 2, 3))
+    )
+    script.main(
+        f"--pretrained_model_name_or_path {saturated_model} --output_dir {tmp_path}/lora --max_train_steps 1 "
+        "--train_batch_size 2".split()
+    )
+    weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    # B starts at 0: a zero gradient would leave it there.
+    trained = [value for key, value in weights.items() if "lora_B" in key or "lora.up" in key]
+    assert all(value.abs().max() > 0 for value in trained)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_another_model(load_example, name, tmp_path):
     """A pipeline with an AutoencoderKL, which encodes to a distribution and has a scaling factor."""
