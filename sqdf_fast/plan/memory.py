@@ -7,18 +7,18 @@ counted with the formulas of ``torch.utils.flop_counter``.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from sqdf_fast.plan import workspace as workspaces
 
@@ -51,8 +51,7 @@ WORK = ("flops", "matrix_bytes", "other_bytes", "operators")
 
 def scaled(stage: StageCount, factor: float) -> StageCount:
     """The stage with its work multiplied by ``factor``."""
-    work = {name: round(getattr(stage, name) * factor) for name in WORK}
-    return replace(stage, **work)
+    return replace(stage, **{name: round(getattr(stage, name) * factor) for name in WORK})
 
 
 class MemoryCount(TorchDispatchMode):
@@ -64,31 +63,25 @@ class MemoryCount(TorchDispatchMode):
         device: type of the device counted; tensors elsewhere are ignored.
         granularity: bytes to a multiple of which every storage is rounded up.
         workspace: model of the bytes that an operator allocates inside, which no dispatcher sees.
+
+    Attributes:
+        stages: counts by stage, "" for what ran before the first; stage_name: the current one.
+        live_bytes: live bytes; live: the same by kind.
     """
 
     def __init__(
         self, device: str = "cpu", granularity: int = 1, workspace: workspaces.Workspace = workspaces.none
     ) -> None:
         super().__init__()
-        self.stages: dict[str, StageCount] = {}
         self._device, self._granularity, self._workspace = device, granularity, workspace
-        self._live: dict[int, _Living] = {}
-        self._by_kind: Counter[str] = Counter()
-        self._total = 0
-        self.stage_name, self._exchanging = "", False
-        self._current = self._enter("")
-        self._hooks: list[Any] = []
         self._simulates = device == "meta"
-
-    @property
-    def live_bytes(self) -> int:
-        """Live bytes."""
-        return self._total
-
-    @property
-    def live(self) -> dict[str, int]:
-        """Live bytes by kind."""
-        return {kind: self._by_kind[kind] for kind in KINDS}
+        self.stages: dict[str, StageCount] = {}
+        self.live_bytes, self.live = 0, dict.fromkeys(KINDS, 0)
+        # A weak reference to each live storage, its size and its kind.
+        self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        self._exchanging = False
+        self._hooks: list[Any] = []
+        self.stage("")
 
     @property
     def peak_bytes(self) -> int:
@@ -98,14 +91,14 @@ class MemoryCount(TorchDispatchMode):
     def register(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Count tensors allocated earlier, or change the kind of tensors already counted."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            known = self._live.get(storage._cdata)
-            if known is None:
-                self._add(tensor, kind)
+            key = tensor.untyped_storage()._cdata
+            if key in self._storages:
+                reference, size, before = self._storages[key]
+                self.live[before] -= size
+                self.live[kind] += size
+                self._storages[key] = reference, size, kind
             else:
-                self._by_kind[known.kind] -= known.size
-                self._by_kind[kind] += known.size
-                known.kind = kind
+                self._add(tensor, kind)
         self._note_peak()
 
     def register_module(self, module: nn.Module) -> None:
@@ -118,17 +111,27 @@ class MemoryCount(TorchDispatchMode):
     def stage(self, name: str) -> None:
         """Begin the stage ``name``, or continue it."""
         self.stage_name = name
-        self._current = self._enter(name)
+        self._current = self.stages.setdefault(name, StageCount())
 
     @contextmanager
-    def counting(self, name: str) -> Iterator[StageCount]:
+    def counting(self, name: str) -> Iterator[None]:
         """Count the block as the stage ``name``, then continue the stage before."""
         previous = self.stage_name
         self.stage(name)
         try:
-            yield self._current
+            yield
         finally:
             self.stage(previous)
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Count no peak while the block swaps tensors for others, only the state it ends in."""
+        self._exchanging = True
+        try:
+            yield
+        finally:
+            self._exchanging = False
+            self._note_peak()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
@@ -143,175 +146,125 @@ class MemoryCount(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if _is_view(func):
-            return func(*args, **kwargs) if kwargs else func(*args)
-        if func is _COPY and self._simulates and kwargs and _leaves(args[0], kwargs):
+            return func(*args, **kwargs)
+        if func is _COPY and self._simulates and args[0].is_meta and getattr(kwargs.get("device"), "type", "") == "cpu":
             return torch.empty_like(args[0], dtype=kwargs.get("dtype"), device="cpu")
         if func is _ADD and _accumulates(args):
             func = torch.ops.aten.add_.Tensor
             if not _only_here(args[0]):
                 args = args[1], args[0]
-        kwargs = kwargs or {}
         # Meta tensors have no values: a repeated call need not run.
         key = _key(func, args, kwargs, self._workspace) if self._simulates else None
+        if key is not None and key not in _CALLS:
+            _CALLS[key] = _repeatable(func, args, kwargs, self._workspace)
         call = _CALLS.get(key)
-        if call is None and key is not None:
-            call = _Call.tried(func, args, kwargs, self._workspace)
-            if call is not None:
-                _CALLS[key] = call
-        if call is not None:
-            result, outputs = call.made_again(args)
+        if call is not None and call.repeat is not None:
+            result = call.repeat(args)
         else:
             result = func(*args, **kwargs)
-            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            call = _Call.of(func, args, kwargs, result, outputs, self._workspace)
-        self._count(call, outputs)
-        return result
-
-    def _count(self, call: _Call, outputs: Iterable[Tensor]) -> None:
-        made = False
-        for tensor in outputs:
-            made |= self._add(tensor, "activations")
-        if made or call.inside:
+            call = _call(func, args, kwargs, result, self._workspace)
+        made = [self._add(tensor, "activations") for tensor in _tensors(result)]
+        if any(made) or call.inside:
             self._note_peak(call.inside)
         stage = self._current
-        stage.operators += call.counted
+        stage.operators += call.operators
         stage.flops += call.flops
         stage.matrix_bytes += call.matrix_bytes
         stage.other_bytes += call.other_bytes
-
-    def _enter(self, name: str) -> StageCount:
-        return self.stages.setdefault(name, StageCount())
+        return result
 
     def _add(self, tensor: Tensor, kind: str) -> bool:
-        if tensor.device.type != self._device:
-            return False
+        """Whether the tensor's storage is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live:
+        if tensor.device.type != self._device or key in self._storages:
             return False
         size = -(-storage.nbytes() // self._granularity) * self._granularity
-        self._live[key] = _Living(storage, self._removed, key, size, kind)
-        self._by_kind[kind] += size
-        self._total += size
+        self._storages[key] = weakref.ref(storage, lambda _: self._remove(key)), size, kind
+        self.live[kind] += size
+        self.live_bytes += size
         return True
 
-    def _removed(self, living: _Living) -> None:
-        del self._live[living.key]
-        self._by_kind[living.kind] -= living.size
-        self._total -= living.size
-
-    @contextmanager
-    def exchange(self) -> Iterator[None]:
-        """Count no peak while the block swaps tensors for others, only the state it ends in."""
-        self._exchanging = True
-        try:
-            yield
-        finally:
-            self._exchanging = False
-            self._note_peak()
+    def _remove(self, key: int) -> None:
+        _, size, kind = self._storages.pop(key)
+        self.live[kind] -= size
+        self.live_bytes -= size
 
     def _note_peak(self, inside: int = 0) -> None:
-        if self._exchanging:
-            return
-        total = self._total + inside
-        if total > self._current.peak_bytes:
-            live = self.live
-            live["activations"] += inside
-            self._current.peak_bytes, self._current.at_peak = total, live
+        total = self.live_bytes + inside
+        if total > self._current.peak_bytes and not self._exchanging:
+            at_peak = {**self.live, "activations": self.live["activations"] + inside}
+            self._current.peak_bytes, self._current.at_peak = total, at_peak
 
     def _note_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self.register([parameter.grad], "gradients")
 
 
-class _Living(weakref.ref[Any]):
-    """A live storage; calls back when it is freed."""
-
-    __slots__ = ("key", "kind", "size")
-
-    def __new__(cls, storage: Any, removed: Callable[[_Living], None], *_: Any) -> _Living:
-        return super().__new__(cls, storage, removed)
-
-    def __init__(self, storage: Any, removed: Callable[[_Living], None], key: int, size: int, kind: str) -> None:
-        self.key, self.size, self.kind = key, size, kind
-
-
-@dataclass(frozen=True)
-class _Again:
-    """How to make a call's result without the call.
-
-    Attributes:
-        made: shape, stride and type of each new tensor, None for one that it left out; argument: the position of the
-            one that it returns, having written to it, or None.
-        single: whether it returns no tuple.
-    """
-
-    made: tuple[tuple[Any, ...] | None, ...] = ()
-    argument: int | None = None
-    single: bool = True
-
-
 @dataclass(frozen=True)
 class _Call:
-    """One operator on arguments of given shapes: its cost and its result."""
+    """What an operator costs on arguments of given shapes; ``repeat`` makes its result again from the arguments."""
 
     inside: int
-    flops: int
-    matrix_bytes: int
-    other_bytes: int
-    counted: bool
-    again: _Again = _Again()
-
-    @staticmethod
-    def of(
-        func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor], workspace: workspaces.Workspace
-    ) -> _Call:
-        if not outputs:
-            return _Call(workspace(func, args), 0, 0, 0, False)
-        packet = func._overloadpacket
-        moved = sum(map(_nbytes, outputs)) + sum(
-            _nbytes(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)
-        )
-        inside, count = workspace(func, args), FLOPS.get(packet)
-        if count is None:
-            # Allocating an empty tensor writes nothing.
-            return _Call(inside, 0, 0, 0 if packet in _UNWRITTEN else moved, packet not in _UNWRITTEN)
-        return _Call(inside, count(*args, **kwargs, out_val=result), moved, 0, True)
-
-    @staticmethod
-    def tried(func: Any, args: Any, kwargs: Any, workspace: workspaces.Workspace) -> _Call | None:
-        """The call on copies of its arguments; None where its result cannot be made without it.
-
-        PyTorch's own meta functions leave cycles behind that hold their arguments until garbage is collected: those
-        that are counted are never given to them.
-        """
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        devices = {tensor.device.type for tensor in tensors} or {getattr(kwargs.get("device"), "type", "")}
-        if devices != {"meta"}:
-            return None
-        before, (args, kwargs) = _signature(args), tree_map(_stand_in, (args, kwargs))
-        result = func(*args, **kwargs)
-        again = _again(func, result, args, kwargs)
-        # One that gave an argument another shape has to do so every time.
-        if again is None or _signature(args) != before:
-            return None
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        return replace(_Call.of(func, args, kwargs, result, outputs, workspace), again=again)
-
-    def made_again(self, args: tuple[Any, ...]) -> tuple[Any, Sequence[Tensor]]:
-        """The result and the tensors in it."""
-        again = self.again
-        if again.argument is not None:
-            return args[again.argument], (args[again.argument],)
-        if again.single and (only := again.made[0]) is not None:
-            tensor = _empty(*only)
-            return tensor, (tensor,)
-        result = tuple(None if o is None else _empty(*o) for o in again.made)
-        return result, [tensor for tensor in result if tensor is not None]
+    flops: int = 0
+    matrix_bytes: int = 0
+    other_bytes: int = 0
+    operators: int = 0
+    repeat: Callable[[tuple[Any, ...]], Any] | None = None
 
 
-_CALLS: dict[Any, _Call] = {}
+_CALLS: dict[Any, _Call | None] = {}
+"""Calls on meta tensors made before; None: one that must run every time."""
+
+
+def _call(func: Any, args: Any, kwargs: Any, result: Any, workspace: workspaces.Workspace) -> _Call:
+    packet, inside, outputs = func._overloadpacket, workspace(func, args), _tensors(result)
+    # Allocating an empty tensor writes nothing.
+    if not outputs or packet in _UNWRITTEN:
+        return _Call(inside)
+    moved = sum(tensor.nbytes for tensor in (*outputs, *_tensors((args, kwargs))))
+    if packet in FLOPS:
+        return _Call(inside, FLOPS[packet](*args, **kwargs, out_val=result), matrix_bytes=moved, operators=1)
+    return _Call(inside, other_bytes=moved, operators=1)
+
+
+def _repeatable(func: Any, args: Any, kwargs: Any, workspace: workspaces.Workspace) -> _Call | None:
+    """The call, made on copies of its arguments; None where its result cannot be made without it.
+
+    PyTorch's own meta functions leave cycles behind that hold their arguments until garbage is collected: those
+    that are counted are never given to them.
+    """
+    devices = {tensor.device.type for tensor in _tensors((args, kwargs))}
+    if (devices or {getattr(kwargs.get("device"), "type", "")}) != {"meta"}:
+        return None
+    before, (args, kwargs) = _signature(args), tree_map(_stand_in, (args, kwargs))
+    result = func(*args, **kwargs)
+    repeat = _repeat(func, result, args, kwargs)
+    # One that gave an argument another shape has to do so every time.
+    if repeat is None or _signature(args) != before:
+        return None
+    return replace(_call(func, args, kwargs, result, workspace), repeat=repeat)
+
+
+def _repeat(func: Any, result: Any, args: tuple[Any, ...], kwargs: Any) -> Callable[[tuple[Any, ...]], Any] | None:
+    """Makes the result again; None unless it is new meta tensors or the argument written to."""
+    if func._schema.is_mutable:
+        places = [place for place, argument in enumerate(args) if argument is result]
+        return itemgetter(places[0]) if isinstance(result, Tensor) and result.is_meta and places else None
+    inputs = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+    outputs = result if isinstance(result, tuple) else (result,)
+    made = [output for output in outputs if output is not None]
+    if not made or not all(
+        isinstance(o, Tensor) and o.is_meta and o.untyped_storage()._cdata not in inputs for o in made
+    ):
+        return None
+    shapes = [None if o is None else (o.shape, o.stride(), o.dtype) for o in outputs]
+    if isinstance(result, tuple):
+        return lambda _: tuple(None if shape is None else _empty(*shape) for shape in shapes)
+    shape = result.shape, result.stride(), result.dtype
+    return lambda _: _empty(*shape)
 
 
 @cache
@@ -320,21 +273,14 @@ def _is_view(func: Any) -> bool:
     return bool(func.is_view) or func is _aten._unsafe_view.default
 
 
-@cache
-def _may_be_remembered(func: Any) -> bool:
-    return torch.Tag.inplace_view not in func.tags
-
-
 def _key(func: Any, args: Any, kwargs: Any, workspace: workspaces.Workspace) -> Any:
     """Cache key of a call on tensors without values; None for a call that must run."""
-    if not _may_be_remembered(func):
-        return None
-    key = func, workspace, _signature(args), _signature(tuple(kwargs.items())) if kwargs else None
+    key = func, workspace, _signature(args), _signature(kwargs.items())
     try:
         hash(key)
     except TypeError:
         return None
-    return key
+    return None if torch.Tag.inplace_view in func.tags else key
 
 
 def _signature(arguments: Iterable[Any]) -> tuple[Any, ...]:
@@ -349,41 +295,16 @@ def _signature(arguments: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(described)
 
 
-def _again(func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Again | None:
-    """How to repeat a result; None unless it is new meta tensors or the argument written to."""
-    if func._schema.is_mutable:
-        places = [place for place, argument in enumerate(args) if argument is result]
-        meta = isinstance(result, Tensor) and result.device.type == "meta"
-        return _Again(argument=places[0]) if meta and places else None
-    inputs = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
-    flat = result if isinstance(result, tuple) else (result,)
-    made = [leaf for leaf in flat if leaf is not None]
-    if not made or not all(
-        isinstance(o, Tensor) and o.device.type == "meta" and o.untyped_storage()._cdata not in inputs for o in made
-    ):
-        return None
-    shapes = tuple(None if o is None else (o.shape, o.stride(), o.dtype) for o in flat)
-    return _Again(shapes, single=not isinstance(result, tuple))
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _stand_in(argument: Any) -> Any:
-    if not isinstance(argument, Tensor):
-        return argument
-    return _empty(argument.shape, argument.stride(), argument.dtype)
+    return _empty(argument.shape, argument.stride(), argument.dtype) if isinstance(argument, Tensor) else argument
 
 
 def _empty(shape: Any, stride: Any, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _leaves(tensor: Tensor, options: dict[str, Any]) -> bool:
-    """Whether a copy takes a meta tensor to the host."""
-    device = options.get("device")
-    return tensor.device.type == "meta" and device is not None and device.type == "cpu"
 
 
 def _accumulates(args: tuple[Any, ...]) -> bool:
@@ -406,19 +327,13 @@ def _only_here(tensor: Tensor) -> bool:
     return held <= 4 and torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2
 
 
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
-
-
 _aten = torch.ops.aten
 _ADD, _COPY = _aten.add.Tensor, _aten._to_copy.default
 _UNWRITTEN = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        flop_registry[_aten._scaled_dot_product_flash_attention_backward]
+    ),
 }
