@@ -14,11 +14,8 @@ from sqdf_fast.plan.memory import StageCount
 
 GIB = 2**30
 UTILISATION = 0.45
-"""Share of the specified throughput that the matrix products of a diffusion network reach in eager PyTorch.
-
-A round number between the 30 % of small consumer cards at one row and the 60 % of large batches; predicted times scale
-with it, comparisons between plans hardly do.
-"""
+"""Share of the specified throughput that matrix products reach in eager PyTorch: between the 30 % of small consumer
+cards at one row and the 60 % of large batches. Predicted times scale with it, comparisons between plans hardly do."""
 BANDWIDTH_SHARE = 0.8
 PCIE_SHARE = 0.8
 SECONDS_AN_OPERATOR = 4e-6
@@ -45,11 +42,7 @@ class Device:
     pcie: float
 
     def seconds(self, stage: StageCount) -> float:
-        """Modelled, not measured, time of a stage's work.
-
-        Matrix products run at the slower of arithmetic and memory, the other operators at memory's speed, and every
-        operator costs a fixed time on top.
-        """
+        """Modelled, not measured, time of a stage's work: matrix products at the slower of arithmetic and memory."""
         bandwidth = self.bandwidth * BANDWIDTH_SHARE
         matrix = max(stage.flops / (self.flops * UTILISATION), stage.matrix_bytes / bandwidth)
         return matrix + stage.other_bytes / bandwidth + stage.operators * SECONDS_AN_OPERATOR
@@ -59,37 +52,35 @@ class Device:
         return nbytes / (self.pcie * PCIE_SHARE)
 
 
-def _device(name: str, gib: int, tflops: float, gigabytes_a_second: float, pcie: float) -> Device:
-    return Device(name, gib * GIB, tflops * 1e12, gigabytes_a_second * 1e9, pcie * 1e9)
-
-
+_TABLE = (
+    # GiB, TFLOP/s, GB/s of memory, GB/s of PCIe
+    ("RTX 2060", 6, 25.8, 336, 15.75),
+    ("RTX 2080 Ti", 11, 53.8, 616, 15.75),
+    ("T4", 16, 65.0, 320, 15.75),
+    ("RTX 3060", 12, 25.5, 360, 31.5),
+    ("RTX 3070", 8, 40.6, 448, 31.5),
+    ("RTX 3080", 10, 59.5, 760, 31.5),
+    ("RTX 3090", 24, 71.0, 936, 31.5),
+    ("RTX 4060", 8, 30.2, 272, 15.75),
+    ("RTX 4060 Ti", 16, 44.1, 288, 15.75),
+    ("RTX 4070", 12, 58.3, 504, 31.5),
+    ("RTX 4080", 16, 97.5, 717, 31.5),
+    ("RTX 4090", 24, 165.2, 1008, 31.5),
+    ("RTX 5070 Ti", 16, 87.9, 896, 63.0),
+    ("RTX 5080", 16, 112.6, 960, 63.0),
+    ("RTX 5090", 32, 209.5, 1792, 63.0),
+    ("L4", 24, 121.0, 300, 31.5),
+    ("A10", 24, 125.0, 600, 31.5),
+    ("L40S", 48, 362.0, 864, 31.5),
+    ("RTX A6000", 48, 154.8, 768, 31.5),
+    ("A100 40GB", 40, 312.0, 1555, 31.5),
+    ("A100 80GB", 80, 312.0, 2039, 31.5),
+    ("H100", 80, 989.0, 3350, 63.0),
+    ("H200", 141, 989.0, 4800, 63.0),
+)
 DEVICES = {
-    device.name: device
-    for device in (
-        _device("RTX 2060", 6, 25.8, 336, 15.75),
-        _device("RTX 2080 Ti", 11, 53.8, 616, 15.75),
-        _device("T4", 16, 65.0, 320, 15.75),
-        _device("RTX 3060", 12, 25.5, 360, 31.5),
-        _device("RTX 3070", 8, 40.6, 448, 31.5),
-        _device("RTX 3080", 10, 59.5, 760, 31.5),
-        _device("RTX 3090", 24, 71.0, 936, 31.5),
-        _device("RTX 4060", 8, 30.2, 272, 15.75),
-        _device("RTX 4060 Ti", 16, 44.1, 288, 15.75),
-        _device("RTX 4070", 12, 58.3, 504, 31.5),
-        _device("RTX 4080", 16, 97.5, 717, 31.5),
-        _device("RTX 4090", 24, 165.2, 1008, 31.5),
-        _device("RTX 5070 Ti", 16, 87.9, 896, 63.0),
-        _device("RTX 5080", 16, 112.6, 960, 63.0),
-        _device("RTX 5090", 32, 209.5, 1792, 63.0),
-        _device("L4", 24, 121.0, 300, 31.5),
-        _device("A10", 24, 125.0, 600, 31.5),
-        _device("L40S", 48, 362.0, 864, 31.5),
-        _device("RTX A6000", 48, 154.8, 768, 31.5),
-        _device("A100 40GB", 40, 312.0, 1555, 31.5),
-        _device("A100 80GB", 80, 312.0, 2039, 31.5),
-        _device("H100", 80, 989.0, 3350, 63.0),
-        _device("H200", 141, 989.0, 4800, 63.0),
-    )
+    name: Device(name, gib * GIB, tflops * 1e12, bandwidth * 1e9, pcie * 1e9)
+    for name, gib, tflops, bandwidth, pcie in _TABLE
 }
 """By name. Consumer cards halve the rate of float16 with float32 accumulation; the numbers are the halved ones."""
 
@@ -109,14 +100,10 @@ def find_device(name: str | None, memory: int) -> Device:
     """
     if name == CPU.name:
         return CPU
-    if name is not None:
-        known = [key for key in DEVICES if _words(key) <= _words(name)]
-        if known:
-            return DEVICES[max(known, key=lambda key: len(_words(key)))]
-    for key in _TYPICAL:
-        if DEVICES[key].memory >= 0.95 * memory:
-            return DEVICES[key]
-    return DEVICES[_TYPICAL[-1]]
+    if known := [key for key in DEVICES if name is not None and _words(key) <= _words(name)]:
+        return DEVICES[max(known, key=lambda key: len(_words(key)))]
+    typical = [DEVICES[key] for key in _TYPICAL]
+    return next((device for device in typical if device.memory >= 0.95 * memory), typical[-1])
 
 
 def parse_memory(text: str, total: int | None = None) -> int:
@@ -128,17 +115,17 @@ def parse_memory(text: str, total: int | None = None) -> int:
     Raises:
         UserError: not a size, not above 0, a share without a card or above 100 %.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z%]*)\s*", text.lower())
-    if match is None or match[2] not in _UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|([mgt])(?:i?b)?|b)?\s*", text.lower())
+    if match is None:
         raise UserError(f"invalid --vram {text!r}: expected a size such as 24G, 8GiB or 80%")
     number = float(match[1])
-    if match[2] == "%":
+    if match[2]:
         if not 0 < number <= 100:
             raise UserError(f"invalid --vram {text!r}: expected more than 0% and at most 100%")
         if total is None:
             raise UserError(f"invalid --vram {text!r}: no GPU to take a share of; give a size such as 24G")
         return int(total * number / 100)
-    size = int(number * _UNITS[match[2]])
+    size = int(number * _UNITS[match[3]])
     if size <= 0:
         raise UserError(f"invalid --vram {text!r}: expected more than nothing, such as 24G")
     return size
@@ -149,21 +136,8 @@ def reserve_bytes(vram: int, device: Device | None = None) -> int:
     return 0 if device is CPU else CONTEXT_BYTES + int(FRAGMENTATION * vram)
 
 
+_UNITS = {None: 1, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
 def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+", name.lower())) - {"nvidia", "geforce", "tesla", "rtx"}
-
-
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "%": 1,
-    "m": 2**20,
-    "mb": 2**20,
-    "mib": 2**20,
-    "g": 2**30,
-    "gb": 2**30,
-    "gib": 2**30,
-    "t": 2**40,
-    "tb": 2**40,
-    "tib": 2**40,
-}

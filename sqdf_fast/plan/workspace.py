@@ -26,23 +26,17 @@ _MKLDNN_SMALLEST = 20480
 
 def on_cpu(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that a CPU kernel holds beyond inputs and outputs, in PyTorch's present number of threads."""
-    model = _ON_CPU.get(func._overloadpacket)
-    return 0 if model is None else model(*args)
+    return _ON_CPU.get(func._overloadpacket, none)(*args)
 
 
 def on_cuda(func: Any, args: tuple[Any, ...]) -> int:
     """The same for the CUDA kernel that takes its place."""
-    model = _ON_CUDA.get(str(func._overloadpacket))
-    return 0 if model is None else model(*args)
+    return _ON_CUDA.get(str(func._overloadpacket), none)(*args)
 
 
-def none(func: Any, args: tuple[Any, ...]) -> int:
+def none(*_: Any) -> int:
     """No workspace at all: what the dispatcher sees is everything."""
     return 0
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _splits(query: Tensor, key: Tensor) -> tuple[int, int]:
@@ -61,7 +55,7 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     rows, columns = _splits(query, key)
     scratch = (torch.get_num_threads() * 2 * rows * columns + rows) * max(query.element_size(), 4)
     # The kernel wants [B, N, H, D].
-    return scratch + (0 if grad.transpose(1, 2).is_contiguous() else _size(grad))
+    return scratch + (0 if grad.transpose(1, 2).is_contiguous() else grad.nbytes)
 
 
 def _flash_backward(grad: Tensor, query: Tensor, *_: Any) -> int:
@@ -70,14 +64,8 @@ def _flash_backward(grad: Tensor, query: Tensor, *_: Any) -> int:
     return 4 * rows * (-(-width // 32) * 32 + 1)
 
 
-def _adamw_8bit(parameter: Tensor, *_: Any) -> int:
-    """Of bitsandbytes' step on a float32 copy of parameter and gradient, which is rounded stochastically afterwards."""
-    return 24 * parameter.numel() if parameter.dtype == torch.bfloat16 else 0
-
-
-def _adamw_32bit(parameter: Tensor, *_: Any) -> int:
-    """Of the reference, which is what runs on CUDA."""
-    return 32 * parameter.numel() if parameter.dtype == torch.bfloat16 else 0
+def _bfloat16_step(bytes_per_element: int) -> Callable[..., int]:
+    return lambda parameter, *_: bytes_per_element * parameter.numel() if parameter.dtype == torch.bfloat16 else 0
 
 
 def _output_positions(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
@@ -108,12 +96,12 @@ def _blocked(channels: int) -> int:
 
 
 def _blocked_size(x: Tensor) -> int:
-    return _size(x) // x.shape[1] * _blocked(x.shape[1])
+    return x.nbytes // x.shape[1] * _blocked(x.shape[1])
 
 
 def _blocked_weight(weight: Tensor) -> int:
     outputs, inputs = weight.shape[:2]
-    return _size(weight) // (outputs * inputs) * _blocked(outputs) * _blocked(inputs)
+    return weight.nbytes // (outputs * inputs) * _blocked(outputs) * _blocked(inputs)
 
 
 def _through_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -123,16 +111,8 @@ def _through_onednn(x: Tensor, weight: Tensor) -> bool:
     return x.dtype != torch.float32 or wide or len(x) > 1 or x.numel() > _MKLDNN_SMALLEST
 
 
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Any,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    *_: Any,
-) -> int:
+def _convolution(*arguments: Any) -> int:
+    x, weight, _, stride, padding, dilation, transposed, *_ = arguments
     if transposed or x.dim() != 4:
         return 0
     stride, padding, dilation = ([n[0], n[-1]] for n in (stride, padding, dilation))
@@ -141,38 +121,27 @@ def _convolution(
     if not _through_onednn(x, weight):
         return _columns(x, weight, positions, _pointwise(weight, stride, padding))
     if _channels_last(x, weight):
-        return 2 * _size(weight)
+        return 2 * weight.nbytes
     # Copies in the blocked layout are multiplied, then the result is copied back.
     blocked = output // len(weight) * _blocked(len(weight))
     return max(_blocked_size(x) + _blocked_weight(weight) + blocked - output, blocked)
 
 
-def _convolution_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Any,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    output_mask: list[bool],
-) -> int:
+def _convolution_backward(*arguments: Any) -> int:
+    grad, x, weight, _, stride, padding, _, transposed, _, _, output_mask = arguments
     if transposed or x.dim() != 4:
         return 0
     if not _through_onednn(x, weight):
         plain = _pointwise(weight, [stride[0], stride[-1]], [padding[0], padding[-1]])
         return _columns(x, weight, prod(grad.shape[2:]), plain) if output_mask[1] else 0
     if _channels_last(x, grad, weight):
-        return 2 * _size(weight)
+        return 2 * weight.nbytes
     # The weights' gradient comes second: only then does its output take room.
-    later = _size(weight) if output_mask[1] else 0
+    later = weight.nbytes if output_mask[1] else 0
     blocked = _blocked_size(x)
     input_pass = 0
     if output_mask[0]:
-        input_pass = max(_blocked_size(grad) + _blocked_weight(weight) + blocked - _size(x), blocked) - later
+        input_pass = max(_blocked_size(grad) + _blocked_weight(weight) + blocked - x.nbytes, blocked) - later
     weight_pass = blocked + _blocked_size(grad) if output_mask[1] else 0
     return max(input_pass, weight_pass)
 
@@ -186,6 +155,8 @@ _ON_CPU: dict[Any, Callable[..., int]] = {
 # By name: the ops of this project exist once they are imported.
 _ON_CUDA: dict[str, Callable[..., int]] = {
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
-    "sqdf_fast.adamw_8bit": _adamw_8bit,
-    "sqdf_fast.adamw_32bit": _adamw_32bit,
+    # bitsandbytes' step on float32 copies of parameter and gradient, then rounded stochastically.
+    "sqdf_fast.adamw_8bit": _bfloat16_step(24),
+    # The reference, which is what runs on CUDA.
+    "sqdf_fast.adamw_32bit": _bfloat16_step(32),
 }
