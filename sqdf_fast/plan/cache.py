@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,29 +29,26 @@ def folder() -> Path:
     return Path(base) / "sqdf-fast" / "plans"
 
 
-def key_of(**inputs: Any) -> str:
-    """A hash of the inputs, this package's code and PyTorch's version."""
+def remembered(kind: type[T], make: Callable[[], T], use_cache: bool, **inputs: Any) -> T:
+    """The dataclass stored for these inputs, this package's code and PyTorch's version; else that of ``make``, stored.
+
+    A file that cannot be read is made again, and a disk that refuses costs the next search its time and nothing else.
+    """
+    if not use_cache:
+        return make()
     text = json.dumps({**inputs, "code": _code(), "torch": torch.__version__}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def read(key: str, kind: type[T]) -> T | None:
-    """The dataclass stored under the key; None if there is none, or it cannot be read."""
-    try:
-        found = json.loads((folder() / f"{key}.json").read_text(encoding="utf-8"))
-        if found.pop("key") != key:
-            return None
-        value: T = TypeAdapter(kind).validate_python(found)
-    except (OSError, ValueError, AttributeError, KeyError):
-        return None
-    return value
-
-
-def write(key: str, value: Any) -> None:
-    """Store a dataclass; a disk that refuses costs the next search its time and nothing else."""
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    file = folder() / f"{key}.json"
+    with suppress(OSError, ValueError, AttributeError, KeyError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found.pop("key") == key:
+            stored: T = TypeAdapter(kind).validate_python(found)
+            return stored
+    made = make()
     with suppress(OSError, UserError):
         folder().mkdir(parents=True, exist_ok=True)
-        write_text(folder() / f"{key}.json", json.dumps({**asdict(value), "key": key}))
+        write_text(file, json.dumps({**asdict(made), "key": key}))  # type: ignore[call-overload]
+    return made
 
 
 def _code() -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ from sqdf_fast.plan import cache
 from sqdf_fast.plan.device import CPU, GIB, Device, find_device, reserve_bytes
 from sqdf_fast.plan.fake import DEVICE, only_new_garbage
 from sqdf_fast.plan.memory import StageCount, scaled
-from sqdf_fast.plan.search import Choice, Profile, choices, fastest, profile, simulate_full_batch
+from sqdf_fast.plan.search import STAGES, Choice, Profile, choices, fastest, profile, simulate_full_batch
 from sqdf_fast.plan.simulate import Simulation, Steps
 from sqdf_fast.plan.switches import Switch, explained
 from sqdf_fast.plan.workspace import on_cpu
@@ -164,14 +163,12 @@ def make_plan(
     device = find_device(device_name, vram_bytes)
     kept = {key: value for key, value in dotted(config.model_dump()).items() if key in keep and key in PLANNED}
     inputs = config.model_dump(mode="json"), vram_bytes, device.name, sorted(allow), sorted(kept)
-    key = cache.key_of(kind="plan", inputs=inputs)
-    if use_cache and (stored := cache.read(key, Plan)) is not None:
-        return stored
-    with only_new_garbage():
-        plan = Planner(config, allow, use_cache, on_cpu=device is CPU, keep=kept).plan(vram_bytes, device)
-    if use_cache:
-        cache.write(key, plan)
-    return plan
+
+    def make() -> Plan:
+        with only_new_garbage():
+            return Planner(config, allow, use_cache, on_cpu=device is CPU, keep=kept).plan(vram_bytes, device)
+
+    return cache.remembered(Plan, make, use_cache, plan=inputs)
 
 
 class Planner:
@@ -234,8 +231,8 @@ class Planner:
     def profile(self, quantization: str) -> Profile:
         """The simulation of one sample, made once."""
         if quantization not in self._profiles:
-            self._profiles[quantization] = self._cached(
-                {"profile": quantization}, Profile, lambda: profile(self.simulation(quantization), quantization)
+            self._profiles[quantization] = self._remembered(
+                Profile, lambda: profile(self.simulation(quantization), quantization), profile=quantization
             )
         return self._profiles[quantization]
 
@@ -262,32 +259,27 @@ class Planner:
         return choice, self._full_batch(choice)
 
     def _full_batch(self, choice: Choice) -> Steps:
-        key = json.dumps(choice.settings, sort_keys=True)
+        key, quantization = json.dumps(choice.settings, sort_keys=True), choice.settings["execution.quantization"]
         if key not in self._steps:
-            simulation = partial(self.simulation, choice.settings["execution.quantization"])
-            self._steps[key] = self._cached(
-                {"steps": choice.settings}, Steps, lambda: simulate_full_batch(simulation(), choice, self.config)
+            self._steps[key] = self._remembered(
+                Steps,
+                lambda: simulate_full_batch(self.simulation(quantization), choice, self.config),
+                steps=choice.settings,
             )
         return self._steps[key]
 
-    def _cached(self, what: dict[str, Any], kind: type[T], make: Callable[[], T]) -> T:
-        """The stored result; else the one of ``make``, which is then stored."""
-        key = cache.key_of(**what, config=self.config.model_dump(mode="json"), on_cpu=self.on_cpu)
-        stored = cache.read(key, kind) if self.use_cache else None
-        if stored is not None:
-            return stored
-        made = make()
-        if self.use_cache:
-            cache.write(key, made)
-        return made
+    def _remembered(self, kind: type[T], make: Callable[[], T], **what: Any) -> T:
+        config = self.config.model_dump(mode="json")
+        return cache.remembered(kind, make, self.use_cache, **what, config=config, on_cpu=self.on_cpu)
 
     def _plan(self, choice: Choice, steps: Steps, vram: int, device: Device, advice: str = "") -> Plan:
-        replay, batch = self.config.replay, self.config.optimizer.batch_size
+        replay, settings = self.config.replay, choice.settings
+        joint = settings["execution.executor"] == "joint"
         share = replay.refill / replay.steps_per_refill / steps.sampled
-        stages, settings = [], choice.settings
-        for name, stage in steps.stages.items():
-            work = scaled(stage, share) if name == "sampling" else stage
-            stages.append(_line(name, work, choice, steps, device, batch))
+        stages = tuple(
+            _planned_stage(name, scaled(stage, share) if name == "sampling" else stage, choice, steps, device)
+            for name, stage in steps.stages.items()
+        )
         return Plan(
             fits=not advice,
             model=self.config.model,
@@ -296,9 +288,9 @@ class Planner:
             peak_gib=steps.peak_bytes / GIB,
             reserve_gib=reserve_bytes(vram, device) / GIB,
             executor=settings["execution.executor"],
-            micro_batch=_micro_batch(settings),
+            micro_batch=settings["execution.micro_batch" if joint else "execution.decode_images"],
             settings=settings,
-            stages=tuple(stages),
+            stages=stages,
             flops_per_step=float(sum(stage.flops for stage in stages)),
             predicted_seconds=sum(stage.seconds for stage in stages),
             advice=advice,
@@ -323,56 +315,35 @@ class Planner:
         return ", ".join(f"{key}={_shown(value)}" for key, value in self.keep.items())
 
 
-def _line(name: str, work: StageCount, choice: Choice, steps: Steps, device: Device, batch: int) -> PlannedStage:
-    uploads = steps.uploads.get(name, 0)
-    seconds = choice.seconds.get(name, 0.0) if name == "optimizer" else device.seconds(work)
-    if name == "sampled images":
+def _planned_stage(name: str, work: StageCount, choice: Choice, steps: Steps, device: Device) -> PlannedStage:
+    uploads, flops = steps.uploads.get(name, 0), work.flops
+    seconds = device.seconds(work) + device.upload_seconds(uploads)
+    if name == "optimizer":
+        seconds = choice.seconds.get(name, 0.0)
+    elif name == "sampled images":
         # Only evaluations decode them.
-        work, seconds = dataclasses.replace(work, flops=0), 0.0
-    elif name != "optimizer":
-        seconds += device.upload_seconds(uploads)
-    return PlannedStage(
-        name,
-        round(work.peak_bytes / GIB, 4),
-        round(work.at_peak.get("weights", 0) / GIB, 4),
-        float(work.flops),
-        round(seconds, 4),
-        _note(name, choice, uploads),
-    )
+        flops, seconds = 0, 0.0
+    live, weights = (size / GIB for size in (work.peak_bytes, work.at_peak.get("weights", 0)))
+    note = _note(name, choice, uploads)
+    return PlannedStage(name, round(live, 4), round(weights, 4), float(flops), round(seconds, 4), note)
 
 
 def _note(name: str, choice: Choice, uploads: int) -> str:
-    execution, settings, notes = choice.execution, choice.settings, []
-    if name == "sampling":
-        notes.append(f"{settings['sampling.batch_size']} images at once")
-        if not settings["sampling.merge_lora"]:
-            notes.append("LoRA not merged")
-    elif name in ("sampled images", "reward"):
-        notes.append(f"{execution.decode_images} images at once")
-    elif name in ("transition", "look-ahead", "look-ahead vjp", "policy vjp"):
-        rows = execution.backward_batch_rows if name.endswith("vjp") else execution.forward_batch_rows
-        notes.append(f"{rows} rows at once")
-    elif name in ("forward", "backward"):
-        notes.append(f"{execution.micro_batch} samples at once")
-    part = "network" if name.endswith("vjp") else "decoder" if name == "reward" else None
-    if part in execution.gradient_checkpointing or (name == "backward" and execution.gradient_checkpointing):
-        notes.append("gradient checkpointing")
-    if uploads:
-        notes.append(f"{uploads / GIB:.2f} GiB of weights uploaded")
-    if name == "optimizer" and settings["optimizer.states"] == "cpu":
-        notes.append("states on the CPU")
-    if settings["execution.quantization"] != "none" and name in ("transition", "policy vjp", "forward"):
-        notes.append(f"{settings['execution.quantization']} base")
-    return ", ".join(notes)
+    settings, stage, quantization = choice.settings, STAGES[name], choice.settings["execution.quantization"]
+    checkpointed = set(settings["execution.gradient_checkpointing"]) & set(stage.backward)
+    notes = {
+        f"{settings.get(stage.chunk)} {stage.unit} at once": stage.chunk,
+        "LoRA not merged": name == "sampling" and not settings["sampling.merge_lora"],
+        "gradient checkpointing": checkpointed,
+        f"{uploads / GIB:.2f} GiB of weights uploaded": uploads,
+        "states on the CPU": name == "optimizer" and settings["optimizer.states"] == "cpu",
+        f"{quantization} base": quantization != "none" and name in ("transition", "policy vjp", "forward"),
+    }
+    return ", ".join(note for note, applies in notes.items() if applies)
 
 
 def _step_peak(steps: Steps) -> int:
     return max(stage.peak_bytes for name, stage in steps.stages.items() if not name.startswith("sampl"))
-
-
-def _micro_batch(settings: dict[str, Any]) -> int:
-    joint = settings["execution.executor"] == "joint"
-    return int(settings["execution.micro_batch" if joint else "execution.decode_images"])
 
 
 def _shown(value: Any) -> str:

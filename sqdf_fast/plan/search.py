@@ -14,12 +14,13 @@ from types import MappingProxyType
 from typing import Any
 
 from sqdf_fast.config import Config, Execution
-from sqdf_fast.engine.module_groups import ALL_GROUPS
+from sqdf_fast.engine.module_groups import ALL_GROUPS, ModuleGroup
 from sqdf_fast.plan import switches
 from sqdf_fast.plan.device import Device
 from sqdf_fast.plan.memory import StageCount, scaled
 from sqdf_fast.plan.simulate import Simulation, Steps
 
+EXECUTORS = ("staged", "joint")
 SAMPLES_AT_ONCE = (1, 2, 4, 8)
 SAMPLED_AT_ONCE = (1, 2, 4, 8, 16)
 SLACK = 1.002
@@ -27,15 +28,44 @@ SLACK = 1.002
 CPU_PARAMETERS_A_SECOND = 4e8
 """Of an AdamW step with states on the CPU: bound by memory, about 20 bytes a parameter over eight channels' worth."""
 
-_WAY = (
+_NOT_CHUNKS = (
     *("execution.executor", "execution.gradient_checkpointing", "execution.offload", "execution.quantization"),
     *("optimizer.states", "sampling.merge_lora"),
 )
-_NETWORK_STAGES = ("transition", "look-ahead", "look-ahead vjp", "policy vjp")
 _LARGE_STATES = 2**27
 """Bytes of optimizer states from which their place on the CPU is considered."""
 _LATENTS_KEPT = 12
 """Upper bound of the latent-sized float32 tensors that the staged executor keeps for each sample."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What decides a stage's memory.
+
+    Attributes:
+        chunk: setting of how much runs at once, "" where that is everything; unit: of that setting.
+        groups: module groups whose gradient checkpointing its peak depends on.
+        backward: those of them whose backward pass it runs.
+    """
+
+    chunk: str = ""
+    unit: str = ""
+    groups: tuple[ModuleGroup, ...] = ("network",)
+    backward: tuple[ModuleGroup, ...] = ()
+
+
+STAGES = {
+    "sampling": Stage("sampling.batch_size", "images"),
+    "sampled images": Stage("execution.decode_images", "images"),
+    "transition": Stage("execution.forward_batch_rows", "rows"),
+    "look-ahead": Stage("execution.forward_batch_rows", "rows"),
+    "reward": Stage("execution.decode_images", "images", ("decoder", "reward"), ("decoder",)),
+    "look-ahead vjp": Stage("execution.backward_batch_rows", "rows", backward=("network",)),
+    "policy vjp": Stage("execution.backward_batch_rows", "rows", backward=("network",)),
+    "forward": Stage("execution.micro_batch", "samples", ALL_GROUPS),
+    "backward": Stage("execution.micro_batch", "samples", ALL_GROUPS, ALL_GROUPS),
+    "optimizer": Stage(),
+}
 
 
 @dataclass(frozen=True)
@@ -64,40 +94,39 @@ class Profile:
 
 
 def profile(simulation: Simulation, quantization: str) -> Profile:
-    """Simulate one sample: both executors, with gradient checkpointing everywhere and nowhere."""
-    runs = {executor: [profiled(simulation, executor, c) for c in (False, True)] for executor in ("staged", "joint")}
-    stages = {executor: [steps.stages for steps in pair] for executor, pair in runs.items()}
-    checkpointed = stages["staged"][True]
-    trained, trained_bytes = simulation.trained()
-    return Profile(
-        quantization,
-        stages,
-        weights=max(stage.at_peak["weights"] for stage in stages["joint"][False].values()),
-        staged_weights={name: stage.at_peak.get("weights", 0) for name, stage in checkpointed.items()},
-        uploads=runs["staged"][True].uploads,
-        rows=simulation.rows,
-        latent=prod(simulation.family.latent_shape),
-        trained=trained,
-        trained_bytes=trained_bytes,
-        state_bytes=next(iter(checkpointed.values())).at_peak["optimizer"],
-    )
+    """Simulate one sample: both executors, with gradient checkpointing everywhere and nowhere.
 
+    The staged runs sample too: one with the LoRA merged, the other with offloading.
+    """
+    optimizer = simulation.config.optimizer.model_copy(update={"states": "device"})
 
-def profiled(simulation: Simulation, executor: str, checkpointed: bool) -> Steps:
-    """One run of a profile. The staged ones sample too: one with the LoRA merged, the other with offloading."""
-    offloaded = executor == "staged" and checkpointed
-    return simulation.run(
-        Execution(
+    def run(executor: str, checkpointed: bool) -> Steps:
+        offloaded = executor == "staged" and checkpointed
+        execution = Execution(
             executor=executor,
             forward_batch_rows=simulation.rows,
             backward_batch_rows=simulation.rows,
             gradient_checkpointing=ALL_GROUPS if checkpointed else (),
             offload="staged" if offloaded else "none",
-        ),
-        1,
-        sampled=1 if executor == "staged" else 0,
-        merged=not offloaded,
-        optimizer=simulation.config.optimizer.model_copy(update={"states": "device"}),
+        )
+        return simulation.run(
+            execution, 1, sampled=int(executor == "staged"), merged=not offloaded, optimizer=optimizer
+        )
+
+    runs = {executor: [run(executor, checkpointed) for checkpointed in (False, True)] for executor in EXECUTORS}
+    staged = runs["staged"][True]
+    trained, trained_bytes = simulation.trained()
+    return Profile(
+        quantization,
+        {executor: [steps.stages for steps in pair] for executor, pair in runs.items()},
+        weights=max(stage.at_peak["weights"] for stage in runs["joint"][False].stages.values()),
+        staged_weights={name: stage.at_peak.get("weights", 0) for name, stage in staged.stages.items()},
+        uploads=staged.uploads,
+        rows=simulation.rows,
+        latent=prod(simulation.family.latent_shape),
+        trained=trained,
+        trained_bytes=trained_bytes,
+        state_bytes=staged.stages["sampling"].at_peak["optimizer"],
     )
 
 
@@ -125,11 +154,6 @@ class Choice:
         return sum(self.seconds.values())
 
     @property
-    def way(self) -> tuple[Any, ...]:
-        """The settings but for the chunk sizes."""
-        return tuple(str(self.settings[key]) for key in _WAY)
-
-    @property
     def execution(self) -> Execution:
         """The settings' section."""
         values = {key.partition(".")[2]: value for key, value in self.settings.items() if key.startswith("execution.")}
@@ -144,14 +168,11 @@ def choices(
     Args:
         keep: fixed settings, by dotted key.
     """
-    states: tuple[str, ...] = ("device", "cpu")
-    if config.optimizer.states == "cpu":
-        states = ("cpu",)
-    elif config.optimizer.kind == "paged_adamw8bit" or profile.state_bytes < _LARGE_STATES:
-        states = ("device",)
+    small = config.optimizer.kind == "paged_adamw8bit" or profile.state_bytes < _LARGE_STATES
+    states = ("cpu",) if config.optimizer.states == "cpu" else ("device",) if small else ("device", "cpu")
     executions = list(_executions(profile, config, keep))
     found = (
-        _Common(profile, config, device, states_on, sampled, merged, keep).choice(execution)
+        _Estimate(profile, config, device, states_on, sampled, merged, keep).choice(execution)
         for states_on in _kept(keep, "optimizer.states", states)
         for sampled in _kept(keep, "sampling.batch_size", SAMPLED_AT_ONCE)
         for merged in _kept(keep, "sampling.merge_lora", switches.merging(config, profile.quantization))
@@ -167,7 +188,10 @@ def fastest(found: Iterable[Choice], budget: int) -> Choice | None:
     if not fitting:
         return None
     best = min(fitting, key=lambda choice: choice.total_seconds)
-    alike = (c for c in fitting if c.way == best.way and c.total_seconds <= best.total_seconds * SLACK)
+    limit = best.total_seconds * SLACK
+    alike = (
+        c for c in fitting if c.total_seconds <= limit and all(c.settings[k] == best.settings[k] for k in _NOT_CHUNKS)
+    )
     return min(alike, key=lambda choice: (choice.peak_bytes, choice.total_seconds))
 
 
@@ -177,7 +201,7 @@ def _executions(profile: Profile, config: Config, keep: Mapping[str, Any]) -> It
     # bitsandbytes keeps int8 weights twice, so they cannot be offloaded; CUDA graphs hold the addresses of weights.
     fixed = profile.quantization == "int8" or keep.get("sampling.compile") == "cuda-graphs"
     offloads = _kept(keep, "execution.offload", ("none",) if fixed else ("none", "staged"))
-    executors = _kept(keep, "execution.executor", ("staged", "joint"))
+    executors = _kept(keep, "execution.executor", EXECUTORS)
     sizes = [size for size in SAMPLES_AT_ONCE if size <= config.optimizer.batch_size]
 
     def execution(executor: str, samples: int, **values: Any) -> Execution:
@@ -203,8 +227,8 @@ def _kept(keep: Mapping[str, Any], key: str, values: tuple[Any, ...]) -> tuple[A
 
 
 @dataclass(frozen=True)
-class _Common:
-    """What the choices with the same optimizer states and sampling settings have in common."""
+class _Estimate:
+    """Memory and time of executions with the same optimizer states and sampling settings."""
 
     profile: Profile
     config: Config
@@ -216,36 +240,37 @@ class _Common:
 
     def choice(self, execution: Execution) -> Choice:
         """An execution's settings, memory and time."""
+        profile, replay = self.profile, self.config.replay
         batch, staged = self.config.optimizer.batch_size, execution.executor == "staged"
-        latents = 4 * _LATENTS_KEPT * self.profile.latent * batch if staged else 0
-        plain, checkpointed = self.profile.stages[execution.executor]
-        peaks, seconds = self._sampling(execution)
-        for name in [name for name in plain if name not in peaks]:
-            run = checkpointed if _groups(name) <= set(execution.gradient_checkpointing) else plain
-            stage, chunk = run[name], _chunk(name, execution, self.profile.rows)
-            peaks[name] = self._peak(name, stage, chunk, execution) + (latents if name != "optimizer" else 0)
-            seconds[name] = self._seconds(name, stage, batch, chunk, execution)
-        return Choice(self._settings(execution), peaks, seconds)
-
-    def _sampling(self, execution: Execution) -> tuple[dict[str, int], dict[str, float]]:
-        replay, (with_merged, with_adapter) = self.config.replay, self.profile.stages["staged"]
-        stages = with_merged if self.merged else with_adapter
-        at_once = {"sampling": self.sampled, "sampled images": execution.decode_images}
-        peaks = {name: self._peak(name, stages[name], chunk, execution) for name, chunk in at_once.items()}
+        plain, checkpointed = profile.stages[execution.executor]
+        with_merged, with_adapter = profile.stages["staged"]
+        sampling = with_merged if self.merged else with_adapter
+        peaks = {
+            "sampling": self._peak("sampling", sampling, self.sampled, execution),
+            "sampled images": self._peak("sampled images", sampling, execution.decode_images, execution),
+        }
         if self.merged:
             # The copies of the weights do not grow with the batch.
             merged, adapter = (run["sampling"].at_peak["activations"] for run in (with_merged, with_adapter))
             peaks["sampling"] -= max(merged - adapter, 0) * (self.sampled - 1)
-        number = replay.refill / replay.steps_per_refill
-        return peaks, {"sampling": self._seconds("sampling", stages["sampling"], number, self.sampled, execution)}
+        refilled = replay.refill / replay.steps_per_refill
+        seconds = {"sampling": self._seconds("sampling", sampling, refilled, self.sampled, execution)}
+        latents = 4 * _LATENTS_KEPT * profile.latent * batch if staged else 0
+        for name in [name for name in plain if name not in peaks]:
+            stages = checkpointed if set(STAGES[name].groups) <= set(execution.gradient_checkpointing) else plain
+            _, _, setting = STAGES[name].chunk.partition(".")
+            chunk: float = getattr(execution, setting) if setting else 1
+            if STAGES[name].unit == "rows":
+                chunk /= profile.rows
+            peaks[name] = self._peak(name, stages, chunk, execution) + (latents if name != "optimizer" else 0)
+            seconds[name] = self._seconds(name, stages, batch, chunk, execution)
+        return Choice(self._settings(execution), peaks, seconds)
 
-    def _peak(self, name: str, stage: StageCount, chunk: float, execution: Execution) -> int:
-        profile, at_peak = self.profile, stage.at_peak
-        weights = profile.staged_weights.get(name, 0) if execution.offload == "staged" else profile.weights
-        gradients = at_peak.get("gradients", 0)
-        if name in ("policy vjp", "forward", "backward", "optimizer"):
-            gradients = max(gradients, profile.trained_bytes)
-        kept = weights + gradients
+    def _peak(self, name: str, stages: Mapping[str, StageCount], chunk: float, execution: Execution) -> int:
+        profile, at_peak = self.profile, stages[name].at_peak
+        kept = profile.staged_weights.get(name, 0) if execution.offload == "staged" else profile.weights
+        trained = name in ("policy vjp", "forward", "backward", "optimizer")
+        kept += max(at_peak.get("gradients", 0), profile.trained_bytes if trained else 0)
         if self.states == "device":
             kept += profile.state_bytes
         elif name == "optimizer":
@@ -253,25 +278,23 @@ class _Common:
             return kept
         return kept + ceil(at_peak.get("activations", 0) * chunk)
 
-    def _seconds(self, name: str, stage: StageCount, samples: float, chunk: float, execution: Execution) -> float:
+    def _seconds(
+        self, name: str, stages: Mapping[str, StageCount], samples: float, chunk: float, execution: Execution
+    ) -> float:
         device, profile = self.device, self.profile
         if name == "optimizer" and self.states == "device":
-            return device.seconds(stage)
+            return device.seconds(stages[name])
         if name == "optimizer":
             # Parameters and gradients come down, parameters go up.
             return device.upload_seconds(3 * profile.trained_bytes) + profile.trained / CPU_PARAMETERS_A_SECOND
-        work = scaled(stage, samples)
+        work = scaled(stages[name], samples)
         # Fewer, larger calls launch fewer kernels.
         seconds = device.seconds(replace(work, operators=round(work.operators / chunk)))
-        uploads = profile.uploads.get(name, 0) if execution.offload == "staged" else 0
-        return seconds + device.upload_seconds(uploads)
+        return seconds + device.upload_seconds(profile.uploads.get(name, 0) if execution.offload == "staged" else 0)
 
     def _settings(self, execution: Execution) -> dict[str, Any]:
-        values = execution.model_dump(exclude={"attention"})
-        values |= {
-            "quantization": self.profile.quantization,
-            "gradient_checkpointing": list(execution.gradient_checkpointing),
-        }
+        values = execution.model_dump(exclude={"attention"}) | {"quantization": self.profile.quantization}
+        values["gradient_checkpointing"] = list(execution.gradient_checkpointing)
         return {
             **{f"execution.{key}": value for key, value in values.items()},
             "optimizer.states": self.states,
@@ -286,18 +309,13 @@ def simulate_full_batch(simulation: Simulation, choice: Choice, config: Config) 
 
     Small is two chunks: what the first chunk leaves for the second is there once, not once for each sample.
     """
-    execution, batch = choice.execution, config.optimizer.batch_size
-    optimizer = config.optimizer.model_copy(update={"states": choice.settings["optimizer.states"]})
+    execution, settings, batch = choice.execution, choice.settings, config.optimizer.batch_size
+    optimizer = config.optimizer.model_copy(update={"states": settings["optimizer.states"]})
     joint = execution.executor == "joint"
     unit = execution.micro_batch if joint else max(execution.backward_batch_rows // simulation.rows, 1)
     small, large = (min(unit * times, batch) for times in (2, 3))
-    first = simulation.run(
-        execution,
-        small,
-        sampled=choice.settings["sampling.batch_size"],
-        merged=choice.settings["sampling.merge_lora"],
-        optimizer=optimizer,
-    )
+    sampled, merged = settings["sampling.batch_size"], settings["sampling.merge_lora"]
+    first = simulation.run(execution, small, sampled=sampled, merged=merged, optimizer=optimizer)
     if small == batch:
         return first
     # What a further chunk leaves in memory does not depend on what the networks hold while they run.
@@ -306,26 +324,7 @@ def simulate_full_batch(simulation: Simulation, choice: Choice, config: Config) 
     for name, stage in before.stages.items():
         more = after.stages[name].peak_bytes - stage.peak_bytes
         more += max(more, 0) * (batch - large) // (large - small)
-        stages[name] = _extrapolated(first.stages[name], more, 1 if name == "optimizer" else batch / small)
+        counted = scaled(first.stages[name], 1 if name == "optimizer" else batch / small)
+        at_peak = {**counted.at_peak, "activations": counted.at_peak.get("activations", 0) + more}
+        stages[name] = replace(counted, peak_bytes=counted.peak_bytes + more, at_peak=at_peak)
     return replace(first, stages=stages, samples=batch)
-
-
-def _extrapolated(stage: StageCount, more: int, work: float) -> StageCount:
-    at_peak = {**stage.at_peak, "activations": stage.at_peak.get("activations", 0) + more}
-    return replace(scaled(stage, work), peak_bytes=stage.peak_bytes + more, at_peak=at_peak)
-
-
-def _chunk(name: str, execution: Execution, rows: int) -> float:
-    """Samples whose activations a stage holds at once."""
-    if name in ("forward", "backward"):
-        return execution.micro_batch
-    if name in _NETWORK_STAGES:
-        return (execution.backward_batch_rows if name.endswith("vjp") else execution.forward_batch_rows) / rows
-    return execution.decode_images if name == "reward" else 1
-
-
-def _groups(name: str) -> set[str]:
-    """Groups whose gradient checkpointing a stage's peak depends on."""
-    if name in ("forward", "backward"):
-        return set(ALL_GROUPS)
-    return {"decoder", "reward"} if name == "reward" else {"network"}
