@@ -172,7 +172,18 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         scale, self.gradient_scale = self.gradient_scale, 1.0
         if math.isfinite(scale):
             self.allocate()
-            self._update(self._to_update(), scale)
+            remote = []
+            for parameter, (group, number) in self._numbered().items():
+                if (gradient := parameter.grad) is None:
+                    continue
+                layout = _memory_format(parameter) or torch.contiguous_format
+                job = _Job(self, parameter, group, number, layout, scale)
+                work = job, _flat(parameter, layout), _flat(gradient, layout)
+                if parameter.device == self._home(parameter):
+                    job.update(*work[1:])
+                else:
+                    remote.append(work)
+            self._staging.run(remote)
         return loss
 
     def allocate(self) -> None:
@@ -207,22 +218,6 @@ class BlockwiseAdamW(torch.optim.Optimizer):
 
     def _to_update(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._numbered() if parameter.grad is not None]
-
-    def _update(self, parameters: list[nn.Parameter], scale: float) -> None:
-        numbered = self._numbered()
-        remote = []
-        for parameter in parameters:
-            layout = _memory_format(parameter)
-            assert layout is not None
-            assert parameter.grad is not None
-            flat, gradient = _flat(parameter, layout), _flat(parameter.grad, layout)
-            job = _Job(self, parameter, *numbered[parameter], layout, scale)
-            if parameter.device == self._home(parameter):
-                job.update(flat, gradient)
-            else:
-                remote.append((job, flat, gradient))
-        if remote:
-            self._staging.run(remote)
 
     def _home(self, parameter: nn.Parameter) -> torch.device:
         return self.states_on or parameter.device
@@ -290,8 +285,15 @@ class _Staging:
 
     def run(self, work: list[tuple[_Job, Tensor, Tensor]]) -> None:
         """Every job on copies of its values and gradient, both [n]; the values are copied back."""
+        if not work:
+            return
         device = work[0][1].device
-        with self._ordered(device):
+        ordered: Any = nullcontext()
+        if device.type == "cuda":
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            ordered = torch.cuda.stream(self._stream)
+        with ordered:
             arrived = self._fetch(work[0], 0)
             for i, (job, values, _) in enumerate(work):
                 here_values, here_gradient, event = arrived
@@ -303,13 +305,6 @@ class _Staging:
                 values.copy_(here_values, non_blocking=True)
         if self._stream is not None:
             torch.cuda.current_stream(device).wait_stream(self._stream)
-
-    def _ordered(self, device: torch.device) -> Any:
-        if device.type != "cuda":
-            return nullcontext()
-        self._stream = self._stream or torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        return torch.cuda.stream(self._stream)
 
     def make_room(self, parameters: list[nn.Parameter]) -> None:
         """Two places, each enough for any of these parameters and its gradient."""
@@ -375,14 +370,17 @@ def _fill(state: dict[str, Any], tensors: Mapping[str, Any]) -> None:
 
 def _fresh_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
     """The state with which torch.optim.AdamW or bitsandbytes begins, put in place."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        return _fresh_adamw(optimizer, parameter)
-    return _fresh_bitsandbytes(optimizer, parameter)
+    for i, group in enumerate(optimizer.param_groups):
+        for j, other in enumerate(group["params"]):
+            if other is parameter and isinstance(optimizer, torch.optim.AdamW):
+                return _fresh_adamw(optimizer, parameter, group)
+            if other is parameter:
+                return _fresh_bitsandbytes(optimizer, parameter, i, j)
+    raise ValueError("the optimizer does not have this parameter")
 
 
-def _fresh_adamw(optimizer: torch.optim.AdamW, parameter: nn.Parameter) -> dict[str, Any]:
+def _fresh_adamw(optimizer: torch.optim.AdamW, parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
     """The state with which torch.optim.AdamW begins; a fused step counts on the parameter's device."""
-    group = optimizer.param_groups[_place(optimizer, parameter)[0]]
     counts_on = parameter.device if group["fused"] or group["capturable"] else torch.device("cpu")
     state = optimizer.state[parameter] = {
         "step": torch.zeros((), dtype=torch.float32, device=counts_on),
@@ -392,9 +390,8 @@ def _fresh_adamw(optimizer: torch.optim.AdamW, parameter: nn.Parameter) -> dict[
     return state
 
 
-def _fresh_bitsandbytes(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
+def _fresh_bitsandbytes(optimizer: Any, parameter: nn.Parameter, group: int, position: int) -> dict[str, Any]:
     """The state with which bitsandbytes begins, in paged memory where it is paged."""
-    group, position = _place(optimizer, parameter)
     state: dict[str, Any] = optimizer.state[parameter]
     state.clear()
     try:
@@ -406,22 +403,9 @@ def _fresh_bitsandbytes(optimizer: Any, parameter: nn.Parameter) -> dict[str, An
     return state
 
 
-def _place(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[int, int]:
-    """Number of the parameter's group, and its own in it."""
-    for i, group in enumerate(optimizer.param_groups):
-        for j, other in enumerate(group["params"]):
-            if other is parameter:
-                return i, j
-    raise ValueError("the optimizer does not have this parameter")
-
-
 def _hyperparameters(settings: Settings) -> dict[str, Any]:
-    return {
-        "lr": settings.lr,
-        "betas": (settings.beta1, settings.beta2),
-        "eps": settings.eps,
-        "weight_decay": settings.weight_decay,
-    }
+    betas = settings.beta1, settings.beta2
+    return {"lr": settings.lr, "betas": betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
 
 
 def _bitsandbytes(parameters: list[nn.Parameter], settings: Settings, seed: int) -> torch.optim.Optimizer:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -19,7 +19,7 @@ from sqdf_fast.config import Config, Execution
 from sqdf_fast.config import Optimizer as OptimizerSettings
 from sqdf_fast.engine import ModuleGroups
 from sqdf_fast.engine.meters import StageMeter
-from sqdf_fast.engine.module_groups import ModuleGroup
+from sqdf_fast.engine.module_groups import ALL_GROUPS, ModuleGroup
 from sqdf_fast.engine.optimizers import allocate_states, make_optimizer
 from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.families import Conditioning, Family
@@ -83,7 +83,13 @@ class Simulation:
         consistency: str | None = None,
     ) -> None:
         self.config, self.reward = config, reward
-        self.family = cast("Family", _FamilyWithoutFiles(family))
+
+        def add_lora_like(source: str, adapter_name: str) -> None:
+            rank, targets = _lora_shape(source)
+            family.network.add_adapter(LoraConfig(r=rank, target_modules=targets), adapter_name=adapter_name)
+
+        # No weights are loaded: an adapter of the LoRA's shape takes their place.
+        self.family = _replaced(family, load_lora=add_lora_like)
         self._workspace, self._granularity = workspace, granularity
         if quantization != "none":
             quantise(family.network, quantization)
@@ -113,14 +119,13 @@ class Simulation:
 
     def frozen_bytes(self) -> dict[ModuleGroup, int]:
         """Bytes of each group's frozen weights."""
-        modules: dict[ModuleGroup, nn.Module] = {"network": self.family.network, "decoder": self.family.vae}
-        modules["reward"] = self.reward
-        return {group: _bytes(t for t in _tensors(m) if not t.requires_grad) for group, m in modules.items()}
+        modules = zip(ALL_GROUPS, (self.family.network, self.family.vae, self.reward), strict=True)
+        return {group: sum(t.nbytes for t in _tensors(m) if not t.requires_grad) for group, m in modules}
 
     def trained(self) -> tuple[int, int]:
         """Trained elements, and their bytes."""
         parameters = list(self.backbone.policy_parameters.values())
-        return sum(p.numel() for p in parameters), _bytes(parameters)
+        return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
     def run(
         self,
@@ -147,7 +152,7 @@ class Simulation:
         parameters = list(self.backbone.policy_parameters.values())
         for parameter in parameters:
             parameter.grad = None
-        batch, seeds = self._batch(samples, sampled)
+        batch, seeds = self._batch(samples, sampled), torch.arange(samples)
         count = MemoryCount("meta", self._granularity, self._workspace)
         # The host's copies are made before anything is counted.
         runtime = self._runtime(execution, count, max(sampled, 1), merged, hollow)
@@ -155,11 +160,15 @@ class Simulation:
             for module in self.modules:
                 count.register_module(module)
             self._groups.counted_by(count)
-            update = _Update(parameters, optimizer, count) if optimizer else None
+            # With states on the CPU nothing stays on the device; that step copies values and is not run.
+            on_device = optimizer if optimizer is not None and optimizer.states == "device" else None
+            update = on_device and _optimizer(parameters, on_device, count)
             if sampled:
                 self._sample(runtime, sampled, count)
             runtime.gradient(batch, seeds)
             runtime.enter("optimizer")
+            if optimizer is not None:
+                nn.utils.clip_grad_norm_(parameters, optimizer.max_grad_norm)
             if update is not None:
                 update.step()
         uploads = self._groups.uploads
@@ -180,7 +189,7 @@ class Simulation:
         if hollow:
             weight = next(iter(backbone.policy_parameters.values()))
             backbone, reward = copy.copy(backbone), _HollowReward(weight)
-            backbone.family = cast("Family", _HollowFamily(self.family, weight))
+            backbone.family = _hollow(self.family, weight)
         return _Runtime(config, backbone, reward, groups=self._groups, meter=StageMeter(DEVICE, count))
 
     def _sample(self, runtime: Runtime, sampled: int, count: MemoryCount) -> None:
@@ -200,15 +209,13 @@ class Simulation:
             for tensor in _tensors(module):
                 tensor.data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
 
-    def _batch(self, samples: int, sampled: int) -> tuple[ReplayBatch, Tensor]:
-        prompts = _prompts(samples)
+    def _batch(self, samples: int, sampled: int) -> ReplayBatch:
         for prompt in ("", *_prompts(max(samples, sampled))):
             self.family.remember(prompt, self.family.example_conditioning(1))
         # On the host the states are half precision as in the buffer, or of another type than on the device: a copy.
         stored = torch.float32 if self.family.precision == torch.float64 else torch.float16
         x = torch.empty(samples, *self.family.latent_shape, dtype=stored, device=DEVICE)
-        index = torch.zeros(samples, dtype=torch.long)
-        return ReplayBatch(x, index, prompts, torch.arange(samples)), torch.arange(samples)
+        return ReplayBatch(x, torch.zeros(samples, dtype=torch.long), _prompts(samples), torch.arange(samples))
 
 
 class _Runtime(Runtime):
@@ -226,42 +233,29 @@ class _Backbone(Backbone):
 
     @contextmanager
     def merged(self, role: Role, *, by_layer: bool = False) -> Iterator[None]:
-        if by_layer:
-            with super().merged(role, by_layer=True):
-                yield
-            return
         with ExitStack() as stack:
-            with self.count.counting("merging"):
-                stack.enter_context(super().merged(role))
+            with nullcontext() if by_layer else self.count.counting("merging"):
+                stack.enter_context(super().merged(role, by_layer=by_layer))
             yield
 
 
-class _FamilyWithoutFiles:
-    """A family that adds adapters of a LoRA's shape in place of loading its weights."""
-
-    def __init__(self, family: Family) -> None:
-        self._family = family
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
-
-    def load_lora(self, source: str, adapter_name: str) -> None:
-        rank, targets = _lora_shape(source)
-        self.network.add_adapter(LoraConfig(r=rank, target_modules=targets), adapter_name=adapter_name)
+def _replaced(family: Family, **methods: Any) -> Family:
+    """A copy of a family with other methods."""
+    copied = copy.copy(family)
+    vars(copied).update(methods)
+    return copied
 
 
-class _HollowFamily(_FamilyWithoutFiles):
+def _hollow(family: Family, weight: Tensor) -> Family:
     """A family whose network and decoder hold one huge block in place of their activations."""
 
-    def __init__(self, family: Family, weight: Tensor) -> None:
-        super().__init__(family)
-        self._weight = weight
+    def predict(network: nn.Module, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        return hollow_call(x, weight, x.shape, family.dtype)
 
-    def predict(self, network: nn.Module, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return hollow_call(x, self._weight, x.shape, self.dtype)
+    def decode(latents: Tensor) -> Tensor:
+        return hollow_call(latents, weight, (len(latents), 3, 1, 1), latents.dtype)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return hollow_call(latents, self._weight, (len(latents), 3, 1, 1), latents.dtype)
+    return _replaced(family, predict=predict, decode=decode)
 
 
 class _HollowReward(Reward):
@@ -294,42 +288,30 @@ class _CountedGroups(ModuleGroups):
                 tensors = [t for module in self._modules[name] for t in _tensors(module) if not t.requires_grad]
                 self.count.register(tensors, "weights")
                 stage = self.count.stage_name
-                self.uploads[stage] = self.uploads.get(stage, 0) + _bytes(tensors)
+                self.uploads[stage] = self.uploads.get(stage, 0) + sum(tensor.nbytes for tensor in tensors)
 
 
-class _Update:
+def _optimizer(
+    parameters: list[nn.Parameter], settings: OptimizerSettings, count: MemoryCount
+) -> torch.optim.Optimizer:
     """The optimizer, its states allocated from the start as in every step but the first.
 
-    With states on the CPU nothing stays on the device; that step copies values and is not run. bitsandbytes' states
-    have the names and sizes of the CPU's 8-bit AdamW.
+    bitsandbytes' states have the names and sizes of the CPU's 8-bit AdamW.
     """
-
-    def __init__(self, parameters: list[nn.Parameter], settings: OptimizerSettings, count: MemoryCount) -> None:
-        self.parameters, self.settings = parameters, settings
-        self.optimizer = None
-        if settings.states == "device":
-            kind = "adamw8bit" if settings.kind == "paged_adamw8bit" else settings.kind
-            self.optimizer = make_optimizer(parameters, settings.model_copy(update={"kind": kind}), DEVICE)
-            if isinstance(self.optimizer, torch.optim.AdamW):
-                # As on CUDA; PyTorch does not offer it on the meta device.
-                for group in self.optimizer.param_groups:
-                    group["fused"] = True
-            for parameter in parameters:
-                parameter.grad = torch.empty_like(parameter)
-            allocate_states(self.optimizer)
-            for parameter in parameters:
-                parameter.grad = None
-            count.register(self._states(), "optimizer")
-
-    def step(self) -> None:
-        nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
-        if self.optimizer is not None:
-            self.optimizer.step()
-
-    def _states(self) -> list[Tensor]:
-        assert self.optimizer is not None
-        values = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [value for value in values if isinstance(value, Tensor) and value.device == DEVICE]
+    kind = "adamw8bit" if settings.kind == "paged_adamw8bit" else settings.kind
+    optimizer = make_optimizer(parameters, settings.model_copy(update={"kind": kind}), DEVICE)
+    if isinstance(optimizer, torch.optim.AdamW):
+        # As on CUDA; PyTorch does not offer it on the meta device.
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    allocate_states(optimizer)
+    for parameter in parameters:
+        parameter.grad = None
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    count.register((s for s in states if isinstance(s, Tensor) and s.device == DEVICE), "optimizer")
+    return optimizer
 
 
 def _prompts(number: int) -> list[str]:
@@ -351,7 +333,3 @@ def _lora_shape(source: str) -> tuple[int, list[str]]:
 def _tensors(module: nn.Module) -> Iterable[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
