@@ -38,23 +38,21 @@ def plain(*arguments: Any) -> bool:
 
 
 class Operator:
-    """`sqdf_fast::<name>`: runs `function` of the fused implementation of `op` on the device of its first argument.
+    """`sqdf_fast::<op>_<function>`: runs a function of the op's fused implementation on its first argument's device.
 
     Args:
         op: folder of the op.
-        function: function of its implementations that the operator runs.
-        name: operator name.
+        function: function of its implementations that the operator runs; part of its name unless "forward".
         schema: arguments and results as torch.library writes them.
         fake: (*arguments) -> results without values.
     """
 
-    def __init__(self, op: str, function: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
+    def __init__(self, op: str, function: str, schema: str, fake: Callable[..., Any]) -> None:
         self._op, self._function = op, function
         self._modules: dict[str, ModuleType] = {}
         self._call: Callable[..., Any] = self._run
-        self.dispatched = torch.library.custom_op(
-            f"sqdf_fast::{name}", self._run, mutates_args=(), device_types="cpu", schema=schema
-        )
+        name = f"sqdf_fast::{op}" if function == "forward" else f"sqdf_fast::{op}_{function}"
+        self.dispatched = torch.library.custom_op(name, self._run, mutates_args=(), device_types="cpu", schema=schema)
         self.dispatched.register_kernel("cuda")(self._run)
         self.dispatched.register_fake(fake)
 

@@ -228,6 +228,14 @@ def latents(quick: bool) -> Iterator[tuple[torch.dtype, torch.dtype, int, float,
             yield dtype, output, length, g, few
 
 
+def wanted(
+    x_dtype: torch.dtype, output_dtype: torch.dtype, few: bool
+) -> list[tuple[torch.dtype | None, torch.dtype | None]]:
+    """Dtypes of the gradients that a backward is compiled for."""
+    both = x_dtype, output_dtype
+    return [both] if few else [both, (None, output_dtype), (x_dtype, None)]
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")

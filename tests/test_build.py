@@ -174,9 +174,9 @@ for dtype, g, (numel, traffic) in itertools.product(dtypes, (1.0, 7.5), ((8200, 
     policy, reference = torch.randn(2, 2 if g == 1 else 4, numel).to(dtype).unbind()
     results += forward(x, policy, reference, table, index, g, noise, None, 0.5, True)
     results += forward(x, policy, reference, table, index, g, None, torch.tensor([5, -9]), 0.5, True)
-    results += backward(grad, torch.randn(2), results[-1], table, index, g, 0.5, dtype, dtype, True, True)
+    results += backward(grad, torch.randn(2), results[-1], table, index, g, 0.5, dtype, dtype)
     results += [posterior_mean.forward(x, policy, table[:, :2], index, g, dtype)]
-    results += posterior_mean.backward(grad, table[:, :2], index, g, dtype, dtype, True, True)
+    results += posterior_mean.backward(grad, table[:, :2], index, g, dtype, dtype)
 assert all(torch.isfinite(result).all() for result in results)
 print(hashlib.sha256(b"".join(result.double().numpy().tobytes() for result in results)).hexdigest())
 """

@@ -33,7 +33,7 @@ def denoise_step(
     kl_scale: float = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Draw x_{t-1} ~ p_policy(. | x_t), reparameterised, and measure the KL to the reference's transition.
+    """Draw x_{t-1} ~ p_policy(. | x_t), reparameterized, and measure the KL to the reference's transition.
 
     With (p, q, sigma) = transition[index] and m = m_uncond + g (m_cond - m_uncond):
 
@@ -53,7 +53,7 @@ def denoise_step(
         index: [B] int64, positions in the schedule, 0 = noisiest.
         guidance_scale: g.
         noise: z, shaped like x; exactly one of `noise` and `seed`.
-        seed: [B] int64, one per sample; z is then counter-based and independent of the sample's neighbours.
+        seed: [B] int64, one per sample; z is then counter-based and independent of the sample's neighbors.
         kl_scale: factor of the KL.
         impl: "auto", "triton", "native" or "reference".
 
@@ -135,9 +135,8 @@ def denoise_step_vjp(
     with torch.no_grad():
         if name == "reference":
             return unfused.denoise_step_vjp(grad_x_prev, grad_kl, delta, transition, index, *settings)
-        dtypes = grad_x_prev.dtype, torch.float32
-        arguments = (grad_x_prev, grad_kl, delta, transition, index, *settings, *dtypes, False, True)
-        grad_policy: Tensor = fused.denoise_step_backward(*arguments)[1]
+        inputs = grad_x_prev, grad_kl, delta, transition, index
+        grad_policy: Tensor = fused.denoise_step_backward(*inputs, *settings, None, torch.float32)[1]
         return grad_policy
 
 

@@ -45,15 +45,13 @@ def backward(
     index: Tensor,
     guidance_scale: float,
     kl_scale: float,
-    x_dtype: torch.dtype,
-    policy_dtype: torch.dtype,
-    need_x: bool,
-    need_policy: bool,
+    x_dtype: torch.dtype | None,
+    policy_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """grad_x like grad_x_prev, grad_policy [B or 2B, ...]; the one not needed is [0] and not computed."""
+    """grad_x like grad_x_prev, grad_policy [B or 2B, ...]; one without a dtype is [0] and not computed."""
     grad_x_prev, delta = grad_x_prev.contiguous(), delta.contiguous()
     grad_kl = grad_kl.to(torch.float32).contiguous()
-    grads = empty_gradients(grad_x_prev, guidance_scale, x_dtype, policy_dtype, need_x, need_policy)
+    grads = empty_gradients(grad_x_prev, guidance_scale, x_dtype, policy_dtype)
     inputs = *typed(grad_x_prev), grad_kl.data_ptr(), *typed(delta)
     scales, outputs = (guidance_scale, kl_scale), (*typed(grads[0]), *typed(grads[1]))
     name, letters = "sqdf_fast_denoise_step_backward", "pippiplpddllpipii"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqdf_fast.kernels.guidance import empty_gradients
+from sqdf_fast.kernels.guidance import empty_gradients, wanted
 from sqdf_fast.kernels.operators import Operator
 
 
@@ -18,14 +18,13 @@ def _fake_forward(x: Tensor, policy: Tensor, *rest: Any) -> tuple[Tensor, Tensor
 
 
 def _fake_backward(grad_x_prev: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    guidance_scale, _kl_scale, *needs = rest[4:]
-    return empty_gradients(grad_x_prev, guidance_scale, *needs)
+    guidance_scale, _kl_scale, *dtypes = rest[4:]
+    return empty_gradients(grad_x_prev, guidance_scale, *dtypes)
 
 
 denoise_step = Operator(
     "denoise_step",
     "forward",
-    "denoise_step",
     "(Tensor x, Tensor policy, Tensor reference, Tensor transition, Tensor index, float guidance_scale, Tensor? noise, "
     "Tensor? seed, float kl_scale, bool with_delta) -> (Tensor, Tensor, Tensor)",
     _fake_forward,
@@ -33,9 +32,8 @@ denoise_step = Operator(
 denoise_step_backward = Operator(
     "denoise_step",
     "backward",
-    "denoise_step_backward",
     "(Tensor grad_x_prev, Tensor grad_kl, Tensor delta, Tensor transition, Tensor index, float guidance_scale, "
-    "float kl_scale, ScalarType x_dtype, ScalarType policy_dtype, bool need_x, bool need_policy) -> (Tensor, Tensor)",
+    "float kl_scale, ScalarType? x_dtype, ScalarType? policy_dtype) -> (Tensor, Tensor)",
     _fake_backward,
 )
 
@@ -43,21 +41,18 @@ denoise_step_backward = Operator(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, policy, _, transition, index, guidance_scale, _, _, kl_scale, _ = inputs
     ctx.save_for_backward(output[2], transition, index)
-    ctx.settings = guidance_scale, kl_scale, x.dtype, policy.dtype
-    ctx.shape = x.shape
+    ctx.scales, ctx.dtypes, ctx.shape = (guidance_scale, kl_scale), (x.dtype, policy.dtype), x.shape
 
 
 def _backward(ctx: Any, grad_x_prev: Tensor | None, grad_kl: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     delta, transition, index = ctx.saved_tensors
-    need_x, need_policy = ctx.needs_input_grad[:2]
     if grad_x_prev is None:
-        grad_x_prev = delta.new_zeros(ctx.shape, dtype=ctx.settings[2])
+        grad_x_prev = delta.new_zeros(ctx.shape, dtype=ctx.dtypes[0])
     if grad_kl is None:
         grad_kl = delta.new_zeros(ctx.shape[0], dtype=torch.float32)
-    grad_x, grad_policy = denoise_step_backward(
-        grad_x_prev, grad_kl, delta, transition, index, *ctx.settings, need_x, need_policy
-    )
-    return (grad_x if need_x else None, grad_policy if need_policy else None, *(None,) * 8)
+    dtypes = wanted(ctx)
+    grads = denoise_step_backward(grad_x_prev, grad_kl, delta, transition, index, *ctx.scales, *dtypes)
+    return (*(grad if dtype else None for grad, dtype in zip(grads, dtypes, strict=True)), *(None,) * 8)
 
 
 denoise_step.register_backward(_setup_context, _backward)

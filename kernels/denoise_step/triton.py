@@ -185,20 +185,18 @@ def backward(
     index: Tensor,
     guidance_scale: float,
     kl_scale: float,
-    x_dtype: torch.dtype,
-    policy_dtype: torch.dtype,
-    need_x: bool,
-    need_policy: bool,
+    x_dtype: torch.dtype | None,
+    policy_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """grad_x [B, ...] in x_dtype, grad_policy [B or 2B, ...] in policy_dtype; [0] where not needed."""
+    """grad_x [B, ...], grad_policy [B or 2B, ...]; one without a dtype is [0] and not computed."""
     grad_x_prev, transition = aligned(grad_x_prev), transition.float()
     sizes, grid, n_warps = layout(grad_x_prev, transition)
-    grads = empty_gradients(grad_x_prev, guidance_scale, x_dtype, policy_dtype, need_x, need_policy)
-    inputs = grad_x_prev, grad_kl, aligned(delta) if need_policy else None, transition, index.contiguous()
-    outputs = grads[0] if need_x else None, grads[1] if need_policy else None
+    grads = empty_gradients(grad_x_prev, guidance_scale, x_dtype, policy_dtype)
+    inputs = grad_x_prev, grad_kl, aligned(delta) if policy_dtype else None, transition, index.contiguous()
+    outputs = grads[0] if x_dtype else None, grads[1] if policy_dtype else None
     scales = guidance_scale, 1.0 - guidance_scale, kl_scale, 2.0 / sizes[1]
     settings = guidance_scale != 1, BLOCK
-    if need_x or need_policy:
+    if x_dtype or policy_dtype:
         with on(grad_x_prev.device):
             backward_kernel[grid](*inputs, *outputs, *scales, *sizes, grad_kl.stride(0), *settings, num_warps=n_warps)
     return grads

@@ -1,4 +1,4 @@
-"""The scalar that SQDF minimises."""
+"""The scalar that SQDF minimizes."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ def _fake(reward: Tensor, *_: Any) -> tuple[Tensor, ...]:
 discounted_loss = Operator(
     "discounted_loss",
     "forward",
-    "discounted_loss",
     "(Tensor reward, Tensor kl, Tensor remaining, float gamma, float alpha, bool mask_nonpositive, float denominator) "
     "-> (Tensor, Tensor, Tensor)",
     _fake,

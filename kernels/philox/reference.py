@@ -49,7 +49,7 @@ def uniform(word: torch.Tensor) -> torch.Tensor:
 
 
 def normal(seed: torch.Tensor, numel: int) -> torch.Tensor:
-    """Box-Muller on neighbouring words: seed int64 [B] -> float32 [B, numel].
+    """Box-Muller on neighboring words: seed int64 [B] -> float32 [B, numel].
 
     The two float32 inputs of the transform, u1 clamped at 1e-7 and the angle 2 pi u2, are rounded as on a GPU. The rest
     is computed in float64 and rounded once, so it does not depend on a backend's vector mathematics.

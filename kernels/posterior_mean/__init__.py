@@ -102,6 +102,6 @@ def posterior_mean_vjp(
     with torch.no_grad():
         if name == "reference":
             return unfused.posterior_mean_vjp(grad_x0, posterior, index, float(guidance_scale))
-        arguments = (grad_x0, constant(posterior), index, float(guidance_scale), dtype, dtype, True, True)
+        arguments = (grad_x0, constant(posterior), index, float(guidance_scale), dtype, dtype)
         grad_x, grad_output = fused.posterior_mean_backward(*arguments)
         return grad_x, grad_output

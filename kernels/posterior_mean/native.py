@@ -12,12 +12,7 @@ __all__ = ["backward", "forward", "unavailable"]
 
 
 def forward(
-    x: Tensor,
-    model_output: Tensor,
-    posterior: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    out_dtype: torch.dtype,
+    x: Tensor, model_output: Tensor, posterior: Tensor, index: Tensor, guidance_scale: float, out_dtype: torch.dtype
 ) -> Tensor:
     """x0 like x in out_dtype; a row with b = 0 does not read model_output."""
     x, model_output = x.contiguous(), model_output.contiguous()
@@ -33,14 +28,12 @@ def backward(
     posterior: Tensor,
     index: Tensor,
     guidance_scale: float,
-    x_dtype: torch.dtype,
-    output_dtype: torch.dtype,
-    need_x: bool,
-    need_output: bool,
+    x_dtype: torch.dtype | None,
+    output_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """grad_x like grad_x0, grad_output [B or 2B, ...]; the one not needed is [0] and not computed."""
+    """grad_x like grad_x0, grad_output [B or 2B, ...]; one without a dtype is [0] and not computed."""
     grad_x0 = grad_x0.contiguous()
-    grads = empty_gradients(grad_x0, guidance_scale, x_dtype, output_dtype, need_x, need_output)
+    grads = empty_gradients(grad_x0, guidance_scale, x_dtype, output_dtype)
     outputs = *typed(grads[0]), *typed(grads[1])
     name, letters = "sqdf_fast_posterior_mean_backward", "piplpdllpipii"
     run_rows(name, letters, typed(grad_x0), posterior, index, (guidance_scale,), grad_x0, outputs)

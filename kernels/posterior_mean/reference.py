@@ -10,12 +10,7 @@ from sqdf_fast.kernels.validation import math_dtype
 
 
 def posterior_mean(
-    x: Tensor,
-    model_output: Tensor,
-    posterior: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    out_dtype: torch.dtype,
+    x: Tensor, model_output: Tensor, posterior: Tensor, index: Tensor, guidance_scale: float, out_dtype: torch.dtype
 ) -> Tensor:
     """x [B, ...], model_output [B or 2B, ...], posterior [T, 2], index [B] -> x0_hat [B, ...].
 

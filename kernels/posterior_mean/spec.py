@@ -20,7 +20,7 @@ def operator_calls(device: str) -> spec.Calls:
     settings = table[:, :2], index, 5.0
     return {
         "posterior_mean": (mean, (*inputs, *settings, torch.float16)),
-        "posterior_mean_backward": (backward, (grad, *settings, torch.float32, torch.bfloat16, True, True)),
+        "posterior_mean_backward": (backward, (grad, *settings, torch.float32, torch.bfloat16)),
     }
 
 
@@ -31,8 +31,8 @@ def launches(quick: bool) -> Iterator[Callable[[], object]]:
         table, index, x = spec.empty(50, 2), spec.empty(2, dtype=torch.int64), spec.empty(2, length, dtype=dtype)
         model_output = spec.empty(2 if g == 1 else 4, length, dtype=output)
         yield partial(triton.forward, x, model_output, table, index, g, dtype)
-        for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
-            yield partial(triton.backward, x, table, index, g, dtype, output, *needs)
+        for dtypes in spec.wanted(dtype, output, few):
+            yield partial(triton.backward, x, table, index, g, *dtypes)
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:

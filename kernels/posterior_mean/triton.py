@@ -90,12 +90,7 @@ def backward_kernel(
 
 
 def forward(
-    x: Tensor,
-    model_output: Tensor,
-    posterior: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    out_dtype: torch.dtype,
+    x: Tensor, model_output: Tensor, posterior: Tensor, index: Tensor, guidance_scale: float, out_dtype: torch.dtype
 ) -> Tensor:
     """x0_hat shaped like x, in out_dtype."""
     x, posterior = aligned(x), posterior.float()
@@ -112,18 +107,16 @@ def backward(
     posterior: Tensor,
     index: Tensor,
     guidance_scale: float,
-    x_dtype: torch.dtype,
-    output_dtype: torch.dtype,
-    need_x: bool,
-    need_output: bool,
+    x_dtype: torch.dtype | None,
+    output_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """grad_x [B, ...] in x_dtype, grad_output [B or 2B, ...] in output_dtype; [0] where not needed."""
+    """grad_x [B, ...], grad_output [B or 2B, ...]; one without a dtype is [0] and not computed."""
     grad_x0, posterior = aligned(grad_x0), posterior.float()
     sizes, grid, n_warps = layout(grad_x0, posterior)
-    grads = empty_gradients(grad_x0, guidance_scale, x_dtype, output_dtype, need_x, need_output)
-    tensors = grad_x0, posterior, index.contiguous(), grads[0] if need_x else None, grads[1] if need_output else None
+    grads = empty_gradients(grad_x0, guidance_scale, x_dtype, output_dtype)
+    tensors = grad_x0, posterior, index.contiguous(), grads[0] if x_dtype else None, grads[1] if output_dtype else None
     scales = guidance_scale, 1.0 - guidance_scale
-    if need_x or need_output:
+    if x_dtype or output_dtype:
         with on(grad_x0.device):
             backward_kernel[grid](*tensors, *scales, *sizes, guidance_scale != 1, BLOCK, num_warps=n_warps)
     return grads
