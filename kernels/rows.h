@@ -35,7 +35,7 @@ struct Output {
 
 inline int64_t element_size(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-// Bytes of `count` elements of an input or output; none where there is no tensor.
+// Bytes of `count` elements of an input or output; 0 without a tensor.
 template <typename Tensor>
 int64_t bytes(const Tensor& tensor, int64_t count) {
     return tensor.data == nullptr ? 0 : count * element_size(tensor.dtype);

@@ -3,7 +3,7 @@
     python bench seeds                                # seeds 0 1 2; docs/shapes_results.md and an image
     python bench seeds --steps 2 --seeds 0 --runs runs/try --output runs/try
 
-A run folder that has finished is read, not repeated.
+A finished run is read from its folder, not repeated.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ torch.library.register_fake("sqdf_fast::adamw", lambda *given: None)
 @torch.library.impl("sqdf_fast::adamw", ("CPU", "CUDA"))
 def _run(*given: Any) -> None:
     *tensors, coefficients, seed, impl = given
-    module("adamw_8bit", impl).update(Step(*tensors, Coefficients(*coefficients), seed))
+    module("adamw_8bit", impl).update(Step._make([*tensors, Coefficients(*coefficients), seed]))
 
 
 def _update(*given: Any) -> None:

@@ -63,7 +63,7 @@ class Step(NamedTuple):
     """Arguments of one step of a parameter [n]; parameter, states and absmax are contiguous and updated in place.
 
     Attributes:
-        state1, state2: codes of the moments, uint8 [n], or the moments, float32 [n], where there is no absmax.
+        state1, state2: codes of the moments, uint8 [n], or without absmax the moments, float32 [n].
         absmax1, absmax2: float32 [ceil(n / 256)].
         seed: seed for stochastic rounding of a bfloat16 parameter.
     """

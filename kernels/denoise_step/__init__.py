@@ -8,6 +8,7 @@ from torch import Tensor
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.denoise_step import op as fused
 from sqdf_fast.kernels.denoise_step import reference as unfused
+from sqdf_fast.kernels.denoise_step.reference import Backward, Forward
 from sqdf_fast.kernels.dispatch import resolve
 from sqdf_fast.kernels.philox import MAX_ELEMENTS
 from sqdf_fast.kernels.validation import (
@@ -66,8 +67,8 @@ def denoise_step(
     """
     # the backward needs delta, and only for the policy
     with_delta = policy.requires_grad and torch.is_grad_enabled()
-    settings = guidance_scale, noise, seed, kl_scale, with_delta, impl
-    x_prev, kl, _ = _step(x, policy, reference, transition, index, *settings)
+    settings = float(guidance_scale), noise, seed, float(kl_scale), with_delta
+    x_prev, kl, _ = _step(Forward(x, policy, reference, transition, index, *settings), impl)
     return x_prev, kl
 
 
@@ -89,9 +90,8 @@ def denoise_step_staged(
     Returns:
         x_prev, kl as `denoise_step`; delta shaped like x, in the dtype of `policy`, carrying no gradient.
     """
-    x_prev, kl, delta = _step(
-        x, policy, reference, transition, index, guidance_scale, noise, seed, kl_scale, True, impl
-    )
+    settings = float(guidance_scale), noise, seed, float(kl_scale), True
+    x_prev, kl, delta = _step(Forward(x, policy, reference, transition, index, *settings), impl)
     return x_prev, kl, delta.detach()
 
 
@@ -131,29 +131,17 @@ def denoise_step_vjp(
             f"with delta {tuple(delta.shape)} they must be {tuple(delta.shape)} and [{delta.shape[0]}]"
         )
     name = resolve("denoise_step", impl, delta.device, math_dtype(grad_x_prev, grad_kl, delta))
-    settings = float(guidance_scale), float(kl_scale)
+    scales = float(guidance_scale), float(kl_scale)
+    given = Backward(grad_x_prev, grad_kl, delta, transition, index, *scales, None, torch.float32)
     with torch.no_grad():
-        if name == "reference":
-            return unfused.denoise_step_vjp(grad_x_prev, grad_kl, delta, transition, index, *settings)
-        inputs = grad_x_prev, grad_kl, delta, transition, index
-        grad_policy: Tensor = fused.denoise_step_backward(*inputs, *settings, None, torch.float32)[1]
+        grad_policy: Tensor = (
+            unfused.policy_gradient(given) if name == "reference" else fused.denoise_step_backward(*given)[1]
+        )
         return grad_policy
 
 
-def _step(
-    x: Tensor,
-    policy: Tensor,
-    reference: Tensor,
-    transition: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    kl_scale: float,
-    with_delta: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "denoise_step"
+def _step(given: Forward, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    op, (x, policy, reference, transition, index, guidance_scale, noise, seed, _, _) = "denoise_step", given
     check_batch(op, x=x)
     check_floating(op, x=x, policy=policy, reference=reference, noise=noise)
     check_network_output(op, "policy", policy, x, guidance_scale)
@@ -162,11 +150,10 @@ def _step(
     _check_noise(x, noise, seed)
     name = resolve(op, impl, x.device, math_dtype(x, policy, reference, noise))
     noise = None if noise is None else constant(noise)
-    settings = float(guidance_scale), noise, seed, float(kl_scale)
-    arguments = (x, policy, constant(reference), constant(transition), index, *settings)
+    given = given._replace(reference=constant(reference), transition=constant(transition), noise=noise)
     if name == "reference":
-        return unfused.denoise_step_staged(*arguments)
-    x_prev, kl, delta = fused.denoise_step(*arguments, with_delta)
+        return unfused.forward(given)
+    x_prev, kl, delta = fused.denoise_step(*given)
     return x_prev, kl, delta
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sqdf_fast.kernels import spec
 from sqdf_fast.kernels.denoise_step import denoise_step
+from sqdf_fast.kernels.denoise_step.reference import Backward, Forward
 from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.kernels.spec import GUIDANCE_SCALE, LATENTS, Benchmark, Inputs, Normal, Outputs, Problem, Spec
 
@@ -50,9 +51,9 @@ def launches(quick: bool) -> Iterator[Callable[[], object]]:
         inputs = x, policy, reference, table, index, g
         for drawn, with_delta in [(g != 1, True)] if few else itertools.product((True, False), repeat=2):
             given, key = (None, seed) if drawn else (noise, None)
-            yield partial(triton.forward, *inputs, given, key, 1.0, with_delta)
+            yield partial(triton.forward, Forward(*inputs, given, key, 1.0, with_delta))
         for dtypes in spec.wanted(dtype, output, few):
-            yield partial(triton.backward, x, spec.empty(2), delta, table, index, g, 1.0, *dtypes)
+            yield partial(triton.backward, Backward(x, spec.empty(2), delta, table, index, g, 1.0, *dtypes))
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:

@@ -14,8 +14,9 @@ import torch
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.dispatch import module, resolve
-from sqdf_fast.kernels.operators import Operator
+from sqdf_fast.kernels.operators import Operator, schema
 from sqdf_fast.kernels.philox import reference
+from sqdf_fast.kernels.philox.reference import Draw
 
 __all__ = ["MAX_ELEMENTS", "derive_seed", "derive_seeds", "philox_normal", "philox_uint32"]
 
@@ -69,7 +70,9 @@ def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torc
         UserError: as `philox_normal`.
     """
     _check(seed, numel)
-    return module("philox", resolve("philox", impl, seed.device, torch.float32)).words(seed, numel)
+    name = resolve("philox", impl, seed.device, torch.float32)
+    found: torch.Tensor = module("philox", name).words(Draw(seed, numel))
+    return found
 
 
 def derive_seed(*integers: int) -> int:
@@ -92,19 +95,19 @@ def derive_seeds(*base: int, ids: torch.Tensor) -> torch.Tensor:
     return _mix_tensor(ids.to(torch.int64) ^ prefix)
 
 
-_SCHEMA = "(Tensor seed, SymInt numel) -> Tensor"
+def _fake(draw: Draw) -> torch.Tensor:
+    return draw.seed.new_empty((len(draw.seed), draw.numel), dtype=torch.float32)
 
 
-def _fake(seed: torch.Tensor, numel: int) -> torch.Tensor:
-    return seed.new_empty((len(seed), numel), dtype=torch.float32)
-
-
-_fused = Operator("philox", "normal", _SCHEMA, _fake)
+_fused = Operator("philox", "normal", Draw, 1, _fake)
 # The reference is an operator too: a memory simulation must not count its integers, which no fused kernel has.
 _reference = torch.library.custom_op(
-    "sqdf_fast::philox_normal_reference", reference.normal, mutates_args=(), schema=_SCHEMA
+    "sqdf_fast::philox_normal_reference",
+    lambda *given: reference.normal(Draw(*given)),
+    mutates_args=(),
+    schema=schema(Draw, 1),
 )
-_reference.register_fake(_fake)
+_reference.register_fake(lambda *given: _fake(Draw(*given)))
 
 
 def _check(seed: torch.Tensor, numel: int) -> None:

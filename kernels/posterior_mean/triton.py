@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sqdf_fast.kernels.guidance import empty_gradients
+from sqdf_fast.kernels.posterior_mean.reference import Backward, Forward
 from sqdf_fast.kernels.triton import (
     BLOCK,
     aligned,
@@ -89,10 +89,9 @@ def backward_kernel(
             tl.store(grad_output + i_x + o_n, b_grad.to(grad_output.dtype.element_ty), mask=m_n)
 
 
-def forward(
-    x: Tensor, model_output: Tensor, posterior: Tensor, index: Tensor, guidance_scale: float, out_dtype: torch.dtype
-) -> Tensor:
-    """x0_hat shaped like x, in out_dtype."""
+def forward(given: Forward) -> Tensor:
+    """See `Forward`."""
+    x, model_output, posterior, index, guidance_scale, out_dtype = given
     x, posterior = aligned(x), posterior.float()
     sizes, grid, n_warps = layout(x, posterior)
     x0 = x.new_empty(x.shape, dtype=out_dtype)
@@ -102,15 +101,9 @@ def forward(
     return x0
 
 
-def backward(
-    grad_x0: Tensor,
-    posterior: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    x_dtype: torch.dtype | None,
-    output_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """grad_x [B, ...], grad_output [B or 2B, ...]; one without a dtype is [0] and not computed."""
+def backward(given: Backward) -> tuple[Tensor, Tensor]:
+    """See `Backward`."""
+    grad_x0, posterior, index, guidance_scale, x_dtype, output_dtype = given
     grad_x0, posterior = aligned(grad_x0), posterior.float()
     sizes, grid, n_warps = layout(grad_x0, posterior)
     grads = empty_gradients(grad_x0, guidance_scale, x_dtype, output_dtype)

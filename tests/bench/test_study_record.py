@@ -54,7 +54,7 @@ def test_plots_stand_under_their_group(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["study", "longer"])
-def test_what_is_laid_down_is_accepted(name, tmp_path):
+def test_the_committed_protocols_are_accepted(name, tmp_path):
     protocol = make_protocol(read_protocol(Path(comparison.__file__).with_name(f"{name}.yaml")))
     # Names, settings, prompts and grids are looked up before anything runs.
     assert Comparison(protocol, tmp_path).protocol == protocol

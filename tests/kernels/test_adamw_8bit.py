@@ -199,7 +199,7 @@ def test_parameters_are_those_of_bitsandbytes_within_its_own_quantization_error(
 
 
 @implementations
-def test_states_of_bitsandbytes_are_gone_on_with(impl: str) -> None:
+def test_states_of_bitsandbytes_continue(impl: str) -> None:
     optim = pytest.importorskip("bitsandbytes.optim")
     settings = {name: SETTINGS[name] for name in ("lr", "eps", "weight_decay")}
     theirs = torch.nn.Parameter(torch.randn(50_000, generator=torch.Generator().manual_seed(6)))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,26 @@ from torch import Tensor
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import discounted_loss, native
-from sqdf_fast.kernels.denoise_step import native as denoise_step
+from sqdf_fast.kernels.dispatch import module
 from sqdf_fast.kernels.philox import native as philox
-from sqdf_fast.kernels.posterior_mean import native as posterior_mean
+from sqdf_fast.kernels.philox.reference import Draw
+
+
+class Raw:
+    """The raw functions of an op's native implementation, called with the fields of their arguments."""
+
+    def __init__(self, op: str) -> None:
+        self._native, self._reference = module(op, "native"), module(op, "reference")
+
+    def forward(self, *given: object) -> Any:
+        return self._native.forward(self._reference.Forward(*given))
+
+    def backward(self, *given: object) -> Any:
+        return self._native.backward(self._reference.Backward(*given))
+
+
+denoise_step, posterior_mean = Raw("denoise_step"), Raw("posterior_mean")
+
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -166,7 +184,7 @@ def test_instruction_sets_give_the_same_bits(
         native.limit_instruction_set(name)
         assert native.instruction_set() == name
         found.append(every_result((2, 3, 2741), guidance_scale, dtype))
-        found[-1]["normal"] = philox.normal(torch.tensor([3, -4]), 5003)
+        found[-1]["normal"] = philox.normal(Draw(torch.tensor([3, -4]), 5003))
     for other in found[1:]:
         assert_same_bits(other, found[0])
 
@@ -369,7 +387,7 @@ def test_results_are_on_the_device_of_the_inputs_and_not_on_the_default_one() ->
     x, index = torch.ones(2, 300), torch.zeros(2, dtype=torch.int64)
     table, dtypes = torch.tensor([[2.0, 3.0, 1.0]]), (torch.float32, torch.bfloat16)
     with torch.device("meta"):
-        results = [philox.words(index, 300), philox.normal(index, 300)]
+        results = [philox.words(Draw(index, 300)), philox.normal(Draw(index, 300))]
         results += denoise_step.forward(x, x, x, table, index, 1.0, x, None, 1.0, True)
         results += denoise_step.forward(x, x, x, table, index, 1.0, None, index, 1.0, False)
         results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes)
@@ -429,8 +447,9 @@ def test_a_dtype_that_the_library_does_not_know_is_refused() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("module", [denoise_step, posterior_mean])
-def test_what_the_ops_cannot_run_has_a_reason(module) -> None:
-    assert module.unavailable(torch.device("cpu"), torch.float32) is None
-    assert "reference" in module.unavailable(torch.device("cpu"), torch.float64)
-    assert "CPU" in module.unavailable(torch.device("cuda"), torch.float32)
+@pytest.mark.parametrize("op", ["denoise_step", "posterior_mean"])
+def test_what_the_ops_cannot_run_has_a_reason(op: str) -> None:
+    unavailable = module(op, "native").unavailable
+    assert unavailable(torch.device("cpu"), torch.float32) is None
+    assert "reference" in unavailable(torch.device("cpu"), torch.float64)
+    assert "CPU" in unavailable(torch.device("cuda"), torch.float32)
