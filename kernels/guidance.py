@@ -35,13 +35,15 @@ def empty_gradients(
 
     One whose dtype is None is not wanted: [0].
     """
-    rows = len(grad) if guidance_scale == 1 else 2 * len(grad)
+    batch, *sample = shape = grad.shape
+    rows = batch if guidance_scale == 1 else 2 * batch
     return (
-        grad.new_empty(grad.shape if x_dtype else (0,), dtype=x_dtype),
-        grad.new_empty((rows, *grad.shape[1:]) if output_dtype else (0,), dtype=output_dtype),
+        grad.new_empty(shape if x_dtype else (0,), dtype=x_dtype),
+        grad.new_empty((rows, *sample) if output_dtype else (0,), dtype=output_dtype),
     )
 
 
-def wanted(ctx: Any) -> list[torch.dtype | None]:
-    """Dtypes of the gradients for an op's first inputs, whose own are `ctx.dtypes`; None: not needed."""
-    return [dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)]
+def wanted(ctx: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """Dtypes of the gradients for an op's first two inputs, whose own are `ctx.dtypes`; None: not needed."""
+    (first, second), needed = ctx.dtypes, ctx.needs_input_grad
+    return first if needed[0] else None, second if needed[1] else None

@@ -132,10 +132,11 @@ def run_rows(
     Raises:
         IndexError: an index outside the table, as PyTorch's indexing raises it.
     """
-    table, index = table.float().contiguous(), index.contiguous()
-    rows, sizes = (table.data_ptr(), len(table), index.data_ptr()), (len(x), x.numel() // len(x))
+    table = (table if table.dtype == torch.float32 else table.float()).contiguous()
+    index, steps, batch = index.contiguous(), table.shape[0], x.shape[0]
+    rows, sizes = (table.data_ptr(), steps, index.data_ptr()), (batch, x.numel() // batch)
     if function(name, letters, "i")(*inputs, *rows, *scales, *sizes, *outputs, threads()):
-        raise IndexError(f"index holds a position outside a schedule of {len(table)} steps")
+        raise IndexError(f"index holds a position outside a schedule of {steps} steps")
 
 
 def threads() -> int:

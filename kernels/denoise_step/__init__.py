@@ -141,7 +141,8 @@ def denoise_step_vjp(
 
 
 def _step(given: Forward, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    op, (x, policy, reference, transition, index, guidance_scale, noise, seed, _, _) = "denoise_step", given
+    x, policy, reference, transition, index, guidance_scale, noise, seed, kl_scale, with_delta = given
+    op = "denoise_step"
     check_batch(op, x=x)
     check_floating(op, x=x, policy=policy, reference=reference, noise=noise)
     check_network_output(op, "policy", policy, x, guidance_scale)
@@ -150,10 +151,10 @@ def _step(given: Forward, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     _check_noise(x, noise, seed)
     name = resolve(op, impl, x.device, math_dtype(x, policy, reference, noise))
     noise = None if noise is None else constant(noise)
-    given = given._replace(reference=constant(reference), transition=constant(transition), noise=noise)
+    fixed = constant(reference), constant(transition), index, guidance_scale, noise, seed
     if name == "reference":
-        return unfused.forward(given)
-    x_prev, kl, delta = fused.denoise_step(*given)
+        return unfused.forward(Forward(x, policy, *fixed, kl_scale, with_delta))
+    x_prev, kl, delta = fused.denoise_step(x, policy, *fixed, kl_scale, with_delta)
     return x_prev, kl, delta
 
 

@@ -40,7 +40,7 @@ def _backward(ctx: Any, grad_x_prev: Tensor | None, grad_kl: Tensor | None, _: T
         grad_kl = delta.new_zeros(ctx.shape[0], dtype=torch.float32)
     dtypes = wanted(ctx)
     grads = denoise_step_backward(grad_x_prev, grad_kl, delta, transition, index, *ctx.scales, *dtypes)
-    return (*(grad if dtype else None for grad, dtype in zip(grads, dtypes, strict=True)), *(None,) * 8)
+    return grads[0] if dtypes[0] else None, grads[1] if dtypes[1] else None, *(None,) * 8
 
 
 denoise_step.register_backward(_setup_context, _backward)

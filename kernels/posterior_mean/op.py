@@ -33,7 +33,7 @@ def _backward(ctx: Any, grad_x0: Tensor | None) -> tuple[Any, ...]:
         return (None,) * 6
     dtypes = wanted(ctx)
     grads = posterior_mean_backward(grad_x0, *ctx.saved_tensors, ctx.guidance_scale, *dtypes)
-    return (*(grad if dtype else None for grad, dtype in zip(grads, dtypes, strict=True)), *(None,) * 4)
+    return grads[0] if dtypes[0] else None, grads[1] if dtypes[1] else None, *(None,) * 4
 
 
 posterior_mean.register_backward(_setup_context, _backward)
