@@ -77,7 +77,7 @@ class Backbone:
         kind: "lora", or "full": every parameter of a copy of the network is trained.
         rank, alpha: of the policy LoRA (alpha None: the rank, a scale of 1).
         target_modules: suffixes of the layers that get a policy LoRA; None: the family's own choice.
-        seed: of the LoRA's Gaussian initialisation; B is zero, so policy == reference at the start, bit for bit.
+        seed: of the LoRA's Gaussian initialization; B is zero, so policy == reference at the start, bit for bit.
         policy: folder of trained LoRA weights to start from, whose own rank and layers count then; in full-parameter
             mode of a network.
         consistency_lora: folder, file or hub id of the consistency LoRA; None leaves that role out.
@@ -164,7 +164,7 @@ class Backbone:
         last place of most weights, and rounding to nearest would leave it out.
 
         The weights themselves are untouched and back afterwards, bit for bit: taking a LoRA off by subtraction is not
-        exact. Quantised layers run their adapter as ever.
+        exact. Quantized layers run their adapter as ever.
         """
         adapters = self._adapters(role)
         layers = [layer for layer in self._layers if any(name in layer.scaling for name in adapters)]

@@ -1,4 +1,4 @@
-"""Over-optimisation: the trained reward still rises while what training does not see falls.
+"""Over-optimization: the trained reward still rises while what training does not see falls.
 
 A pure function of the evaluation records, so that a run that goes on after an interruption knows what it knew. The rule
 and where its constants come from: docs/monitor.md. The true reward of the embedded world, which no user has, is not
@@ -45,7 +45,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Alarm:
-    """Over-optimisation, seen at an evaluation.
+    """Over-optimization, seen at an evaluation.
 
     Attributes:
         step: of that evaluation; best_step: of the last one at which no judge was below its best yet.
@@ -149,6 +149,6 @@ def _fell(best: Record, now: Record, key: str) -> bool:
     ends = best.get(f"{key}_low"), now.get(f"{key}_high")
     if ends[0] is None or ends[1] is None:
         return False
-    # Pictures of a single prompt have intervals without width, which say nothing.
+    # Images of a single prompt have intervals without width, which say nothing.
     told = ends[0] < best[key] or ends[1] > now[key]
     return told and ends[1] < ends[0] and best[key] - now[key] > TOLERANCE.get(key, 0.0) * abs(best[key])

@@ -1,6 +1,6 @@
 """The paper's equations on top of the kernels, and the loss that drops into a training script.
 
-SQDF (Kang et al., arXiv 2512.04559) maximises E[r(x_0) - alpha sum_t KL(p || p')] over the denoising
+SQDF (Kang et al., arXiv 2512.04559) maximizes E[r(x_0) - alpha sum_t KL(p || p')] over the denoising
 transitions p of a pretrained p'. The soft Q-function of a step is approximated by one look-ahead, and its
 gradient is reparameterised:
 

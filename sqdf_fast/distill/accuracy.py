@@ -26,8 +26,8 @@ class Accuracy:
     Attributes:
         lookahead: "consistency" or "tweedie"; timestep: the network's.
         error: squared error of x0_hat over the mean square of x_0, in latents.
-        sharpness: mean absolute difference of neighbouring pixels in x0_hat's picture, over that in x_0's.
-        correlation: Pearson's, of the rewards of the two pictures; None without a reward.
+        sharpness: mean absolute difference of neighboring pixels in x0_hat's image, over that in x_0's.
+        correlation: Pearson's, of the rewards of the two images; None without a reward.
     """
 
     lookahead: str

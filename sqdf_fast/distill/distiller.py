@@ -1,4 +1,4 @@
-"""From a base model and prompts to a consistency LoRA. No pictures are needed: the model is its own data."""
+"""From a base model and prompts to a consistency LoRA. No images are needed: the model is its own data."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class Distiller:
         )
 
     def train(self, trajectories: Trajectories) -> float:
-        """Optimise the LoRA on the trajectories; returns the mean loss of the last tenth of the steps.
+        """Optimize the LoRA on the trajectories; returns the mean loss of the last tenth of the steps.
 
         Raises:
             UserError: the loss is not finite.

@@ -1,4 +1,4 @@
-"""Spaces in which pictures are compared: how far apart they are, and how alike."""
+"""Spaces in which images are compared: how far apart they are, and how alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIXEL_WIDTH = 0.2
 
 
 class Embedding:
-    """Pictures as vectors.
+    """Images as vectors.
 
     Attributes:
         description: what is compared, in a few words.
@@ -81,7 +81,7 @@ class Coordinates(Embedding):
 
 
 class Thumbnails(Coordinates):
-    """Pictures scaled to 16 x 16 pixels; distances in [0, 1]. Needs no network."""
+    """Images scaled to 16 x 16 pixels; distances in [0, 1]. Needs no network."""
 
     description = f"thumbnails of {PIXEL_SIDE} x {PIXEL_SIDE} pixels (root mean square difference)"
 

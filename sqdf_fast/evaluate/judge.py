@@ -1,4 +1,4 @@
-"""What a judge is: one number about a set of pictures, with an interval."""
+"""What a judge is: one number about a set of images, with an interval."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from sqdf_fast.evaluate.embedding import Embedding
 Better = Literal["higher", "lower", "neither"]
 
 
-class Pictures:
-    """Pictures of one model, and what of them several judges need.
+class ImageSet:
+    """Images of one model, and what of them several judges need.
 
     Args:
         images: float [N, 3, H, W] in [0, 1].
         prompts: N prompts; many judges need prompts that occur more than once.
-        embedding: the space in which pictures are compared.
-        batch_size: pictures judged at once.
-        base: embeddings [N, F] of the base model's pictures of the same prompts and seeds, in the same order.
+        embedding: the space in which images are compared.
+        batch_size: images judged at once.
+        base: embeddings [N, F] of the base model's images of the same prompts and seeds, in the same order.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class Pictures:
 
     @cached_property
     def rows(self) -> dict[str, list[int]]:
-        """Which pictures each distinct prompt has."""
+        """Which images each distinct prompt has."""
         rows: dict[str, list[int]] = defaultdict(list)
         for index, prompt in enumerate(self.prompts):
             rows[prompt].append(index)
         return dict(rows)
 
     def scores(self, score: Callable[[Tensor, Sequence[str]], Tensor], prompts: Sequence[str] | None = None) -> Tensor:
-        """``score`` of every picture, a batch at a time, float64 [N]; ``prompts`` in place of their own."""
+        """``score`` of every image, a batch at a time, float64 [N]; ``prompts`` in place of their own."""
         named = self.prompts if prompts is None else prompts
         parts = [
             score(self.images[start : start + self.batch_size], named[start : start + self.batch_size])
@@ -67,7 +67,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Values:
-    """Numbers and the prompt that each belongs to: one a picture, or one a prompt."""
+    """Numbers and the prompt that each belongs to: one an image, or one a prompt."""
 
     numbers: list[float]
     prompts: list[str]
@@ -101,7 +101,7 @@ class Judge:
     Attributes:
         name: the record's key is ``eval_<name>``.
         better: which direction is good.
-        network: is on the pictures' device while the judge works and on the CPU otherwise, so that it takes no memory
+        network: is on the images' device while the judge works and on the CPU otherwise, so that it takes no memory
             from a training step.
     """
 
@@ -119,15 +119,15 @@ class Judge:
         return cls(**options)
 
     def encode_prompts(self, prompts: Sequence[str]) -> None:
-        """Told all prompts before any picture; a judge that reads none does nothing."""
+        """Told all prompts before any image; a judge that reads none does nothing."""
 
-    def values(self, pictures: Pictures) -> Values | None:
-        """Numbers whose mean is the result; None where these pictures do not tell."""
+    def values(self, image_set: ImageSet) -> Values | None:
+        """Numbers whose mean is the result; None where these images do not tell."""
         raise NotImplementedError
 
-    def measure(self, pictures: Pictures) -> Measurement | None:
+    def measure(self, image_set: ImageSet) -> Measurement | None:
         """The mean of the values and its bootstrap interval over prompts."""
-        found = self.values(pictures)
+        found = self.values(image_set)
         if found is None:
             return None
         mean = sum(found.numbers) / len(found.numbers)
@@ -148,34 +148,34 @@ class Judge:
             self.network.to("cpu")
 
     @torch.no_grad()
-    def __call__(self, pictures: Pictures) -> Measurement | None:
+    def __call__(self, image_set: ImageSet) -> Measurement | None:
         """As :meth:`measure`, for judges of any origin.
 
         Raises:
             UserError: the judge raises, or says something that is not finite. Running out of memory passes through.
         """
         try:
-            with self.at(pictures.images.device):
-                found = self.measure(pictures)
+            with self.at(image_set.images.device):
+                found = self.measure(image_set)
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            shown = f"{len(pictures.images)} pictures {list(pictures.images.shape[1:])}"
+            shown = f"{len(image_set.images)} images {list(image_set.images.shape[1:])}"
             said = str(error).strip().splitlines()
             raise UserError(
                 f"judge {self.name!r} raised {type(error).__name__}: {said[0] if said else ''}; it was given {shown} "
-                f"on {pictures.images.device}"
+                f"on {image_set.images.device}"
             ) from error
         if found is not None and not math.isfinite(found.value):
             raise UserError(f"judge {self.name!r} said {found.value}; a judgement must be finite")
         return found
 
 
-class PictureJudge(Judge):
-    """Judges every picture on its own: subclasses implement ``score``.
+class ImageJudge(Judge):
+    """Judges every image on its own: subclasses implement ``score``.
 
     Attributes:
-        exchanges: other prompts of the set that a picture is judged under where the level of chance is asked for.
+        exchanges: other prompts of the set that an image is judged under where the level of chance is asked for.
     """
 
     exchanges: ClassVar[int] = 8
@@ -184,19 +184,19 @@ class PictureJudge(Judge):
         """Of float [B, 3, H, W] in [0, 1] and B prompts, [B]."""
         raise NotImplementedError
 
-    def values(self, pictures: Pictures) -> Values:
-        return Values(pictures.scores(self.score).tolist(), pictures.prompts)
+    def values(self, image_set: ImageSet) -> Values:
+        return Values(image_set.scores(self.score).tolist(), image_set.prompts)
 
 
 class PromptJudge(Judge):
-    """Judges the pictures of one prompt together: subclasses implement ``of_prompt``."""
+    """Judges the images of one prompt together: subclasses implement ``of_prompt``."""
 
-    def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
-        """Of the pictures in ``rows``, two or more of the same prompt."""
+    def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
+        """Of the images in ``rows``, two or more of the same prompt."""
         raise NotImplementedError
 
-    def values(self, pictures: Pictures) -> Values | None:
-        several = {prompt: rows for prompt, rows in pictures.rows.items() if len(rows) > 1}
+    def values(self, image_set: ImageSet) -> Values | None:
+        several = {prompt: rows for prompt, rows in image_set.rows.items() if len(rows) > 1}
         if not several:
             return None
-        return Values([self.of_prompt(pictures, rows) for rows in several.values()], list(several))
+        return Values([self.of_prompt(image_set, rows) for rows in several.values()], list(several))

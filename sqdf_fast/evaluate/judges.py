@@ -16,7 +16,7 @@ from sqdf_fast.errors import UserError
 from sqdf_fast.evaluate.distance import KernelDistance
 from sqdf_fast.evaluate.diversity import EmbeddingDiversity, Vendi, VendiOfAll
 from sqdf_fast.evaluate.embedding import Embedding, embedding_of
-from sqdf_fast.evaluate.judge import Better, Judge, PictureJudge
+from sqdf_fast.evaluate.judge import Better, ImageJudge, Judge
 from sqdf_fast.evaluate.reward_judges import held_out_judge
 from sqdf_fast.rewards import Reward
 
@@ -58,13 +58,13 @@ class Judges:
 
     @torch.no_grad()
     def alignment(self, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
-        """How well each picture fits its prompt, [B]; None where no judge can tell.
+        """How well each image fits its prompt, [B]; None where no judge can tell.
 
         Raises:
             UserError: a prompt that the judge cannot read.
         """
         judge = self.by_name.get("alignment")
-        if not isinstance(judge, PictureJudge):
+        if not isinstance(judge, ImageJudge):
             return None
         with judge.at(images.device):
             return judge.score(images, prompts)
@@ -76,7 +76,7 @@ class Judges:
 
     @torch.no_grad()
     def embed(self, images: Tensor, batch_size: int = 16) -> Tensor:
-        """Embeddings [N, F] of pictures, such as the base model's."""
+        """Embeddings [N, F] of images, such as the base model's."""
         return torch.cat([self.embedding(batch) for batch in images.split(batch_size)])
 
 
@@ -96,7 +96,7 @@ def load_judges(
     """The judges of ``model``: those of the embedded world for "shapes", embeddings for every other; and more.
 
     Args:
-        reward: the one that training maximises, whose features are the embedding of other models.
+        reward: the one that training maximizes, whose features are the embedding of other models.
         names: of registered judges, or ``module:Class`` of a subclass of :class:`Judge`.
         held_out: rewards, registered or ``module:function``, that training does not see.
         options: keywords for the judge or the held-out reward of that name.

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.evaluate.diversity import mean_of_pairs
-from sqdf_fast.evaluate.judge import Pictures, PromptJudge
+from sqdf_fast.evaluate.judge import ImageSet, PromptJudge
 
 DREAMSIM_SIDE = 224
 
 
 class LpipsDiversity(PromptJudge):
-    """Mean LPIPS distance of two pictures of the same prompt.
+    """Mean LPIPS distance of two images of the same prompt.
 
     Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", arXiv 1801.03924.
 
     Args:
-        network: (a, b, normalize=True) to distances [B, 1, 1, 1] of pictures [B, 3, H, W] in [0, 1].
+        network: (a, b, normalize=True) to distances [B, 1, 1, 1] of images [B, 3, H, W] in [0, 1].
     """
 
     name = "lpips_diversity"
@@ -38,7 +38,7 @@ class LpipsDiversity(PromptJudge):
         """The published weights, in float32.
 
         Args:
-            net: the trunk: alex (the authors' advice for comparing pictures), vgg or squeeze.
+            net: the trunk: alex (the authors' advice for comparing images), vgg or squeeze.
 
         Raises:
             UserError: the package or its weights cannot be had.
@@ -46,24 +46,24 @@ class LpipsDiversity(PromptJudge):
         package = _package("lpips", cls.name)
         return cls(_loaded(cls.name, lambda: package.LPIPS(net=net, verbose=False, **options)))
 
-    def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
+    def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
         assert self.network is not None
         first, second = torch.triu_indices(len(rows), len(rows), offset=1)
-        images = pictures.images[rows].float()
+        images = image_set.images[rows].float()
         distances = [
             self.network(images[a], images[b], normalize=True).flatten().double().cpu()
-            for a, b in zip(first.split(pictures.batch_size), second.split(pictures.batch_size), strict=True)
+            for a, b in zip(first.split(image_set.batch_size), second.split(image_set.batch_size), strict=True)
         ]
         return float(torch.cat(distances).mean())
 
 
 class DreamSimDiversity(PromptJudge):
-    """Mean DreamSim distance of two pictures of the same prompt, 1 - cosine of its embeddings.
+    """Mean DreamSim distance of two images of the same prompt, 1 - cosine of its embeddings.
 
     Fu et al., "DreamSim: Learning New Dimensions of Human Visual Similarity using Synthetic Data", arXiv 2306.09344.
 
     Args:
-        network: has ``embed``: pictures [B, 3, 224, 224] in [0, 1] to [B, F].
+        network: has ``embed``: images [B, 3, 224, 224] in [0, 1] to [B, F].
     """
 
     name = "dreamsim_diversity"
@@ -109,11 +109,11 @@ class DreamSimDiversity(PromptJudge):
             for module, place in zip(extractors, places, strict=True):
                 module.device = place
 
-    def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
+    def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
         side = (DREAMSIM_SIDE, DREAMSIM_SIDE)
         embeddings = [
             self.embed(F.interpolate(batch.float(), side, mode="bicubic", antialias=True).clamp(0, 1))
-            for batch in pictures.images[rows].split(pictures.batch_size)
+            for batch in image_set.images[rows].split(image_set.batch_size)
         ]
         unit = F.normalize(torch.cat([part.double().cpu() for part in embeddings]), dim=1)
         return mean_of_pairs(1 - unit @ unit.T)

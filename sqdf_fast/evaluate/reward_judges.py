@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqdf_fast.evaluate.judge import PictureJudge
+from sqdf_fast.evaluate.judge import ImageJudge
 from sqdf_fast.rewards import Reward, checked_reward, load_reward
 
 
-class RewardJudge(PictureJudge):
+class RewardJudge(ImageJudge):
     """The mean score of a reward.
 
     Args:
         name: of the judge.
-        visits: the reward is this judge's alone, to be moved to the pictures' device and back.
+        visits: the reward is this judge's alone, to be moved to the images' device and back.
     """
 
     def __init__(self, name: str, reward: Reward, *, visits: bool) -> None:
@@ -34,12 +34,12 @@ class RewardJudge(PictureJudge):
 
 
 class ClipAlignment(RewardJudge):
-    """Alignment of picture and prompt by the reward ``clip``, the cosine of CLIP's embeddings.
+    """Alignment of image and prompt by the reward ``clip``, the cosine of CLIP's embeddings.
 
     Hessel et al., "CLIPScore", arXiv 2104.08718.
     """
 
-    # A picture costs a pass through the image tower each time.
+    # An image costs a pass through the image tower each time.
     exchanges = 1
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 from sqdf_fast.evaluate.bootstrap import percentile_interval, resampled_means
 from sqdf_fast.evaluate.diversity import Vendi, VendiOfAll
 from sqdf_fast.evaluate.embedding import Coordinates
-from sqdf_fast.evaluate.judge import Judge, Measurement, PictureJudge, Pictures, PromptJudge, Values
+from sqdf_fast.evaluate.judge import ImageJudge, ImageSet, Judge, Measurement, PromptJudge, Values
 
 if TYPE_CHECKING:
     from sqdf_fast.shapes.judge import Judge as Networks
@@ -33,11 +33,11 @@ class ShapesEmbedding(Coordinates):
         shapes = self.networks.attributes(images)[0].softmax(dim=1)
         # A shape drawn evenly among n has mean 1 / n and variance (1 - 1 / n) / n.
         mean = 1 / shapes.shape[1]
-        standardised = (shapes - mean) / (mean * (1 - mean)) ** 0.5
-        return torch.cat([self.networks.measures(images), standardised], dim=1).double()
+        standardized = (shapes - mean) / (mean * (1 - mean)) ** 0.5
+        return torch.cat([self.networks.measures(images), standardized], dim=1).double()
 
 
-class TrueReward(PictureJudge):
+class TrueReward(ImageJudge):
     """The rule that the taste reward was made to learn; training never sees it."""
 
     name = "true_reward"
@@ -48,8 +48,8 @@ class TrueReward(PictureJudge):
         return hidden_rule(images.cpu(), prompts)
 
 
-class ShapesAlignment(PictureJudge):
-    """Cosine of picture and prompt in the embedded world's own pair of towers."""
+class ShapesAlignment(ImageJudge):
+    """Cosine of image and prompt in the embedded world's own pair of towers."""
 
     name = "alignment"
 
@@ -61,44 +61,44 @@ class ShapesAlignment(PictureJudge):
 
 
 class AttributeAccuracy(Judge):
-    """Fraction of the shapes and of the colours named in the prompts that a classifier finds, mean of the two."""
+    """Fraction of the shapes and of the colors named in the prompts that a classifier finds, mean of the two."""
 
     name = "attribute_accuracy"
 
     def __init__(self, networks: Networks) -> None:
         self.networks = networks
 
-    def measure(self, pictures: Pictures) -> Measurement:
+    def measure(self, image_set: ImageSet) -> Measurement:
         from sqdf_fast.shapes.prompts import parse
-        from sqdf_fast.shapes.render import COLOURS, SHAPES
+        from sqdf_fast.shapes.render import COLORS, SHAPES
 
-        seen = pictures.scores(self._seen)
-        named = [parse(prompt) for prompt in pictures.prompts]
+        seen = image_set.scores(self._seen)
+        named = [parse(prompt) for prompt in image_set.prompts]
         right_shape = (seen[:, 0] == torch.tensor([SHAPES.index(name.shape) for name in named])).double()
-        resampled = resampled_means(right_shape.tolist(), pictures.prompts)
-        coloured = torch.tensor([name.colour is not None for name in named])
-        if not coloured.any():
-            return self._measurement(right_shape, resampled, pictures)
-        colours = torch.tensor([list(COLOURS).index(name.colour) if name.colour else -1 for name in named])
-        right_colour = (seen[:, 1] == colours).double()
-        colour_means = resampled_means(right_colour.tolist(), pictures.prompts, coloured.double().tolist())
-        # Each picture's share of the mean of the two fractions. That of colours is a ratio, since not all prompts name
-        # one; linearised about its value, so that the prompts' draw adds nothing where all are right.
-        fraction, weight = right_colour[coloured].mean(), coloured / coloured.double().mean()
-        shares = (right_shape + fraction + (right_colour - fraction) * weight) / 2
-        return self._measurement(shares, (resampled + colour_means) / 2, pictures)
+        resampled = resampled_means(right_shape.tolist(), image_set.prompts)
+        colored = torch.tensor([name.color is not None for name in named])
+        if not colored.any():
+            return self._measurement(right_shape, resampled, image_set)
+        colors = torch.tensor([list(COLORS).index(name.color) if name.color else -1 for name in named])
+        right_color = (seen[:, 1] == colors).double()
+        color_means = resampled_means(right_color.tolist(), image_set.prompts, colored.double().tolist())
+        # Each image's share of the mean of the two fractions. That of colors is a ratio, since not all prompts name
+        # one; linearized about its value, so that the prompts' draw adds nothing where all are right.
+        fraction, weight = right_color[colored].mean(), colored / colored.double().mean()
+        shares = (right_shape + fraction + (right_color - fraction) * weight) / 2
+        return self._measurement(shares, (resampled + color_means) / 2, image_set)
 
-    def _measurement(self, shares: Tensor, resampled: NDArray[np.float64], pictures: Pictures) -> Measurement:
-        of_prompts = Values(shares.tolist(), pictures.prompts).by_prompt
+    def _measurement(self, shares: Tensor, resampled: NDArray[np.float64], image_set: ImageSet) -> Measurement:
+        of_prompts = Values(shares.tolist(), image_set.prompts).by_prompt
         return Measurement(float(shares.mean()), *percentile_interval(resampled), of_prompts)
 
     def _seen(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        shape, colour, _ = self.networks.attributes(images.cpu().float())
-        return torch.stack([shape.argmax(dim=1), colour.argmax(dim=1)], dim=1)
+        shape, color, _ = self.networks.attributes(images.cpu().float())
+        return torch.stack([shape.argmax(dim=1), color.argmax(dim=1)], dim=1)
 
 
 class ShapesDiversity(PromptJudge):
-    """Mean distance of two pictures of a prompt over the attributes that it leaves free."""
+    """Mean distance of two images of a prompt over the attributes that it leaves free."""
 
     name = "diversity"
     description = "attributes that the prompt leaves free"
@@ -106,8 +106,8 @@ class ShapesDiversity(PromptJudge):
     def __init__(self, networks: Networks) -> None:
         self.networks = networks
 
-    def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
-        return self.networks.diversity(pictures.images[rows].cpu(), [pictures.prompts[row] for row in rows])
+    def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
+        return self.networks.diversity(image_set.images[rows].cpu(), [image_set.prompts[row] for row in rows])
 
 
 def shapes_judges(networks: Networks) -> list[Judge]:

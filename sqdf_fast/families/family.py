@@ -88,7 +88,7 @@ class Family(ABC):
     latent_shape: tuple[int, ...]
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        # Not read off the weights: they may be elsewhere for a while, or quantised.
+        # Not read off the weights: they may be elsewhere for a while, or quantized.
         self.device, self.dtype = torch.device(device), dtype
         self._encoded: dict[str, Conditioning] = {}
 

@@ -14,12 +14,12 @@ from sqdf_fast.errors import UserError
 from sqdf_fast.families.family import Conditioning, Defaults
 from sqdf_fast.families.flow import flow_scheduler, shift
 from sqdf_fast.families.pipeline import PipelineFamily
-from sqdf_fast.families.text import token_ids, visiting
+from sqdf_fast.families.text import on_device, token_ids
 from sqdf_fast.schedule import DenoisingSchedule
 
 _T5_TOKENS = 512
 _TRAINED_SIDE = 128
-"""Latent rows and columns of the pipeline's default picture; its configuration does not say."""
+"""Latent rows and columns of the pipeline's default image; its configuration does not say."""
 
 
 class Flux(PipelineFamily):
@@ -78,9 +78,9 @@ class Flux(PipelineFamily):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         (clip, t5), (short, long) = self.encoders(prompts), self.tokenizers
-        with visiting(clip, self.device):
+        with on_device(clip, self.device):
             pooled = clip(token_ids(short, prompts, self.clip_tokens, clip)).pooler_output
-        with visiting(t5, self.device):
+        with on_device(t5, self.device):
             states = t5(token_ids(long, prompts, _T5_TOKENS, t5))[0]
         tensors = {"encoder_hidden_states": states, "pooled_projections": pooled}
         return Conditioning({name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()})

@@ -71,7 +71,7 @@ def load_family(
 
     Args:
         device, dtype: of the frozen weights of network and VAE; text encoders go there while they run, if they fit.
-        resolution: side of the square pictures in pixels; default: what the network was trained for.
+        resolution: side of the square images in pixels; default: what the network was trained for.
         quantization: of the network's linear layers, by bitsandbytes; needs a CUDA device.
 
     Raises:

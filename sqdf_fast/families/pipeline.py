@@ -30,7 +30,7 @@ class PipelineFamily(Family):
     Args:
         pipeline: as loaded by diffusers, weights already in the wanted dtype, network and VAE on the wanted device; its
             VAE loses the encoder.
-        resolution: side of the square pictures in pixels; default: what the network was trained for.
+        resolution: side of the square images in pixels; default: what the network was trained for.
 
     Raises:
         UserError: the resolution is no multiple of the latent's patches.
@@ -41,7 +41,7 @@ class PipelineFamily(Family):
         patch: latent positions a side that the network reads as one.
 
     Attributes:
-        resolution: side of the pictures in pixels; pixels_per_latent: pixels of a latent position's side.
+        resolution: side of the images in pixels; pixels_per_latent: pixels of a latent position's side.
         clip_tokens: length of a prompt for its CLIP text encoders.
     """
 
@@ -62,7 +62,7 @@ class PipelineFamily(Family):
         self.tokenizers = _present(parts, ("tokenizer", "tokenizer_2", "tokenizer_3"))
         for module in (self.network, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
-        # Latents are never made from pictures here.
+        # Latents are never made from images here.
         self.vae.encoder = self.vae.quant_conv = None
         self.clip_tokens = self.tokenizers[0].model_max_length if self.tokenizers else CLIP_TOKENS
         self.scheduler = self.make_scheduler(pipeline.scheduler)
@@ -113,9 +113,7 @@ class PipelineFamily(Family):
         size = self.network.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         if height != width:
-            raise UserError(
-                f"this network was trained on {height} x {width} latents; only square pictures are supported"
-            )
+            raise UserError(f"this network was trained on {height} x {width} latents; only square images are supported")
         return int(height)
 
     def latent_layout(self, side: int) -> tuple[int, ...]:
@@ -141,7 +139,7 @@ class PipelineFamily(Family):
         if config.shift_factor:
             latents = latents + config.shift_factor
         images = self.vae.decode(latents, return_dict=False)[0]
-        # Rewards are somebody's code: half-precision pictures would be one more thing it has to think of.
+        # Rewards are somebody's code: half-precision images would be one more thing it has to think of.
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         return saturate(images / 2 + 0.5)
 

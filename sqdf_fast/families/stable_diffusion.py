@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sqdf_fast.families.family import Conditioning, Defaults
 from sqdf_fast.families.pipeline import PipelineFamily
-from sqdf_fast.families.text import token_ids, visiting
+from sqdf_fast.families.text import on_device, token_ids
 
 _LCM_LORA_SD15 = "latent-consistency/lcm-lora-sdv1-5"
 _SD15_TEXT_WIDTH = 768
@@ -48,7 +48,7 @@ class StableDiffusion(PipelineFamily):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         (encoder,), (tokenizer,) = self.encoders(prompts), self.tokenizers
-        with visiting(encoder, self.device):
+        with on_device(encoder, self.device):
             states = encoder(token_ids(tokenizer, prompts, self.clip_tokens, encoder))[0]
         return Conditioning({"encoder_hidden_states": states.to(self.device, self.dtype)})
 

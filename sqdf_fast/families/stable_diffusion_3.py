@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sqdf_fast.families.family import Conditioning, Defaults
 from sqdf_fast.families.flow import flow_scheduler, shift
 from sqdf_fast.families.pipeline import PipelineFamily
-from sqdf_fast.families.text import penultimate, token_ids, visiting
+from sqdf_fast.families.text import on_device, penultimate, token_ids
 from sqdf_fast.schedule import DenoisingSchedule
 
 _T5_TOKENS = 256
@@ -66,7 +66,7 @@ class StableDiffusion3(PipelineFamily):
         encoders = self.encoders(prompts)
         states, pooled = [], []
         for encoder, tokenizer in zip(encoders[:_CLIPS], self.tokenizers, strict=False):
-            with visiting(encoder, self.device):
+            with on_device(encoder, self.device):
                 hidden, projected = penultimate(encoder, token_ids(tokenizer, prompts, self.clip_tokens, encoder))
             states.append(hidden.to(self.device, self.dtype))
             pooled.append(projected.to(self.device, self.dtype))
@@ -75,7 +75,7 @@ class StableDiffusion3(PipelineFamily):
         clip = F.pad(clip, (0, width - clip.shape[-1]))
         long = self.zeros(len(prompts), _T5_TOKENS, width)
         for encoder, tokenizer in zip(encoders[_CLIPS:], self.tokenizers[_CLIPS:], strict=True):
-            with visiting(encoder, self.device):
+            with on_device(encoder, self.device):
                 long = encoder(token_ids(tokenizer, prompts, _T5_TOKENS, encoder))[0].to(self.device, self.dtype)
         return Conditioning(
             {
@@ -102,7 +102,7 @@ class StableDiffusion3(PipelineFamily):
 
 
 def _crop_positions(network: Any, side: int) -> None:
-    """Keep the position embeddings of one resolution: 3.5-medium's table takes 432 MiB in bfloat16, its centre 12."""
+    """Keep the position embeddings of one resolution: 3.5-medium's table takes 432 MiB in bfloat16, its center 12."""
     embedding = network.pos_embed
     kept = side // network.config.patch_size
     if embedding.pos_embed_max_size and kept < embedding.pos_embed_max_size:

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (arXiv 2307.01952): two text encoders, a pooled embedding, the picture's size as conditioning."""
+"""Stable Diffusion XL (arXiv 2307.01952): two text encoders, a pooled embedding, the image's size as conditioning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sqdf_fast.errors import UserError
 from sqdf_fast.families.family import Conditioning, Defaults
 from sqdf_fast.families.pipeline import PipelineFamily, cast
 from sqdf_fast.families.stable_diffusion import stochastic_scheduler
-from sqdf_fast.families.text import penultimate, token_ids, visiting
+from sqdf_fast.families.text import on_device, penultimate, token_ids
 
 _LCM_LORA_SDXL = "latent-consistency/lcm-lora-sdxl"
 _SDXL_TEXT_WIDTH = 2048
@@ -25,7 +25,7 @@ class StableDiffusionXL(PipelineFamily):
     """A StableDiffusionXLPipeline.
 
     The unconditional prompt '' is zeros where the pipeline's force_zeros_for_empty_prompt says so, as when no negative
-    prompt is given to it. Pictures count as uncropped and of the size they are made in.
+    prompt is given to it. Images count as uncropped and of the size they are made in.
 
     Args:
         pipeline, resolution: see PipelineFamily. In float16 its VAE overflows: with force_upcast in its configuration
@@ -58,7 +58,7 @@ class StableDiffusionXL(PipelineFamily):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         states = []
         for encoder, tokenizer in zip(self.encoders(prompts), self.tokenizers, strict=True):
-            with visiting(encoder, self.device):
+            with on_device(encoder, self.device):
                 ids = token_ids(tokenizer, prompts, tokenizer.model_max_length, encoder)
                 hidden, pooled = penultimate(encoder, ids)
             states.append(hidden.to(self.device, self.dtype))

@@ -14,7 +14,7 @@ CLIP_TOKENS = 77
 
 
 @contextmanager
-def visiting(encoder: Any, device: torch.device) -> Iterator[Any]:
+def on_device(encoder: Any, device: torch.device) -> Iterator[Any]:
     """Run ``encoder`` on ``device``; afterwards it is where it was. One that does not fit there runs where it is.
 
     A T5 of 9 GB has no room beside a network on most cards, and is needed once a prompt.

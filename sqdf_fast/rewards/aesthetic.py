@@ -87,7 +87,7 @@ class AestheticReward(Reward):
         return cls(vision, nn.Linear(vision.config.projection_dim, 1, device=device, dtype=exact))
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised CLIP image embeddings, [B, 768]."""
+        """Normalized CLIP image embeddings, [B, 768]."""
         pixels = preprocess(images, self.size).to(self.vision.dtype)
         embeddings = self.vision(pixel_values=pixels).image_embeds.to(self.head.weight.dtype)
         return embeddings / embeddings.norm(dim=-1, keepdim=True)

@@ -27,7 +27,7 @@ _LINEAR = tuple(f"scoring_head.{position}" for position in (0, 2, 4, 6, 8))
 
 
 class AestheticV25Reward(Reward):
-    """Aesthetic score of Aesthetic Predictor V2.5, about 1 to 10; above 5.5 its author calls a picture great.
+    """Aesthetic score of Aesthetic Predictor V2.5, about 1 to 10; above 5.5 its author calls an image great.
 
     r(x) = w . e / |e| + b, e = pooled SigLIP image embedding of x; w and b are the published head, five Linear layers
     without activation, multiplied out. Source: github.com/discus0434/aesthetic-predictor-v2-5. The prompt is not read,
@@ -86,7 +86,7 @@ class AestheticV25Reward(Reward):
         return cls(vision, nn.Linear(config.hidden_size, 1, device=device, dtype=exact))
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised SigLIP image embeddings, [B, 1152]."""
+        """Normalized SigLIP image embeddings, [B, 1152]."""
         pixels = stretch(images, self.size).to(self.vision.dtype)
         embeddings = self.vision(pixel_values=pixels).pooler_output.to(self.head.weight.dtype)
         return embeddings / embeddings.norm(dim=-1, keepdim=True)

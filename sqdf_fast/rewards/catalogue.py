@@ -16,11 +16,11 @@ class RewardCard:
         scores: what it scores, in a few words.
         parameters: in memory while training.
         download: gigabytes (10^9 bytes) of the published files, of which a part may be read; 0: nothing.
-        side: of the square that its network sees, in pixels; None: the picture as it is.
+        side: of the square that its network sees, in pixels; None: the image as it is.
         reads_prompt: whether the score depends on the prompt.
         licence: of the published code and weights; "unknown" where their pages state none.
         source: where code and weights are published.
-        differentiable: whether it has a gradient with respect to the pictures.
+        differentiable: whether it has a gradient with respect to the images.
     """
 
     address: str

@@ -110,7 +110,7 @@ def preflight(reward: Reward, images: Tensor, prompts: Sequence[str], *, needs_g
         )
     if not gradient.any():
         raise UserError(
-            f"reward {reward.name!r} has a gradient of zero at every pixel: nothing would be learnt; "
+            f"reward {reward.name!r} has a gradient of zero at every pixel: nothing would be learned; "
             f"replace rounding, comparisons, argmax and hard clamps by smooth operations, or {_GRADIENT_FREE}"
         )
 

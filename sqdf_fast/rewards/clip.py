@@ -55,7 +55,7 @@ def load_text_tower(
 
 
 def load_logit_scale(clip: str, dtype: torch.dtype, *, reward: str, published: str, option: str = "clip") -> Tensor:
-    """What CLIP multiplies its cosines by, exp of the learnt logarithm: a number on the CPU."""
+    """What CLIP multiplies its cosines by, exp of the learned logarithm: a number on the CPU."""
     from transformers import CLIPConfig, CLIPPreTrainedModel
 
     class LogitScale(CLIPPreTrainedModel):

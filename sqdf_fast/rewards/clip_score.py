@@ -1,4 +1,4 @@
-"""CLIPScore: how well a picture fits its prompt, in the CLIP that was never tuned for it."""
+"""CLIPScore: how well an image fits its prompt, in the CLIP that was never tuned for it."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ WEIGHT = 2.5
 class CLIPScoreReward(CosineReward):
     """CLIPScore, typically 0.4 to 0.9 with ViT-L/14.
 
-    r(x, c) = 2.5 (e / |e|) . (f / |f|), e and f the embeddings of picture and prompt in OpenAI's CLIP. Hessel et al.
+    r(x, c) = 2.5 (e / |e|) . (f / |f|), e and f the embeddings of image and prompt in OpenAI's CLIP. Hessel et al.
     (arXiv 2104.08718) cut it off below 0, where it would have no gradient; ``clamp`` does so, for comparing judges'
     numbers with published ones.
 
     Args:
         vision: image tower with projection; its dtype is that of the network's arithmetic.
-        prompts: normalised text features [B, F] of B prompts, float32 or float64; the score is of that dtype.
+        prompts: normalized text features [B, F] of B prompts, float32 or float64; the score is of that dtype.
         clamp: cut negative scores off.
     """
 
@@ -67,7 +67,7 @@ class CLIPScoreReward(CosineReward):
             model: folder or hub id of a CLIP model in transformers' format; the paper's is ViT-B/32.
             tokenizer: folder or hub id of its tokenizer; default: that of ``model``.
             prefix: put before each prompt, with a space; the paper's for captions is "A photo depicts". Prompts for
-                pictures say what kind of picture they want, so that there is none here.
+                images say what kind of image they want, so that there is none here.
             clamp: max(r, 0), as published.
             dtype: of the vision network; text features and score are float32 (float64 with float64).
 

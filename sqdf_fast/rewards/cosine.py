@@ -1,4 +1,4 @@
-"""Rewards that are the cosine of a picture and its prompt in a CLIP."""
+"""Rewards that are the cosine of an image and its prompt in a CLIP."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class CosineReward(Reward):
-    """r(x, c) = (e / |e|) . (f / |f|), e and f the embeddings of picture and prompt.
+    """r(x, c) = (e / |e|) . (f / |f|), e and f the embeddings of image and prompt.
 
     Args:
         vision: image tower with projection; its dtype is that of the network's arithmetic.
-        prompts: normalised text features [B, F] of B prompts, float32 or float64; the score is of that dtype.
+        prompts: normalized text features [B, F] of B prompts, float32 or float64; the score is of that dtype.
     """
 
     checkpointed_block_types = BLOCKS
@@ -38,11 +38,11 @@ class CosineReward(Reward):
         self.prompts.drop_tower()
 
     def pixels(self, images: Tensor) -> Tensor:
-        """What the image tower sees of pictures in [0, 1]: [B, 3, size, size], float32 or float64."""
+        """What the image tower sees of images in [0, 1]: [B, 3, size, size], float32 or float64."""
         return preprocess(images, self.size)
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised image embeddings, [B, F]."""
+        """Normalized image embeddings, [B, F]."""
         pixels = self.pixels(images).to(self.vision.dtype)
         embeddings = self.vision(pixel_values=pixels).image_embeds.to(self.prompts.dtype)
         return embeddings / embeddings.norm(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Human Preference Score v2: the cosine of a picture and its prompt in a CLIP that was fine-tuned on human choices."""
+"""Human Preference Score v2: the cosine of an image and its prompt in a CLIP that was fine-tuned on human choices."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _CONFIG = "hpsv2"
 
 
 class HPSv2Reward(CosineReward):
-    """Human Preference Score v2.1 (or v2.0), about 0.1 to 0.4; it compares pictures of one prompt.
+    """Human Preference Score v2.1 (or v2.0), about 0.1 to 0.4; it compares images of one prompt.
 
-    r(x, c) = (e / |e|) . (f / |f|), e and f the embeddings of picture and prompt in OpenCLIP's ViT-H/14, without the
-    learnt logit scale, as ``hpsv2.score`` computes it. Source: github.com/tgxs002/HPSv2 (arXiv 2306.09341).
+    r(x, c) = (e / |e|) . (f / |f|), e and f the embeddings of image and prompt in OpenCLIP's ViT-H/14, without the
+    learned logit scale, as ``hpsv2.score`` computes it. Source: github.com/tgxs002/HPSv2 (arXiv 2306.09341).
 
     Args:
         vision: image tower with projection; its dtype is that of the network's arithmetic.
-        prompts: normalised text features [B, F] of B prompts, float32 or float64; the score is of that dtype.
+        prompts: normalized text features [B, F] of B prompts, float32 or float64; the score is of that dtype.
     """
 
     name = "hpsv2"

@@ -1,4 +1,4 @@
-"""ImageReward: BLIP reads prompt and picture together, and a linear head scores what it understood."""
+"""ImageReward: BLIP reads prompt and image together, and a linear head scores what it understood."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WEIGHTS = "THUDM/ImageReward"
 FILE = "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
-# The authors' normalisation of the raw score.
+# The authors' normalization of the raw score.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35
 _CONFIG = "imagereward"
@@ -35,9 +35,9 @@ class ImageReward(Reward):
     """ImageReward v1.0, typically -2 to 2.
 
     r(x, c) = (w . h + b - mean) / std, h = the first token of BLIP's text encoder, which reads the prompt and attends
-    to the picture's ViT-L/16 tokens in every layer; w and b are the published head, five Linear layers without
+    to the image's ViT-L/16 tokens in every layer; w and b are the published head, five Linear layers without
     activation, multiplied out; mean and std are the authors'. Source: github.com/THUDM/ImageReward (arXiv 2304.05977).
-    Prompts are cut after 35 tokens. The text encoder sees the pictures and stays.
+    Prompts are cut after 35 tokens. The text encoder sees the images and stays.
 
     Args:
         vision, text: of one dtype, that of the network's arithmetic.
@@ -101,7 +101,7 @@ class ImageReward(Reward):
         self.tokens.encode(prompts)
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised first token of the image encoder, [B, 1024]."""
+        """Normalized first token of the image encoder, [B, 1024]."""
         embeddings = self._seen(images)[:, 0].to(self.head.weight.dtype)
         return embeddings / embeddings.norm(dim=-1, keepdim=True)
 

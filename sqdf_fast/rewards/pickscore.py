@@ -1,4 +1,4 @@
-"""PickScore: the scaled cosine of a picture and its prompt in a CLIP that was fine-tuned on human choices."""
+"""PickScore: the scaled cosine of an image and its prompt in a CLIP that was fine-tuned on human choices."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _CONFIG = "hpsv2"
 
 
 class PickScoreReward(CosineReward):
-    """PickScore, typically 15 to 25; it compares pictures of one prompt.
+    """PickScore, typically 15 to 25; it compares images of one prompt.
 
-    r(x, c) = s (e / |e|) . (f / |f|), e and f the embeddings of picture and prompt in a fine-tuned ViT-H/14, s = exp of
-    its learnt logit scale. Source: github.com/yuvalkirstain/PickScore (arXiv 2305.01569).
+    r(x, c) = s (e / |e|) . (f / |f|), e and f the embeddings of image and prompt in a fine-tuned ViT-H/14, s = exp of
+    its learned logit scale. Source: github.com/yuvalkirstain/PickScore (arXiv 2305.01569).
 
     Args:
         vision: image tower with projection; its dtype is that of the network's arithmetic.
-        prompts: normalised text features [B, F] of B prompts, float32 or float64; the score is of that dtype.
+        prompts: normalized text features [B, F] of B prompts, float32 or float64; the score is of that dtype.
         scale: s, a number.
     """
 

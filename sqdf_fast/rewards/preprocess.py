@@ -1,4 +1,4 @@
-"""From a picture in [0, 1] to what a CLIP-like network expects, with a gradient, and to 8-bit pictures."""
+"""From an image in [0, 1] to what a CLIP-like network expects, with a gradient, and to 8-bit images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def preprocess(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Tensor:
-    """Bicubic antialiased resize of the shorter edge to ``size``, centre crop, normalisation.
+    """Bicubic antialiased resize of the shorter edge to ``size``, center crop, normalization.
 
     The numbers of the PIL path of CLIP's image processor, up to its rounding to 8 bits, with a gradient.
 
@@ -47,7 +47,7 @@ def preprocess(
         std: per channel.
 
     Returns:
-        [B, 3, size, size], float32 (float64 for float64 images), also for pictures in half precision.
+        [B, 3, size, size], float32 (float64 for float64 images), also for images in half precision.
     """
     height, width = images.shape[-2:]
     shorter = min(height, width)
@@ -65,10 +65,10 @@ def stretch(
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> Tensor:
-    """Bicubic antialiased resize of both edges to ``size``, whatever the picture's shape, and normalisation.
+    """Bicubic antialiased resize of both edges to ``size``, whatever the image's shape, and normalization.
 
     The numbers of the PIL path of SigLIP's image processor, up to its rounding to 8 bits, with a gradient. (Pillow 13
-    takes tall pictures along y first; at hard edges of those its numbers differ.)
+    takes tall images along y first; at hard edges of those its numbers differ.)
 
     Args and returns: as :func:`preprocess`.
     """
@@ -82,9 +82,9 @@ def letterbox(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Tensor:
-    """Bicubic antialiased resize of the longer edge to ``size``, black borders, normalisation.
+    """Bicubic antialiased resize of the longer edge to ``size``, black borders, normalization.
 
-    HPSv2's validation transform (``ResizeMaxSize`` in github.com/tgxs002/HPSv2), which resizes float pictures: what
+    HPSv2's validation transform (``ResizeMaxSize`` in github.com/tgxs002/HPSv2), which resizes float images: what
     bicubic weights overshoot at edges is kept, unlike in :func:`preprocess`. Antialiased, as torchvision >= 0.17
     resizes tensors.
 
@@ -104,7 +104,7 @@ def letterbox(
 
 
 def _resize(images: Tensor, resized: tuple[int, int]) -> Tensor:
-    """As PIL resizes 8-bit pictures: values stay in [0, 1]. float32, or float64 for float64 pictures."""
+    """As PIL resizes 8-bit images: values stay in [0, 1]. float32, or float64 for float64 images."""
     if images.dtype != torch.float64:
         images = images.float()
     images = saturate(images)
@@ -120,6 +120,6 @@ def _per_channel(images: Tensor, values: Sequence[float]) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """8-bit RGB pictures of float [B, 3, H, W] in [0, 1], rounded to the nearest level."""
+    """8-bit RGB images of float [B, 3, H, W] in [0, 1], rounded to the nearest level."""
     levels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).cpu().numpy()]

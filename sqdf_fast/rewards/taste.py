@@ -11,9 +11,9 @@ from sqdf_fast.rewards.base import Reward
 
 
 class TasteReward(Reward):
-    """A small network trained on few, noisy ratings of a rule that stays hidden from it; 64 x 64 pictures.
+    """A small network trained on few, noisy ratings of a rule that stays hidden from it; 64 x 64 images.
 
-    Its distance to the rule is what reward over-optimisation exploits. The prompt is not read.
+    Its distance to the rule is what reward over-optimization exploits. The prompt is not read.
 
     Args:
         network: images and prompts to [B].

@@ -26,7 +26,7 @@ def unescaped(prompt: str) -> str:
 
 
 class TextTower(nn.Module):
-    """Prompts to normalised features [B, F].
+    """Prompts to normalized features [B, F].
 
     Args:
         network: its dtype is that of the features.

@@ -49,7 +49,7 @@ def load_taste(name: str = "taste") -> TasteNetwork:
     """A learned reward: ``(images [B, 3, 64, 64] in [0, 1], prompts) -> [B]``, differentiable.
 
     Args:
-        name: "taste", the proxy that training maximises, or "taste-held-out", which learned from other ratings.
+        name: "taste", the proxy that training maximizes, or "taste-held-out", which learned from other ratings.
     """
     rewards = import_module("sqdf_fast.shapes.rewards")
     return rewards.load_taste(_WEIGHTS / f"{name}.safetensors")

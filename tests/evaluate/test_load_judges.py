@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.evaluate import Judges, PictureJudge, available_judges, evaluate_images, load_judges
+from sqdf_fast.evaluate import ImageJudge, Judges, available_judges, evaluate_images, load_judges
 from sqdf_fast.evaluate.embedding import RewardFeatures, Thumbnails
 from sqdf_fast.evaluate.reward_judges import ClipAlignment, RewardJudge
 from sqdf_fast.rewards import load_reward
@@ -50,7 +50,7 @@ def darkness(images, prompts, offset=0.0):
     return offset - images.mean(dim=(1, 2, 3))
 
 
-class Redness(PictureJudge):
+class Redness(ImageJudge):
     name = "redness"
 
     def score(self, images, prompts):

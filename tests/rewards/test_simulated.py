@@ -14,7 +14,7 @@ from sqdf_fast.gradient_checkpointing import checkpoint_blocks
 from sqdf_fast.rewards import architectures, available_rewards, load_reward, reward_from_config
 from sqdf_fast.rewards.catalogue import CATALOGUE
 
-# Image blocks, and text blocks where the text is read with the picture.
+# Image blocks, and text blocks where the text is read with the image.
 BLOCKS = {"aesthetic": 24, "aesthetic-v2.5": 27, "clip": 24, "hpsv2": 32, "imagereward": 24 + 12, "pickscore": 32}
 SIMULATED = tuple(name for name, card in CATALOGUE.items() if card.differentiable)
 

@@ -14,7 +14,7 @@ from sqdf_fast.shapes.build.judge import fits
 from sqdf_fast.shapes.build.unet import captions, draw_timesteps, make_scheduler
 from sqdf_fast.shapes.judge import load_judge
 from sqdf_fast.shapes.prompts import parse
-from sqdf_fast.shapes.render import COLOURS, SHAPES, SIZES, sample_attributes
+from sqdf_fast.shapes.render import COLORS, SHAPES, SIZES, sample_attributes
 from sqdf_fast.shapes.rewards import load_taste
 
 
@@ -44,15 +44,15 @@ def test_every_part_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureF
     assert (work / "shapes_samples.png").stat().st_size > 10_000
 
 
-def test_captions_say_what_the_picture_shows() -> None:
+def test_captions_say_what_the_image_shows() -> None:
     attributes = sample_attributes(300, np.random.default_rng(0))
     prompts = captions(attributes, np.random.default_rng(1))
     named = [parse(prompt) for prompt in prompts]
     for index, name in enumerate(named):
         assert name.shape == SHAPES[attributes.shape[index]]
-        assert name.colour in (None, list(COLOURS)[attributes.colour[index]])
+        assert name.color in (None, list(COLORS)[attributes.color[index]])
         assert name.size is None or SIZES[name.size][0] <= attributes.size[index] <= SIZES[name.size][1]
-    assert np.mean([name.colour is not None for name in named]) == pytest.approx(0.8, abs=0.06)
+    assert np.mean([name.color is not None for name in named]) == pytest.approx(0.8, abs=0.06)
     assert np.mean([name.size is not None for name in named]) == pytest.approx(0.5, abs=0.08)
     assert torch.diagonal(fits(attributes, prompts)).all()
     assert fits(attributes, prompts).float().mean() < 0.1
