@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import UserError, did_you_mean
 from sqdf_fast.evaluate.distance import KernelDistance
 from sqdf_fast.evaluate.diversity import EmbeddingDiversity, Vendi, VendiOfAll
 from sqdf_fast.evaluate.embedding import Embedding, embedding_of
@@ -58,7 +57,7 @@ class Judges:
 
     @torch.no_grad()
     def alignment(self, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
-        """How well each image fits its prompt, [B]; None where no judge can tell.
+        """How well each image fits its prompt, [B]; None without an alignment judge of images.
 
         Raises:
             UserError: a prompt that the judge cannot read.
@@ -70,7 +69,7 @@ class Judges:
             return judge.score(images, prompts)
 
     def encode_prompts(self, prompts: Sequence[str]) -> None:
-        """Tell the judges all prompts that will come, so that they can free what only serves new ones."""
+        """Give the judges all prompts of the run, so that they can free what only serves new ones."""
         for judge in self.by_name.values():
             judge.encode_prompts(prompts)
 
@@ -97,13 +96,13 @@ def load_judges(
 
     Args:
         reward: the one that training maximizes, whose features are the embedding of other models.
-        names: of registered judges, or ``module:Class`` of a subclass of :class:`Judge`.
+        names: registered judges, or ``module:Class`` of a subclass of :class:`Judge`.
         held_out: rewards, registered or ``module:function``, that training does not see.
         options: keywords for the judge or the held-out reward of that name.
-        dtype: of their networks, where they can work in less than float32.
+        dtype: dtype of their networks, where they can work in less than float32.
 
     Raises:
-        UserError: a name that is unknown, or a judge or reward that cannot be had.
+        UserError: an unknown name, or a judge or reward that cannot be loaded.
     """
     given = options or {}
     own, embedding = _of_model(model, reward)
@@ -123,14 +122,13 @@ def _of_model(model: str, reward: Reward) -> tuple[list[Judge], Embedding]:
 
 
 def find_judge(name: str) -> type[Judge]:
-    """The class that ``name`` means; no weights are read. Raises UserError when there is none."""
+    """The class that ``name`` means; no weights are read. Raises UserError if unknown."""
     address = _REGISTERED.get(name, name)
     module_name, colon, attribute = address.partition(":")
     if not colon:
-        close = difflib.get_close_matches(name, _REGISTERED, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(
-            f"judge {name!r} is unknown; {hint}allowed: {', '.join(_REGISTERED)}, or module:Class of your own"
+            f"judge {name!r} is unknown; {did_you_mean(name, _REGISTERED)}allowed: {', '.join(_REGISTERED)}, "
+            "or module:Class of your own"
         )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -142,5 +140,7 @@ def find_judge(name: str) -> type[Judge]:
             "folder and check the name after the colon"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Judge)):
-        raise UserError(f"judge {name!r} is no subclass of sqdf_fast.evaluate.Judge; write one, see docs/evaluation.md")
+        raise UserError(
+            f"judge {name!r} is not a subclass of sqdf_fast.evaluate.Judge; write one, see docs/evaluation.md"
+        )
     return found

@@ -41,10 +41,9 @@ class LpipsDiversity(PromptJudge):
             net: the trunk: alex (the authors' advice for comparing images), vgg or squeeze.
 
         Raises:
-            UserError: the package or its weights cannot be had.
+            UserError: the package or its weights are missing.
         """
-        package = _package("lpips", cls.name)
-        return cls(_loaded(cls.name, lambda: package.LPIPS(net=net, verbose=False, **options)))
+        return cls(_loaded("lpips", cls.name, lambda package: package.LPIPS(net=net, verbose=False, **options)))
 
     def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
         assert self.network is not None
@@ -83,31 +82,29 @@ class DreamSimDiversity(PromptJudge):
             options: of the package's ``dreamsim``, such as ``dreamsim_type``.
 
         Raises:
-            UserError: the package or its weights cannot be had.
+            UserError: the package or its weights are missing.
         """
-        package = _package("dreamsim", cls.name)
         folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "dreamsim"
 
-        def network() -> nn.Module:
+        def network(package: Any) -> nn.Module:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            model, _ = package.dreamsim(pretrained=True, device="cpu", cache_dir=str(folder), **options)
-            return model
+            return package.dreamsim(pretrained=True, device="cpu", cache_dir=str(folder), **options)[0]
 
-        return cls(_loaded(cls.name, network))
+        return cls(_loaded("dreamsim", cls.name, network))
 
     @contextmanager
     def at(self, device: torch.device) -> Iterator[None]:
         # The package's extractors move their projections to the device that they were made for.
         extractors = [module for module in self.network.modules() if "device" in vars(module)]
-        places = [module.device for module in extractors]
+        homes = [module.device for module in extractors]
         try:
             with super().at(device):
                 for module in extractors:
                     module.device = device
                 yield
         finally:
-            for module, place in zip(extractors, places, strict=True):
-                module.device = place
+            for module, home in zip(extractors, homes, strict=True):
+                module.device = home
 
     def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
         side = (DREAMSIM_SIDE, DREAMSIM_SIDE)
@@ -119,18 +116,16 @@ class DreamSimDiversity(PromptJudge):
         return mean_of_pairs(1 - unit @ unit.T)
 
 
-def _package(name: str, judge: str) -> Any:
+def _loaded(name: str, judge: str, load: Callable[[Any], nn.Module]) -> nn.Module:
+    """What ``load`` makes of the package ``name``."""
     try:
-        return import_module(name)
+        package = import_module(name)
     except ImportError as error:
         raise UserError(
             f"judge {judge} needs the package {name} ({error}); install it with: pip install 'sqdf-fast[judges]'"
         ) from None
-
-
-def _loaded(judge: str, load: Callable[[], nn.Module]) -> nn.Module:
     try:
-        return load()
+        return load(package)
     except Exception as error:
         raise UserError(
             f"judge {judge}: its weights cannot be loaded ({type(error).__name__}: {error}); they are downloaded at "

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sqdf_fast.evaluate.bootstrap import percentile_interval, resampled_means
@@ -37,6 +35,11 @@ class ShapesEmbedding(Coordinates):
         return torch.cat([self.networks.measures(images), standardized], dim=1).double()
 
 
+class _NetworkJudge(Judge):
+    def __init__(self, networks: Networks) -> None:
+        self.networks = networks
+
+
 class TrueReward(ImageJudge):
     """The rule that the taste reward was made to learn; training never sees it."""
 
@@ -48,25 +51,19 @@ class TrueReward(ImageJudge):
         return hidden_rule(images.cpu(), prompts)
 
 
-class ShapesAlignment(ImageJudge):
+class ShapesAlignment(_NetworkJudge, ImageJudge):
     """Cosine of image and prompt in the embedded world's own pair of towers."""
 
     name = "alignment"
-
-    def __init__(self, networks: Networks) -> None:
-        self.networks = networks
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.networks.alignment(images.cpu(), prompts)
 
 
-class AttributeAccuracy(Judge):
+class AttributeAccuracy(_NetworkJudge):
     """Fraction of the shapes and of the colors named in the prompts that a classifier finds, mean of the two."""
 
     name = "attribute_accuracy"
-
-    def __init__(self, networks: Networks) -> None:
-        self.networks = networks
 
     def measure(self, image_set: ImageSet) -> Measurement:
         from sqdf_fast.shapes.prompts import parse
@@ -74,49 +71,36 @@ class AttributeAccuracy(Judge):
 
         seen = image_set.scores(self._seen)
         named = [parse(prompt) for prompt in image_set.prompts]
-        right_shape = (seen[:, 0] == torch.tensor([SHAPES.index(name.shape) for name in named])).double()
-        resampled = resampled_means(right_shape.tolist(), image_set.prompts)
+        shares = (seen[:, 0] == torch.tensor([SHAPES.index(name.shape) for name in named])).double()
+        resampled = resampled_means(shares.tolist(), image_set.prompts)
         colored = torch.tensor([name.color is not None for name in named])
-        if not colored.any():
-            return self._measurement(right_shape, resampled, image_set)
-        colors = torch.tensor([list(COLORS).index(name.color) if name.color else -1 for name in named])
-        right_color = (seen[:, 1] == colors).double()
-        color_means = resampled_means(right_color.tolist(), image_set.prompts, colored.double().tolist())
-        # Each image's share of the mean of the two fractions. That of colors is a ratio, since not all prompts name
-        # one; linearized about its value, so that the prompts' draw adds nothing where all are right.
-        fraction, weight = right_color[colored].mean(), colored / colored.double().mean()
-        shares = (right_shape + fraction + (right_color - fraction) * weight) / 2
-        return self._measurement(shares, (resampled + color_means) / 2, image_set)
-
-    def _measurement(self, shares: Tensor, resampled: NDArray[np.float64], image_set: ImageSet) -> Measurement:
-        of_prompts = Values(shares.tolist(), image_set.prompts).by_prompt
-        return Measurement(float(shares.mean()), *percentile_interval(resampled), of_prompts)
+        if colored.any():
+            colors = torch.tensor([list(COLORS).index(name.color) if name.color else -1 for name in named])
+            right = (seen[:, 1] == colors).double()
+            means = resampled_means(right.tolist(), image_set.prompts, colored.double().tolist())
+            # Each image's share of the mean of the two fractions. That of colors is a ratio, since not all prompts
+            # name one; linearized about its value, so that the prompts' draw adds nothing where all are right.
+            fraction, weight = right[colored].mean(), colored / colored.double().mean()
+            shares, resampled = (shares + fraction + (right - fraction) * weight) / 2, (resampled + means) / 2
+        by_prompt = Values(shares.tolist(), image_set.prompts).by_prompt
+        return Measurement(float(shares.mean()), *percentile_interval(resampled), by_prompt)
 
     def _seen(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         shape, color, _ = self.networks.attributes(images.cpu().float())
         return torch.stack([shape.argmax(dim=1), color.argmax(dim=1)], dim=1)
 
 
-class ShapesDiversity(PromptJudge):
+class ShapesDiversity(_NetworkJudge, PromptJudge):
     """Mean distance of two images of a prompt over the attributes that it leaves free."""
 
     name = "diversity"
     description = "attributes that the prompt leaves free"
-
-    def __init__(self, networks: Networks) -> None:
-        self.networks = networks
 
     def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
         return self.networks.diversity(image_set.images[rows].cpu(), [image_set.prompts[row] for row in rows])
 
 
 def shapes_judges(networks: Networks) -> list[Judge]:
-    """Everything that can be told of the embedded world, but for the distance to the base model."""
-    return [
-        TrueReward(),
-        ShapesAlignment(networks),
-        AttributeAccuracy(networks),
-        ShapesDiversity(networks),
-        Vendi(),
-        VendiOfAll(),
-    ]
+    """Every judge of the embedded world but the distance to the base model."""
+    own = ShapesAlignment(networks), AttributeAccuracy(networks), ShapesDiversity(networks)
+    return [TrueReward(), *own, Vendi(), VendiOfAll()]

@@ -19,7 +19,7 @@ _PROMPTS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the network is told about each sample: named tensors, each [B, ...]."""
+    """The network's inputs beside latents and timesteps, a row a sample: named tensors, each [B, ...]."""
 
     tensors: dict[str, Tensor]
 
@@ -45,11 +45,10 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a family is sampled with unless the user says otherwise.
+    """How a family is sampled by default.
 
     Attributes:
-        num_inference_steps: T.
-        guidance_scale: of classifier-free guidance; 1 runs the conditional branch only.
+        guidance_scale: classifier-free guidance; 1 runs the conditional branch only.
         eta: noise level of the sampler, see DenoisingSchedule.from_scheduler.
     """
 
@@ -70,10 +69,10 @@ class Family(ABC):
         device, dtype: of the frozen weights.
 
     Class attributes:
-        defaults: how it is sampled unless the user says otherwise.
+        defaults: how it is sampled by default.
         guided: whether classifier-free guidance applies; a guidance-distilled network runs with scale 1.
         lora_targets: suffixes of the layers that get a policy LoRA by default.
-        checkpointed_block_types: per part, "network" and "decoder", class names of the blocks worth recomputing.
+        checkpointed_block_types: per part, "network" and "decoder", classes of the blocks for gradient checkpointing.
     """
 
     name: ClassVar[str]
@@ -108,7 +107,7 @@ class Family(ABC):
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def schedule(self, num_inference_steps: int, eta: float) -> DenoisingSchedule:
-        """The coefficients of the family's sampler. Raises UserError where they cannot be had."""
+        """The coefficients of the family's sampler. Raises UserError for impossible settings."""
         return DenoisingSchedule.from_scheduler(self.scheduler, num_inference_steps, eta)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -131,7 +130,7 @@ class Family(ABC):
         return None if guidance_scale == 1 else self.encode([""])
 
     def remember(self, prompt: str, conditioning: Conditioning) -> None:
-        """Take ``conditioning``, one row, for ``prompt`` from now on; no text encoder is asked."""
+        """Use ``conditioning``, one row, for ``prompt`` from now on, in place of the text encoders'."""
         self._encoded[prompt] = conditioning
 
     def release_text_encoders(self) -> None:

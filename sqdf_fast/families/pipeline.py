@@ -1,11 +1,10 @@
-"""What families have in common because diffusers' pipelines do: their parts, LoRA files, KL decoders."""
+"""What the families share with diffusers' pipelines: their parts, LoRA files, KL decoders."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,7 +14,7 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import UserError, first_line
 from sqdf_fast.families.family import Family
 from sqdf_fast.families.text import CLIP_TOKENS
 from sqdf_fast.rewards.preprocess import saturate
@@ -31,6 +30,7 @@ class PipelineFamily(Family):
         pipeline: as loaded by diffusers, weights already in the wanted dtype, network and VAE on the wanted device; its
             VAE loses the encoder.
         resolution: side of the square images in pixels; default: what the network was trained for.
+        consistency_lora: folder or hub id of its consistency LoRA; default: the published one, if it fits.
 
     Raises:
         UserError: the resolution is no multiple of the latent's patches.
@@ -39,6 +39,8 @@ class PipelineFamily(Family):
         pipeline_class: the class that loads and saves its folders and LoRA files.
         network_part: the pipeline's name of the network.
         patch: latent positions a side that the network reads as one.
+        make_scheduler: from the pipeline's scheduler to the one that runs in its place, over the same noise levels.
+        published_consistency_lora: hub id, and the width of the text states of the networks that it fits.
 
     Attributes:
         resolution: side of the images in pixels; pixels_per_latent: pixels of a latent position's side.
@@ -48,18 +50,22 @@ class PipelineFamily(Family):
     pipeline_class: ClassVar[Any]
     network_part: ClassVar[Literal["unet", "transformer"]]
     patch: ClassVar[int] = 1
+    make_scheduler: ClassVar[Callable[[Any], Any]]
+    published_consistency_lora: ClassVar[tuple[str, int] | None] = None
     checkpointed_block_types: ClassVar[dict[str, frozenset[str]]] = {
         "network": frozenset({"ResnetBlock2D", "BasicTransformerBlock"}),
         "decoder": frozenset({"ResnetBlock2D", "Upsample2D", "Attention", "AutoencoderTinyBlock"}),
     }
 
-    def __init__(self, pipeline: Any, resolution: int | None = None) -> None:
+    def __init__(self, pipeline: Any, resolution: int | None = None, consistency_lora: str | None = None) -> None:
         self.network = getattr(pipeline, self.network_part)
         super().__init__(self.network.device, self.network.dtype)
         self.vae = pipeline.vae
-        parts = pipeline.components
-        self.text_encoders = _present(parts, ("text_encoder", "text_encoder_2", "text_encoder_3"))
-        self.tokenizers = _present(parts, ("tokenizer", "tokenizer_2", "tokenizer_3"))
+        self._consistency_lora = consistency_lora
+        self.text_encoders, self.tokenizers = (
+            [part for end in ("", "_2", "_3") if (part := pipeline.components.get(kind + end)) is not None]
+            for kind in ("text_encoder", "tokenizer")
+        )
         for module in (self.network, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
         # Latents are never made from images here.
@@ -81,9 +87,7 @@ class PipelineFamily(Family):
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         signature = inspect.signature(cls.pipeline_class).parameters
         parts: dict[str, Any] = {name: None for name, kind in signature.items() if kind.default is kind.empty}
-        parts.update(
-            {name: value for name, value in index.items() if name in signature and not isinstance(value, list)}
-        )
+        parts |= {name: value for name, value in index.items() if name in signature and not isinstance(value, list)}
         with torch.device(device):
             for name in (cls.network_part, "vae"):
                 parts[name] = cast(_from_config(folder / name / "config.json"), dtype)
@@ -97,16 +101,12 @@ class PipelineFamily(Family):
 
     @classmethod
     def loading_options(cls, index: dict[str, Any]) -> dict[str, Any]:
-        """What from_pretrained has to be told of a folder with this model_index.json."""
+        """Keywords of from_pretrained for a folder with this model_index.json."""
         return {}
 
-    @abstractmethod
-    def make_scheduler(self, scheduler: Any) -> Any:
-        """The scheduler that runs in place of the pipeline's own, over the same noise levels."""
-
-    @abstractmethod
-    def lora_state(self, source: str) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
-        """A LoRA file as the pipeline reads it: weights in diffusers' names, alphas, adapter metadata."""
+    def lora_options(self) -> dict[str, Any]:
+        """Keywords of the pipeline's ``lora_state_dict``."""
+        return {}
 
     def trained_latent_side(self) -> int:
         """Height and width of the latents that the network was trained on."""
@@ -139,27 +139,28 @@ class PipelineFamily(Family):
         if config.shift_factor:
             latents = latents + config.shift_factor
         images = self.vae.decode(latents, return_dict=False)[0]
-        # Rewards are somebody's code: half-precision images would be one more thing it has to think of.
+        # Rewards are users' code and need not handle half precision.
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         return saturate(images / 2 + 0.5)
 
     def load_lora(self, source: str, adapter_name: str) -> None:
         try:
-            state, alphas, metadata = self.lora_state(source)
-            # diffusers would load nothing and go on.
+            state, *alphas, metadata = self.pipeline_class.lora_state_dict(
+                source, return_lora_metadata=True, **self.lora_options()
+            )
+            # diffusers would load nothing and say nothing.
             if not any(key.startswith(f"{self.network_part}.") for key in state):
                 raise ValueError(f"it has no weights of a {self.network_part}")
             self.network.load_lora_adapter(
                 dict(state),
                 prefix=self.network_part,
-                network_alphas=alphas,
+                network_alphas=alphas[0] if alphas else None,
                 adapter_name=adapter_name,
                 metadata=metadata,
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"{adapter_name} LoRA {source!r} cannot be loaded into this model ({reason}); "
+                f"{adapter_name} LoRA {source!r} cannot be loaded into this model ({first_line(error)}); "
                 "give the folder of a LoRA made for this base"
             ) from None
 
@@ -171,23 +172,20 @@ class PipelineFamily(Family):
 
     def save_lora(self, folder: Path, adapter_name: str) -> None:
         layers = get_peft_model_state_dict(self.network, adapter_name=adapter_name)
-        metadata = self.network.peft_config[adapter_name].to_dict()
+        metadata, part = self.network.peft_config[adapter_name].to_dict(), self.network_part
         self.pipeline_class.save_lora_weights(
-            folder,
-            **{f"{self.network_part}_lora_layers": layers, f"{self.network_part}_lora_adapter_metadata": metadata},
+            folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
         )
 
     def default_consistency_lora(self) -> str | None:
-        return None
+        published, width = self.published_consistency_lora or (None, 0)
+        fits = published and self.network.config.cross_attention_dim == width
+        return self._consistency_lora or (published if fits else None)
 
 
 def cast(module: Any, dtype: torch.dtype) -> Any:
     """``module`` in another dtype, without diffusers' warning that it may have been loaded in that dtype at once."""
     return nn.Module.to(module, dtype=dtype)
-
-
-def _present(parts: dict[str, Any], names: Sequence[str]) -> list[Any]:
-    return [parts[name] for name in names if parts.get(name) is not None]
 
 
 def _from_config(path: Path) -> Any:

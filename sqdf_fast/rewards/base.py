@@ -18,7 +18,7 @@ class Reward(nn.Module):
     Attributes:
         name: what the reports call it.
         differentiable: whether the score has a gradient with respect to the images.
-        checkpointed_block_types: class names of the blocks whose insides may be recomputed in the backward pass.
+        checkpointed_block_types: class names of the blocks that gradient checkpointing may act on.
     """
 
     name: str = "reward"
@@ -48,7 +48,7 @@ class Reward(nn.Module):
         return None
 
     def parts(self) -> Sequence[Reward]:
-        """The rewards that this one is made of; none but in a sum."""
+        """The rewards of a sum; empty for every other."""
         return ()
 
 
@@ -66,6 +66,11 @@ class FunctionReward(Reward):
         return self.function(images, prompts, **self.options)
 
 
-def scoring_dtype(images: Tensor) -> torch.dtype:
-    """Scores are float32, and float64 for float64 images: gradients are checked to 1e-10."""
-    return torch.float64 if images.dtype == torch.float64 else torch.float32
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of scores, heads and text features beside ``dtype``: float32; float64 for float64, for exact gradients."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """Embeddings [B, F] divided by their norms."""
+    return embeddings / embeddings.norm(dim=-1, keepdim=True)

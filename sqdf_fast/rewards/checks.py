@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.rewards.base import Reward, scoring_dtype
+from sqdf_fast.rewards.base import Reward, exact
 
 _GRADIENT_FREE = "use an objective that needs no gradient, --set algorithm=ddpo (or dpok, awm)"
 
@@ -58,7 +58,7 @@ def called(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
             f"reward {reward.name!r} returned scores on {scores.device} for images on {images.device}; "
             "keep the computation on the images' device"
         )
-    return scores.to(torch.promote_types(scores.dtype, scoring_dtype(images)))
+    return scores.to(torch.promote_types(scores.dtype, exact(images.dtype)))
 
 
 def preflight(reward: Reward, images: Tensor, prompts: Sequence[str], *, needs_gradient: bool = True) -> None:

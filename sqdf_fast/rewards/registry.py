@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import UserError, did_you_mean
 from sqdf_fast.rewards.base import FunctionReward, Reward
 from sqdf_fast.rewards.catalogue import CATALOGUE
 from sqdf_fast.rewards.weighted import WeightedSum, is_sum, options_of, parse_sum
@@ -33,23 +32,20 @@ def load_reward(
     """A frozen reward on ``device``.
 
     Args:
-        spec: a registered name, or ``module:attribute``: a function ``(images, prompts) -> [B]`` or a
-            subclass of :class:`Reward`; or a weighted sum of such, ``aesthetic*1.0 + clip*0.5``. The module is looked
-            for in the current folder too.
-        dtype: given to rewards that take a ``dtype``, for their networks.
-        options: keywords of the reward's class method ``load``, of its constructor where it has none (of the
-            function, at each call); in a sum, with the reward's name and a dot before them, ``clip.model``.
+        spec: registered name; ``module:attribute``, a function ``(images, prompts) -> [B]`` or a subclass of
+            :class:`Reward`, in the current folder too; or a weighted sum of such, ``aesthetic*1.0 + clip*0.5``.
+        dtype: dtype of the networks of rewards that take a ``dtype``.
+        options: keywords of the reward's class method ``load``, or else of its constructor (of the function, at each
+            call); in a sum, with the reward's name and a dot before them, ``clip.model``.
 
     Raises:
-        UserError: an unknown name, a module or attribute that is not there, options that do not fit, an expression
-            that is no sum, or a constructor that raises.
+        UserError: an unknown name, module or attribute, options that do not fit, an invalid sum, or a constructor
+            that raises.
     """
     if is_sum(spec):
         terms = parse_sum(spec)
-        parts = [
-            load_reward(term.name, device=device, dtype=dtype, **own)
-            for term, own in zip(terms, options_of(terms, options), strict=True)
-        ]
+        own = zip(terms, options_of(terms, options), strict=True)
+        parts = [load_reward(term.name, device=device, dtype=dtype, **given) for term, given in own]
         return WeightedSum(spec, parts, [term.weight for term in terms]).eval().requires_grad_(False)
     target = find_reward(spec)
     if inspect.isclass(target) and issubclass(target, Reward):
@@ -75,10 +71,9 @@ def reward_from_config(name: str, *, device: torch.device | str = "cpu", dtype: 
     Its forward has no branch on values, so that it runs on fake tensors; its scores mean nothing.
 
     Args:
-        name: a registered name, ``module:Class`` of a subclass of :class:`Reward` with ``from_config``, or a weighted
+        name: registered name, ``module:Class`` of a subclass of :class:`Reward` with ``from_config``, or a weighted
             sum of such.
-        device: of the weights; ``meta`` needs no memory.
-        dtype: of its networks, as for :func:`load_reward`.
+        device: device of the weights; ``meta`` needs no memory.
 
     Raises:
         UserError: an unknown name, or a reward whose memory cannot be known without running it.
@@ -103,16 +98,14 @@ def reward_from_config(name: str, *, device: torch.device | str = "cpu", dtype: 
 
 
 def find_reward(spec: str) -> Any:
-    """The function or class that ``spec`` names, no sum; no weights are read. Raises UserError when there is none."""
+    """The function or class that ``spec`` names, not a sum; no weights are read. Raises UserError if unknown."""
     if spec in CATALOGUE:
         return _resolve(CATALOGUE[spec].address)
     if ":" in spec:
         return _resolve(spec)
-    close = difflib.get_close_matches(spec, CATALOGUE, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
     raise UserError(
-        f"reward {spec!r} is unknown; {hint}allowed: {', '.join(CATALOGUE)}, module:function of your own, or a sum "
-        "such as aesthetic*1.0 + clip*0.5"
+        f"reward {spec!r} is unknown; {did_you_mean(spec, CATALOGUE)}allowed: {', '.join(CATALOGUE)}, module:function "
+        "of your own, or a sum such as aesthetic*1.0 + clip*0.5"
     )
 
 
@@ -137,8 +130,7 @@ def _resolve(address: str) -> Any:
         return getattr(module, attribute)
     except AttributeError:
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        close = difflib.get_close_matches(attribute, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "check the name after the colon"
+        hint = did_you_mean(attribute, names).strip() or "check the name after the colon"
         raise UserError(f"reward {address!r}: module {module_name} has no {attribute!r}; {hint}") from None
 
 

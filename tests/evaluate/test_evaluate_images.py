@@ -138,7 +138,7 @@ class Says(Judge):
 def test_judge_that_fails_is_refused(images):
     for said, message in (
         (lambda: 1 // 0, "judge 'oracle' raised ZeroDivisionError.*6 images .3, 4, 4."),
-        (lambda: Values([float("nan")], ["red"]), "judge 'oracle' said nan"),
+        (lambda: Values([float("nan")], ["red"]), "judge 'oracle' returned nan"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate_images(images, PROMPTS, Brightness(), judges(Says(said)))

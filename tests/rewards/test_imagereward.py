@@ -224,7 +224,7 @@ def test_prompt_and_image_count(load, images):
     assert reward(images, ["a cat"] * 3).unique().numel() == 3
 
 
-def test_score_of_a_image_is_its_own(load, images):
+def test_score_of_an_image_is_its_own(load, images):
     reward = load()
     together = reward(images, PROMPTS)
     for index, prompt in enumerate(PROMPTS):
