@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from sqdf_fast.families.pipeline import PipelineFamily
+from sqdf_fast.families.family import Family
 
 
 def flow_scheduler(scheduler: Any) -> Any:
@@ -29,11 +29,11 @@ def shift(scheduler: Any, tokens: int) -> dict[str, float]:
     return {"mu": config.base_shift + slope * (tokens - config.base_image_seq_len)}
 
 
-class FlowFamily(PipelineFamily):
-    """A transformer over 2 x 2 patches of latent positions; see PipelineFamily."""
+class FlowFamily(Family):
+    """A transformer over 2 x 2 patches of latent positions; see Family."""
 
     network_part = "transformer"
     # Both streams' projections, as Flow-GRPO trains them.
-    lora_targets = (*PipelineFamily.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    lora_targets = (*Family.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     patch = 2
     make_scheduler = staticmethod(flow_scheduler)

@@ -28,7 +28,7 @@ class Flux(FlowFamily):
     The guidance scale is an input of the network, the same for every sample; classifier-free guidance does not apply.
 
     Args:
-        pipeline, resolution: see PipelineFamily.
+        pipeline, resolution: see Family.
         embedded_guidance: that input; ignored by networks without it (FLUX.1-schnell).
 
     Raises:

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from sqdf_fast import shapes
 from sqdf_fast.errors import UserError, first_line
-from sqdf_fast.families.pipeline import PipelineFamily
+from sqdf_fast.families.family import Family
 
 Quantization = Literal["none", "nf4", "int8"]
 Attention = Literal["auto", "native", "xformers"]
@@ -64,7 +64,7 @@ def load_family(
     dtype: torch.dtype,
     resolution: int | None = None,
     quantization: Quantization = "none",
-) -> PipelineFamily:
+) -> Family:
     """Load ``model``: 'shapes', a name in KNOWN_MODELS, a diffusers folder, or a hub id.
 
     Args:
@@ -115,7 +115,7 @@ def known_model(name: str) -> Path | None:
 
 def family_from_configs(
     model: str, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
-) -> PipelineFamily:
+) -> Family:
     """The family of ``model`` with random weights and no text encoder: what a simulation needs. Nothing is fetched.
 
     Args:
@@ -139,7 +139,7 @@ def family_from_configs(
         raise UserError(f"model {model!r} has a configuration that cannot be read ({first_line(error)})") from None
 
 
-def set_attention(family: PipelineFamily, attention: Attention, device: torch.device) -> None:
+def set_attention(family: Family, attention: Attention, device: torch.device) -> None:
     """Choose the attention implementation of the network.
 
     Args:

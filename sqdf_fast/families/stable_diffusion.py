@@ -9,8 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from sqdf_fast.families.family import Conditioning, Defaults
-from sqdf_fast.families.pipeline import PipelineFamily
+from sqdf_fast.families.family import Conditioning, Defaults, Family
 from sqdf_fast.families.text import on_device, token_ids
 
 
@@ -22,8 +21,8 @@ def stochastic_scheduler(scheduler: Any) -> Any:
     return DDIMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))
 
 
-class StableDiffusion(PipelineFamily):
-    """A StableDiffusionPipeline: UNet, VAE (KL or tiny), one CLIP text encoder; see PipelineFamily."""
+class StableDiffusion(Family):
+    """A StableDiffusionPipeline: UNet, VAE (KL or tiny), one CLIP text encoder; see Family."""
 
     name = "stable-diffusion"
     pipeline_class = StableDiffusionPipeline

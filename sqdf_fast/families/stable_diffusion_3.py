@@ -24,7 +24,7 @@ class StableDiffusion3(FlowFamily):
     """A StableDiffusion3Pipeline. Without its T5 encoder, the T5 states are zeros, as in the pipeline.
 
     Args:
-        pipeline, resolution: see PipelineFamily.
+        pipeline, resolution: see Family.
     """
 
     name = "stable-diffusion-3"

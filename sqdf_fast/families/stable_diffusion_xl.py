@@ -10,8 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.families.family import Conditioning, Defaults
-from sqdf_fast.families.pipeline import PipelineFamily, cast
+from sqdf_fast.families.family import Conditioning, Defaults, Family, cast
 from sqdf_fast.families.stable_diffusion import stochastic_scheduler
 from sqdf_fast.families.text import on_device, penultimate, token_ids
 
@@ -19,14 +18,14 @@ _SIZES = 6
 """Original height and width, crop top and left, target height and width."""
 
 
-class StableDiffusionXL(PipelineFamily):
+class StableDiffusionXL(Family):
     """A StableDiffusionXLPipeline.
 
     The unconditional prompt '' is zeros where the pipeline's force_zeros_for_empty_prompt says so, as when no negative
     prompt is given to it. Images count as uncropped and of the size they are made in.
 
     Args:
-        pipeline, resolution, consistency_lora: see PipelineFamily. In float16 its VAE overflows: with force_upcast in
+        pipeline, resolution, consistency_lora: see Family. In float16 its VAE overflows: with force_upcast in
             its configuration it is kept, and decodes, in float32.
     """
 

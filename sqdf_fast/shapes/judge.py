@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from sqdf_fast.shapes.prompts import WORDS, Named, parse
+from sqdf_fast.shapes.prompts import WORDS, parse
 from sqdf_fast.shapes.render import (
     COLORS,
     LIGHTNESS_RANGE,
@@ -29,6 +29,7 @@ from sqdf_fast.shapes.render import (
     WARMTH_RANGE,
     Attributes,
 )
+from sqdf_fast.shapes.rewards import WEIGHTS
 from sqdf_fast.shapes.segmentation import segment
 
 LEARNED_MEASURES = ("red", "green", "blue", "size", "x", "y", "rotation")
@@ -39,14 +40,11 @@ _OUTSIDE = 4.0
 
 # Mean and standard deviation of every measure over renders of any prompt. For x and y the spread left by the mean
 # room around an object; for the texture that of a sine wave's standard deviation.
+_SPREAD = (SIZE_RANGE, (-0.19, 0.19), (-0.19, 0.19), ROTATION_RANGE, LIGHTNESS_RANGE, WARMTH_RANGE, TEXTURE_RANGE)
 _SCALES = torch.tensor(
-    [
-        *[(float(np.mean(level)), float(np.std(level))) for level in zip(*COLORS.values(), strict=True)],
-        *[(sum(ends) / 2, (ends[1] - ends[0]) / 12**0.5) for ends in (SIZE_RANGE, (-0.19, 0.19), (-0.19, 0.19))],
-        *[(sum(ends) / 2, (ends[1] - ends[0]) / 12**0.5) for ends in (ROTATION_RANGE, LIGHTNESS_RANGE)],
-        *[(sum(ends) / 2, (ends[1] - ends[0]) / 12**0.5) for ends in (WARMTH_RANGE, TEXTURE_RANGE)],
-    ]
-)  # fmt: skip
+    [(float(np.mean(level)), float(np.std(level))) for level in zip(*COLORS.values(), strict=True)]
+    + [((low + high) / 2, (high - low) / 12**0.5) for low, high in _SPREAD]
+)
 
 
 def standardize(values: torch.Tensor) -> torch.Tensor:
@@ -101,6 +99,7 @@ class AlignmentPair(nn.Module):
     def __init__(self, width: int = 32, embedding: int = 48) -> None:
         super().__init__()
         self.trunk = Trunk(width)
+        # The layer's name is a key of the shipped weights.
         self.picture = nn.Linear(16 * width, embedding)
         self.words = nn.EmbeddingBag(len(WORDS), 64, mode="sum")
         self.prompt = nn.Sequential(nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, embedding))
@@ -184,19 +183,14 @@ class Judge(nn.Module):
         means = []
         for prompt, indices in rows.items():
             if len(indices) > 1:
-                free = measures[indices][:, _free_measures(parse(prompt))]
+                named = parse(prompt)
+                taken = [*(_COLOR_MEASURES if named.color else ()), *([_SIZE_MEASURE] if named.size else ())]
+                free = measures[indices][:, [index for index in range(len(MEASURES)) if index not in taken]]
                 means.append(torch.pdist(free).mean() / free.shape[1] ** 0.5)
         return float(torch.stack(means).mean()) if means else float("nan")
 
 
-def _free_measures(named: Named) -> list[int]:
-    taken = set(_COLOR_MEASURES) if named.color else set()
-    if named.size:
-        taken.add(_SIZE_MEASURE)
-    return [index for index in range(len(MEASURES)) if index not in taken]
-
-
-def load_judge(path: Path) -> Judge:
+def load_judge(path: Path = WEIGHTS / "judge.safetensors") -> Judge:
     """The judge of a safetensors file, in float32 and evaluation mode."""
     judge = Judge()
     judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})

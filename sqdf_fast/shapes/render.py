@@ -39,18 +39,12 @@ class Attributes:
     """What N images show, one array a property.
 
     Attributes:
-        shape: int64 [N], an index into ``SHAPES``.
-        color: int64 [N], an index into ``COLORS``.
+        shape, color: int64 [N], indices into ``SHAPES`` and ``COLORS``.
         fill: [N, 3], the object's RGB, near its color's.
-        size: [N], the object's diameter.
-        center: [N, 2], the object's x and y.
-        rotation: [N], radians.
-        lightness: [N], the background's mean level.
-        warmth: [N], the background's red minus its blue.
-        tint: [N], the background's green minus the mean of its red and blue.
+        size, center: [N] and [N, 2], the object's diameter, and its x and y.
+        rotation, stripe_angle, stripe_phase: [N], radians.
+        lightness, warmth, tint: [N], the background's mean level, red minus blue, and green minus the mean of both.
         texture: [N], amplitude of the background's stripes.
-        stripe_angle: [N], radians.
-        stripe_phase: [N], radians.
     """
 
     shape: np.ndarray
@@ -91,11 +85,11 @@ def sample_attributes(
     """Draw the attributes of ``count`` images; those given are kept, the others are uniform, independent.
 
     Args:
-        shape: int [N], or None for any shape.
-        color: int [N], -1 where any color will do, or None for any color everywhere.
-        size_range: lowest and highest diameter, [N] each, or None for the whole range.
+        shape: int [N]; default: any.
+        color: int [N], -1 for any color; default: any.
+        size_range: lowest and highest diameter, [N] each; default: the whole range.
     """
-    low, high = (SIZE_RANGE[0], SIZE_RANGE[1]) if size_range is None else size_range
+    low, high = SIZE_RANGE if size_range is None else size_range
     any_shape = rng.integers(len(SHAPES), size=count)
     any_color = rng.integers(len(COLORS), size=count)
     shape = any_shape if shape is None else np.asarray(shape)
@@ -159,18 +153,6 @@ def _box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) ->
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y) - 0.95
-
-
-def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.abs(np.hypot(x, y) - 0.75) - 0.22
-
-
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _box(x, y, 0.8, 0.8)
-
-
 def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     slanted = np.abs(x) * np.float32(np.sqrt(0.75)) + (y - 1.0) * np.float32(0.5)
     return np.maximum(slanted, -0.6 - y)
@@ -188,10 +170,6 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return folded_x * np.float32(normal[0]) + (folded_y - 1.0) * np.float32(normal[1])
 
 
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.minimum(_box(x, y, 0.95, 0.3), _box(x, y, 0.3, 0.95))
-
-
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A square standing on its corner and a disc on each of its upper sides."""
     half = 0.56
@@ -204,11 +182,11 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 _DISTANCES = {
-    "circle": _circle,
-    "ring": _ring,
-    "square": _square,
+    "circle": lambda x, y: np.hypot(x, y) - 0.95,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.22,
+    "square": lambda x, y: _box(x, y, 0.8, 0.8),
     "triangle": _triangle,
     "star": _star,
-    "cross": _cross,
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.95, 0.3), _box(x, y, 0.3, 0.95)),
     "heart": _heart,
 }

@@ -1,7 +1,7 @@
 """Rewards of the embedded world: the hidden rule, the taste network that imitates it, an analytic one.
 
-Every reward maps images float [B, 3, 64, 64] in [0, 1] and their B prompts to [B], float32 for
-float32 images; none looks at the prompts.
+Every reward maps images float [B, 3, 64, 64] in [0, 1] and their B prompts to [B], float32 for float32 images; none
+looks at the prompts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from sqdf_fast.shapes.segmentation import segment
 
+WEIGHTS = Path(__file__).parent / "weights"
 WARMTH_UNIT, BEST_WARMTH, EXCESS_WEIGHT = 0.09, 0.24, 4.0
 BEST_DIAMETER, DIAMETER_WIDTH = 0.48, 0.20
 CENTER_WIDTH = 0.35
@@ -78,8 +79,12 @@ def warmth(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     return (images[:, 0] - images[:, 2]).float().mean(dim=(1, 2))
 
 
-def load_taste(path: Path) -> TasteNetwork:
-    """The taste network of a safetensors file, in float32 and evaluation mode."""
+def load_taste(name: str = "taste", folder: Path = WEIGHTS) -> TasteNetwork:
+    """The taste network in float32 and evaluation mode.
+
+    Args:
+        name: "taste", the proxy that training maximizes, or "taste-held-out", which learned from other ratings.
+    """
     network = TasteNetwork()
-    network.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    network.load_state_dict({name: value.float() for name, value in load_file(folder / f"{name}.safetensors").items()})
     return network.eval().requires_grad_(False)

@@ -21,7 +21,7 @@ from sqdf_fast.shapes.rewards import load_taste
 def test_a_taste_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["taste", "--smoke", "--weights", str(tmp_path), "--work", str(tmp_path / "work")])
     assert "held-out correlation" in capsys.readouterr().out
-    assert load_taste(tmp_path / "taste.safetensors")(torch.rand(2, 3, 64, 64), ["a circle"] * 2).shape == (2,)
+    assert load_taste("taste", tmp_path)(torch.rand(2, 3, 64, 64), ["a circle"] * 2).shape == (2,)
 
 
 @pytest.mark.slow
@@ -35,9 +35,7 @@ def test_every_part_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureF
     pipeline = StableDiffusionPipeline.from_pretrained(weights / "pipeline")
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
     images = torch.rand(2, 3, 64, 64)
-    tastes = [
-        load_taste(weights / f"{part}.safetensors")(images, ["a circle"] * 2) for part in ("taste", "taste-held-out")
-    ]
+    tastes = [load_taste(part, weights)(images, ["a circle"] * 2) for part in ("taste", "taste-held-out")]
     assert tastes[0].shape == tastes[1].shape == (2,)
     assert not torch.allclose(*tastes)
     assert load_judge(weights / "judge.safetensors").alignment(images, ["a circle"] * 2).shape == (2,)
