@@ -102,7 +102,7 @@ def score_shift(schedule: DenoisingSchedule) -> Tensor:
 
     A score that is larger by g is an epsilon_hat smaller by noise g and an x0_hat larger by noise^2 / signal g. Since
     x0_hat = a x + b m, the network's output moves by noise^2 / (signal b) g and the mean by q times that, whatever
-    the network predicts. 0 at pure noise, whose score says nothing of x_0.
+    the network predicts. 0 at pure noise, whose score does not depend on x_0.
     """
     signal, noise = schedule.levels.unbind(1)
     shift = schedule.transition[:, 1] * noise.square() / (signal * schedule.posterior[:, 1])

@@ -54,8 +54,7 @@ class Lookahead:
             m = network(x, lookahead.timesteps[index, j])
             x = posterior_mean(x, m, lookahead.rows[:, j], index)
 
-    At the last index, and wherever x_prev is clean already, every row is (1, 0): x0_hat = x_prev, m is not
-    read.
+    At the last index, and wherever x_prev is clean already, every row is (1, 0): x0_hat = x_prev, m is not read.
 
     Attributes:
         rows: [T, n, 2] float64, columns a, b; row i belongs to the x_prev that index i produces.
@@ -163,7 +162,7 @@ class DenoisingSchedule:
         network is the consistency model's, called with guidance 1.
 
         Args:
-            scheduler: as for `from_scheduler`; it says what the network predicts and at which levels.
+            scheduler: as for `from_scheduler`; it defines the prediction and the levels.
             num_inference_steps: T, 4 to 8 as a rule.
             grid: points of LCM's own grid of timesteps, of which T are taken; not for flow matching, where the
                 scheduler's own timesteps are.
@@ -276,8 +275,7 @@ class DenoisingSchedule:
                 published SQDF code (961 -> 959, ..., 1 -> 19).
 
         Raises:
-            UserError: snap outside 1 .. num_train_timesteps, or given for flow matching, which has no such
-                grid.
+            UserError: snap outside 1 .. num_train_timesteps, or given for flow matching, which has no such grid.
         """
         exact = self._exact
         timesteps, posterior = exact.lookahead_timesteps, exact.lookahead

@@ -44,10 +44,9 @@ def distill(
 ) -> dict[str, Any]:
     """Make a consistency LoRA for ``model`` and write it to the new folder ``output``.
 
-    With it the network is a consistency function f(x_t, t) = c_skip x_t + c_out (a x_t + b m): one
-    conditional call returns the x_0 that the guided model's probability-flow ODE reaches from x_t.
-    ``output`` gets ``pytorch_lora_weights.safetensors`` (float16, diffusers format) and the summary as
-    ``distillation.json``.
+    With it the network is a consistency function f(x_t, t) = c_skip x_t + c_out (a x_t + b m): one conditional call
+    returns the x_0 that the guided model's probability-flow ODE reaches from x_t. ``output`` gets
+    ``pytorch_lora_weights.safetensors`` (float16, diffusers format) and the summary as ``distillation.json``.
 
     Args:
         model: 'shapes', a diffusers folder, or a hub id; prompts: at least one, drawn in turn.

@@ -68,7 +68,7 @@ def load_family(
     """Load ``model``: 'shapes', a name in KNOWN_MODELS, a diffusers folder, or a hub id.
 
     Args:
-        device, dtype: of the frozen weights of network and VAE; text encoders go there while they run, if they fit.
+        device, dtype: of the frozen weights of network and VAE; text encoders run on the device if they fit.
         resolution: side of the square images in pixels; default: what the network was trained for.
         quantization: of the network's linear layers, by bitsandbytes; needs a CUDA device.
 

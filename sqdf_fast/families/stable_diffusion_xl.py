@@ -21,7 +21,7 @@ _SIZES = 6
 class StableDiffusionXL(Family):
     """A StableDiffusionXLPipeline.
 
-    The unconditional prompt '' is zeros where the pipeline's force_zeros_for_empty_prompt says so, as when no negative
+    The unconditional prompt '' is zeros under the pipeline's force_zeros_for_empty_prompt, as when no negative
     prompt is given to it. Images count as uncropped and of the size they are made in.
 
     Args:

@@ -16,7 +16,7 @@ class Reward(nn.Module):
     its memory can be simulated. Both are class methods.
 
     Attributes:
-        name: what the reports call it.
+        name: name in reports.
         differentiable: whether the score has a gradient with respect to the images.
         checkpointed_block_types: class names of the blocks that gradient checkpointing may act on.
     """

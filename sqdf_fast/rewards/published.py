@@ -18,7 +18,7 @@ class PublishedFile:
     """A file of weights that a reward's authors published.
 
     Attributes:
-        reward, option: names of the reward and of its option that says where the file is.
+        reward, option: names of the reward and of its option that locates the file.
         filename: published name; source: where a user gets it.
     """
 

@@ -47,7 +47,7 @@ class TasteReward(Reward):
 class HeldOutTasteReward(TasteReward):
     """A network as `TasteReward`'s, trained on other ratings of the same rule from another seed.
 
-    It judges runs that are trained on ``taste``; what the two agree on beyond the rule it cannot tell.
+    It judges runs that are trained on ``taste``; what both networks get wrong it cannot see.
     """
 
     name = "taste-held-out"

@@ -30,10 +30,10 @@ class Term:
 
 
 def parse_sum(spec: str) -> list[Term]:
-    """The terms of ``name [* weight] + ...``; whitespace is allowed, a weight is 1 where there is none.
+    """The terms of ``name [* weight] + ...``; whitespace is allowed, a weight may be left out for 1.
 
     Raises:
-        UserError: anything else, a weight of 0, and a reward that occurs twice.
+        UserError: anything else, a weight of 0, or a reward that occurs twice.
     """
     terms: list[Term] = []
     position, more = 0, True
@@ -49,7 +49,7 @@ def parse_sum(spec: str) -> list[Term]:
     for index, term in enumerate(terms):
         if not term.weight or not math.isfinite(term.weight):
             raise UserError(
-                f"reward {spec!r}: a weight of {term.weight:g} for {term.name}; give it one, or leave it out"
+                f"reward {spec!r}: a weight of {term.weight:g} for {term.name}; give another, or leave it out"
             )
         if term.name in [other.name for other in terms[:index]]:
             raise UserError(f"reward {spec!r}: {term.name} occurs twice; add its weights up")
@@ -62,12 +62,10 @@ def is_sum(spec: str) -> bool:
 
 
 def options_of(terms: Sequence[Term], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Which options are whose: ``clip.model`` is the option ``model`` of ``clip``.
-
-    Where there is one reward, its name may be left out.
+    """The options of each term: ``clip.model`` is the option ``model`` of ``clip``; a single reward needs no name.
 
     Raises:
-        UserError: an option of none of them.
+        UserError: an option that belongs to no term.
     """
     found: list[dict[str, Any]] = [{} for _ in terms]
     for key, value in options.items():
@@ -85,13 +83,11 @@ def options_of(terms: Sequence[Term], options: Mapping[str, Any]) -> list[dict[s
 
 
 class WeightedSum(Reward):
-    """r(x, c) = sum of w_i r_i(x, c).
-
-    Its features, for diversity, are those of the first part that has some.
+    """r(x, c) = sum of w_i r_i(x, c); its features, for diversity, are those of the first part that has some.
 
     Args:
-        name: what the reports call it; whitespace is left out.
-        parts: the rewards; weights: one each.
+        name: name in reports; whitespace is left out.
+        weights: one for each of the parts.
     """
 
     def __init__(self, name: str, parts: Sequence[Reward], weights: Sequence[float]) -> None:
@@ -120,8 +116,7 @@ class WeightedSum(Reward):
         return None
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        # A part of the wrong shape would be broadcast and lose its name.
-        scores = [
-            weight * called(part, images, prompts) for part, weight in zip(self.parts(), self.weights, strict=True)
-        ]
+        # Checked first: a part of the wrong shape would be broadcast.
+        parts = zip(self.parts(), self.weights, strict=True)
+        scores = [weight * called(part, images, prompts) for part, weight in parts]
         return sum(scores[1:], start=scores[0])

@@ -167,7 +167,7 @@ def train_unet(
     pool: int = 24576,
     snapshots: int = 25,
 ) -> None:
-    """Train from nothing, or on from ``checkpoint`` where it exists, and write the whole pipeline into ``folder``.
+    """Train from nothing, or continue from ``checkpoint`` if it exists, and write the pipeline into ``folder``.
 
     Args:
         checkpoint: a file for the training state, written with every snapshot.
