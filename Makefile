@@ -28,8 +28,8 @@ test-all: $(VENV)/.installed-test  ## Run every test
 bench: $(VENV)/.installed-test  ## Time the fused ops, record the results, draw them
 	mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=build/bench.json
-	$(BIN)/python bench/record.py build/bench.json
-	$(BIN)/python bench/plots.py bench/results/*.json
+	$(BIN)/python bench record build/bench.json
+	$(BIN)/python bench pages
 
 gate: $(VENV)/.installed-test  ## Compile every Triton kernel for every GPU generation; no GPU needed. ARGS="--write"
 	$(BIN)/python tests/kernels/gate.py $(ARGS)
@@ -58,8 +58,9 @@ clean:  ## Remove the environment and everything built
 # The package as it is once installed, with kernels/ inside, for tools that read folders and run no import hooks.
 .PHONY: build/package
 build/package:
-	rm -rf $@ && mkdir -p $@/sqdf_fast
-	ln -s $(filter-out %/__pycache__,$(wildcard $(CURDIR)/sqdf_fast/*)) $(CURDIR)/kernels $@/sqdf_fast/
+	rm -rf $@ && mkdir -p $@/sqdf_fast/kernels
+	ln -s $(filter-out %/__pycache__ %/kernels,$(wildcard $(CURDIR)/sqdf_fast/*)) $@/sqdf_fast/
+	ln -s $(filter-out %/__pycache__,$(wildcard $(CURDIR)/sqdf_fast/kernels/* $(CURDIR)/kernels/*)) $@/sqdf_fast/kernels/
 
 # Each stamp says which extra is installed; a larger installation makes the smaller stamps too.
 $(VENV)/.installed: $(INPUTS)

@@ -5,23 +5,52 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import click
 
-from sqdf_fast.errors import UserError
-
-if TYPE_CHECKING:
-    from sqdf_fast.config import Config
+from sqdf_fast.errors import Interrupted, UserError
 
 # What the commands import is imported inside them: --help and a typing error must not wait for torch.
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order that --help lists them."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_PRESET = click.option(
+    "--preset", help="Named settings: shapes, aesthetic, sdxl, sd35, flux, hpsv2, hpsv2-script, black-box."
+)
+_MODEL = click.option("--model", help="shapes, sd15, sdxl, sd35-medium, flux1-dev, a diffusers folder or a hub id.")
+_REWARD = click.option(
+    "--reward", help="A name from `sqdf-fast rewards`, module:function, or a weighted sum: aesthetic*1.0 + clip*0.5."
+)
+_PROMPTS = click.option("--prompts", help="A named set (shapes, animals) or a text file with one prompt per line.")
+_DEVICE = click.option("--device", help="auto, cpu, cuda or cuda:N.")
+_CONFIG = click.option(
+    "--config", "file", type=click.Path(path_type=Path), help="YAML file of settings, such as a run's config.yaml."
+)
+_SET = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any setting, such as policy.rank=8; repeatable. `train --help-settings` lists them.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_CHOSEN = _options(_PRESET, _MODEL, _REWARD, _PROMPTS)
 
 
 class HelpfulGroup(click.Group):
@@ -38,24 +67,19 @@ def app() -> None:
 
     \b
     sqdf-fast train                       fine-tune (without a GPU: the embedded shapes world, in minutes)
-    sqdf-fast plan --model sdxl --vram 8G whether and how it fits, without a GPU
-    sqdf-fast sample RUN "a red star"     pictures from the fine-tuned model
+    sqdf-fast plan --model sdxl --vram 8G settings that fit, without a GPU
+    sqdf-fast sample RUN "a red star"     images from the fine-tuned model
     sqdf-fast evaluate RUN...             reward, alignment and diversity against the base model
-    sqdf-fast compare --budget 12800      SQDF beside other methods, same budget and seeds, one report
+    sqdf-fast compare --budget 12800      SQDF and other methods with the same budget and seeds
     """
 
 
 @app.command()
-@click.option(
-    "--preset", help="Named hyperparameters: shapes, aesthetic, sdxl, sd35, flux, hpsv2, hpsv2-script, black-box."
-)
-@click.option("--model", help="'shapes', a diffusers folder, or a hub id. Default: SD1.5 with a CUDA GPU, else shapes.")
-@click.option("--reward", help="A registered one (taste, ...), module:function, or a sum: aesthetic*1.0 + clip*0.5.")
-@click.option("--prompts", help="A named set (shapes, animals) or a text file, one prompt a line.")
+@_options(_CHOSEN, _DEVICE)
 @click.option("--output", type=click.Path(path_type=Path), help="New run folder. Default: runs/MODEL-REWARD-NNN.")
-@click.option("--resume", type=click.Path(path_type=Path), help="Run folder to continue; takes no other settings.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Run folder to continue; takes no other options.")
 @click.option("--steps", type=int, help="Optimizer steps.")
-@click.option("--seed", type=int, help="Every random number derives from it.")
+@click.option("--seed", type=int, help="Seed of every random number.")
 @click.option("--alpha", type=float, help="KL coefficient (objective.alpha).")
 @click.option("--gamma", type=float, help="Discount per denoising step, in (0, 1] (objective.gamma).")
 @click.option(
@@ -63,15 +87,8 @@ def app() -> None:
     type=click.Choice(["network", "consistency"]),
     help="Train the model, or its consistency model in 4 steps without guidance (policy.base).",
 )
-@click.option("--device", help="auto, cpu, cuda or cuda:N.")
-@click.option("--vram", help="Memory budget: 24G, 8GiB, 24000M or 80%. Plans the run and holds it to that.")
-@click.option(
-    "--config",
-    "file",
-    type=click.Path(path_type=Path),
-    help="YAML file of settings, e.g. a run's config.yaml.",
-)
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. --set policy.rank=8.")
+@click.option("--vram", help="Memory budget, such as 24G, 8GiB or 80%. The run is planned for it and kept below it.")
+@_options(_CONFIG, _SET)
 @click.option("--help-settings", is_flag=True, help="List every setting with its meaning and default, and exit.")
 def train(
     output: Path | None,
@@ -81,37 +98,45 @@ def train(
     help_settings: bool,
     **flags: Any,
 ) -> None:
-    """Fine-tune a diffusion model with SQDF.
+    """Fine-tune a diffusion model with a reward.
 
-    Settings: defaults < --preset < --config < --set < flags. Out of memory? Give --vram: the step is planned for it
-    (`sqdf-fast plan` shows how), and the gradient stays the same beyond rounding.
-    Ctrl-C saves a checkpoint and says how to go on.
+    Without --model: Stable Diffusion 1.5 with a CUDA GPU, the embedded shapes model without one.
+
+    Settings, later ones win: defaults, --preset, --config, --set, other options.
+
+    Out of memory? Give --vram; `sqdf-fast plan` shows what changes. The gradient stays the same up to rounding.
+
+    Ctrl-C saves a checkpoint and prints how to continue.
     """
     if help_settings:
-        click.echo(_settings_table())
+        from sqdf_fast.config import Config, describe_settings
+
+        click.echo(describe_settings(Config))
         return
-    given = {name: value for name, value in flags.items() if value is not None}
-    if resume is not None:
-        unwanted = [f"--{name}" for name in given] + ["--set"] * bool(assignments) + ["--config"] * bool(file)
-        if unwanted or output is not None:
-            named = ", ".join(dict.fromkeys(unwanted + ["--output"] * (output is not None)))
-            raise UserError(f"--resume continues a run with its own config.yaml; leave out {named}")
-        _train(resume, None)
-        return
-    config, keep = _config(given, file, assignments)
-    _train(output, config, keep)
+    from sqdf_fast.commands.settings import read_settings
+
+    if resume is None:
+        settings = read_settings(flags, file, assignments)
+    else:
+        _refuse_beside_resume({**flags, "set": assignments or None, "config": file, "output": output})
+    # What is wrong with the settings shows before torch is loaded.
+    from sqdf_fast.commands.train import continue_training, start_training
+
+    try:
+        summary = continue_training(resume, _say) if resume else start_training(*settings, output, _say)
+    except Interrupted as stop:
+        how = f"Continue with: sqdf-fast train --resume {stop}" if str(stop) else "Nothing was written."
+        _say(f"Interrupted. {how}")
+        sys.exit(130)
+    click.echo(summary)
 
 
 @app.command()
-@click.option("--preset", help="Named hyperparameters, as for train.")
-@click.option("--model", help="shapes, sd15, sdxl, sd35-medium, flux1-dev, their hub ids, or a diffusers folder.")
-@click.option("--reward", help="A registered reward: aesthetic, hpsv2, taste, ...")
-@click.option("--vram", help="What the process may take: 24G, 8GiB, 24000M. Default: the memory of the GPU here.")
-@click.option("--gpu", help="GPU whose speed the predicted time is for, e.g. 'RTX 4090'. Default: one of that memory.")
-@click.option("--allow", multiple=True, type=click.Choice(["nf4", "int8"]), help="Quantised bases that may be tried.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of settings.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting.")
+@_options(_PRESET, _MODEL, _REWARD)
+@click.option("--vram", help="Memory that the process may use, such as 24G or 8GiB. Default: all of this GPU's.")
+@click.option("--gpu", help="GPU that times are predicted for, such as 'RTX 4090'. Default: one with that memory.")
+@click.option("--allow", multiple=True, type=click.Choice(["nf4", "int8"]), help="Quantization to try; repeatable.")
+@_options(_JSON, _CONFIG, _SET)
 def plan(
     vram: str | None,
     gpu: str | None,
@@ -121,15 +146,15 @@ def plan(
     assignments: tuple[str, ...],
     **flags: Any,
 ) -> None:
-    """Predict how a training step fits a card: the fastest settings for --vram, their peak and their time.
+    """Predict the fastest settings of a training step within --vram, their peak memory and their time.
 
-    The code that trains runs on tensors without values; neither a GPU nor weights are needed. Exit status 1 when
-    nothing fits.
+    The training code runs on tensors without data, so neither a GPU nor weights are needed. Exit status 1 if nothing
+    fits.
     """
+    from sqdf_fast.commands.settings import read_settings
     from sqdf_fast.training.lifecycle import plan_for
 
-    given = {name: value for name, value in flags.items() if value is not None}
-    config, keep = _config(given, file, assignments)
+    config, keep = read_settings(flags, file, assignments)
     found = plan_for(config, vram or config.vram or "100%", gpu=gpu, allow=allow, keep=keep)
     click.echo(found.as_json() if as_json else found.as_text())
     if not found.fits:
@@ -139,20 +164,20 @@ def plan(
 @app.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("prompts", nargs=-1, required=True)
-@click.option("--number", "-n", type=click.IntRange(min=1), default=4, show_default=True, help="Pictures a prompt.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--base", is_flag=True, help="Draw from the base model instead of the fine-tuned one.")
-@click.option("--best-of", type=click.IntRange(min=1), metavar="N", help="Keep the best of N by the reward.")
-@click.option("--guide-scale", type=float, metavar="S", help="Follow S times the reward's gradient in every step.")
+@click.option("--number", "-n", type=click.IntRange(min=1), default=4, show_default=True, help="Images per prompt.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.option("--base", is_flag=True, help="Sample the base model instead of the fine-tuned one.")
+@click.option("--best-of", type=click.IntRange(min=1), metavar="N", help="Keep the best of N images by reward.")
+@click.option("--guide-scale", type=float, metavar="S", help="Add S times the reward's gradient at every step.")
 @click.option(
     "--guide-by",
     type=click.Choice(["tweedie", "consistency"]),
     default="tweedie",
     show_default=True,
-    help="What predicts the picture whose reward guides.",
+    help="How the final image is predicted for --guide-scale.",
 )
-@click.option("--reward", help="Of --best-of and --guide-scale. Default: the run's.")
-@click.option("--output", type=click.Path(path_type=Path), help="PNG to write. Default: sample.png in RUN.")
+@click.option("--reward", help="Reward of --best-of and --guide-scale. Default: the run's.")
+@click.option("--output", type=click.Path(path_type=Path), help="PNG file. Default: sample.png in RUN.")
 def sample(
     run: Path,
     prompts: tuple[str, ...],
@@ -165,54 +190,39 @@ def sample(
     reward: str | None,
     output: Path | None,
 ) -> None:
-    """Draw pictures for PROMPTS into one grid, from the fine-tuned model of RUN (a run folder) or from a base model.
+    """Sample images for PROMPTS into one grid, from the fine-tuned model of RUN (a run folder) or from a base model.
 
     \b
     sqdf-fast sample runs/shapes-taste-001 "a red star"
-    sqdf-fast sample shapes "a red star" --best-of 8 --reward taste      without any training; docs/baselines.md
+    sqdf-fast sample shapes "a red star" --best-of 8 --reward taste      without training; docs/baselines.md
     """
-    from sqdf_fast.commands.sample import draw
+    from sqdf_fast.commands.sample import draw, training_free_options
 
     path = output or _beside(run, "sample-base.png" if base else "sample.png")
-    options = _training_free(best_of, guide_scale, guide_by, reward)
+    options = training_free_options(best_of, guide_scale, guide_by, reward)
     cost = draw(run, list(prompts), number=number, seed=seed, base=base, output=path, **options)
     click.echo(f"{path}")
     if cost is not None:
         click.echo(
             f"network rows {cost.unet_evaluations}, of them with a gradient {cost.unet_backward_rows}; "
-            f"pictures scored {cost.reward_evaluations}"
+            f"images scored {cost.reward_evaluations}"
         )
-
-
-def _training_free(best_of: int | None, guide_scale: float | None, guide_by: str, reward: str | None) -> dict[str, Any]:
-    if best_of is not None and guide_scale is not None:
-        raise UserError("--best-of and --guide-scale are two ways to better a sample; give one of them")
-    if best_of is not None:
-        return {"method": "best-of-n", "candidates": best_of, "reward": reward}
-    if guide_scale is not None:
-        return {"method": "guided", "scale": guide_scale, "estimate": guide_by, "reward": reward}
-    if reward is not None:
-        raise UserError(f"--reward {reward} has no use here without --best-of N or --guide-scale S")
-    return {}
 
 
 @app.command()
 @click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
 @click.option("--prompts", help="Held-out prompts: a named set or a file. Default: the first run's.")
-@click.option("--images", type=click.IntRange(min=2), help="Pictures a prompt. Default: the first run's.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Other than the runs' evaluations, which use 0.")
-@click.option("--reward", help="Reward called proxy. Default: the first run's.")
-@click.option("--held-out", multiple=True, metavar="REWARD", help="A reward that training did not see; repeatable.")
+@click.option("--images", type=click.IntRange(min=2), help="Images per prompt. Default: the first run's.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the noise; training evaluates with 0.")
+@click.option("--reward", help="Reward to report as the proxy. Default: the first run's.")
+@click.option("--held-out", multiple=True, metavar="REWARD", help="A reward that was not trained on; repeatable.")
 @click.option("--judge", "judges", multiple=True, help="clip, lpips, dreamsim, frechet or module:Class; repeatable.")
-@click.option("--model", help="Base model of LoRA files that lie in no run folder.")
-@click.option("--preset", help="Settings of targets that are no run, as for train.")
-@click.option("--device", help="auto, cpu, cuda or cuda:N.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, for all targets.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--model", help="Base model of LoRA files outside a run folder.")
+@_options(_PRESET, _DEVICE, _SET, _JSON)
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Sheet of pictures. Default: evaluation.png, in the first run."
+    "--output", type=click.Path(path_type=Path), help="PNG file of images. Default: evaluation.png in the first run."
 )
-@click.option("--html", type=click.Path(path_type=Path), help="Also write table and pictures as one HTML page.")
+@click.option("--html", type=click.Path(path_type=Path), help="HTML page with the table and the images.")
 def evaluate(
     targets: tuple[str, ...],
     prompts: str | None,
@@ -226,10 +236,10 @@ def evaluate(
     html: Path | None,
     **flags: str | None,
 ) -> None:
-    """Judge models side by side on held-out prompts and fresh, common noise; docs/evaluation.md.
+    """Compare models on held-out prompts with the same noise; docs/evaluation.md.
 
     A TARGET is a run folder, a LoRA folder or file, or a base model (shapes, a diffusers folder, a hub id). The base
-    model of the first one is always among them.
+    model of the first one is always included.
     """
     from sqdf_fast.commands.evaluate import evaluate_models
     from sqdf_fast.config import parse_assignments
@@ -256,28 +266,43 @@ def evaluate(
 
 
 @app.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_JSON
 def rewards(as_json: bool) -> None:
-    """List the rewards that come with it: size, download, input, gradient and licence; docs/rewards.md."""
+    """List the built-in rewards: size, download, input, gradient and licence; docs/rewards.md."""
+    from sqdf_fast.commands.rewards import as_text
     from sqdf_fast.rewards import catalogue
 
-    click.echo(json.dumps(catalogue.as_dict(), indent=1) if as_json else catalogue.as_text())
+    click.echo(json.dumps(catalogue.as_dict(), indent=1) if as_json else as_text())
 
 
 @app.command()
-@click.option("--methods", help="Names with commas. Default: sqdf,draft-1,refl,ddpo, or those of --protocol.")
-@click.option("--seeds", help="Numbers with commas, one run of each method a seed. Default: 0,1,2.")
-@click.option("--budget", help="Of a run: 20000 UNet evaluations (rows through the network), or seconds: 120s.")
-@click.option("--points", type=click.IntRange(min=2), help="Evaluations of a run, one before training. Default: 6.")
-@click.option("--ablate", help="Axes with commas: gamma, credit, lookahead, buffer, replay-ratio, alpha.")
+@click.option("--methods", help="Comma-separated methods. Default: sqdf,draft-1,refl,ddpo, or those of --protocol.")
+@click.option("--seeds", help="Comma-separated seeds; each method runs once per seed. Default: 0,1,2.")
+@click.option("--budget", help="Budget of a run: UNet evaluations (network rows) such as 20000, or time such as 120s.")
+@click.option("--points", type=click.IntRange(min=2), help="Evaluations per run, one before training. Default: 6.")
+@click.option("--ablate", help="Comma-separated ablations: gamma, credit, lookahead, buffer, replay-ratio, alpha.")
 @click.option("--protocol", "file", type=click.Path(path_type=Path), help="YAML file of a study; docs/compare.md.")
-@click.option("--preset", help="Named hyperparameters, as for train.")
-@click.option("--model", help="'shapes', a diffusers folder, or a hub id.")
-@click.option("--reward", help="What is trained on: a registered one, module:function, or a sum, as for train.")
-@click.option("--prompts", help="A named set or a text file, one prompt a line.")
+@_CHOSEN
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, for all methods.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time. Default: one a GPU, or one on the CPU.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Runs at a time. Default: one per GPU, one on the CPU, all on a cluster.",
+)
+@click.option(
+    "--launcher",
+    type=click.Choice(["local", "slurm", "debug"]),
+    default="local",
+    show_default=True,
+    help="Where runs are started: processes here, Slurm jobs, or one after the other in this process.",
+)
+@click.option(
+    "--slurm",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Of each Slurm job: partition=gpu, time=240 (minutes), mem=32G, ...; one GPU and one day by default.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder, new or to go on with. Default: a new one.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Folder to go on with, by its own protocol.yaml.")
 def compare(
@@ -289,6 +314,8 @@ def compare(
     file: Path | None,
     assignments: tuple[str, ...],
     jobs: int | None,
+    launcher: str,
+    slurm: tuple[str, ...],
     output: Path | None,
     resume: Path | None,
     **flags: str | None,
@@ -300,15 +327,18 @@ def compare(
     """
     from sqdf_fast.compare.command import compare as run_comparison
     from sqdf_fast.compare.command import protocol_of, stored_protocol
-    from sqdf_fast.compare.pool import Stopped
     from sqdf_fast.compare.protocol import read_protocol
     from sqdf_fast.config import parse_assignments
+    from sqdf_fast.errors import Interrupted
     from sqdf_fast.runs.folder import RunFolder
 
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if resume is not None:
         if given or assignments or any((methods, seeds, budget, points, ablate, file, output)):
-            raise UserError("--resume goes on by the folder's own protocol.yaml; leave out everything but --jobs")
+            raise UserError(
+                "--resume continues by the folder's own protocol.yaml; leave out everything but --jobs, --launcher and "
+                "--slurm"
+            )
         protocol, folder = stored_protocol(resume), resume
     else:
         values = read_protocol(file) if file else _short_protocol(given, assignments, budget)
@@ -319,8 +349,8 @@ def compare(
         protocol = protocol_of(values, layers, names, **whole)
         folder = output or RunFolder.next_free(Path("runs"), "compare")
     try:
-        table, failed = run_comparison(protocol, folder, jobs)
-    except Stopped:
+        table, failed = run_comparison(protocol, folder, jobs, launcher, parse_assignments(slurm))
+    except Interrupted:
         click.echo(f"Interrupted. Continue with: sqdf-fast compare --resume {folder}", err=True)
         sys.exit(130)
     click.echo(f"{table}\n\n{folder / 'report.html'}")
@@ -334,64 +364,34 @@ def compare(
 @app.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write RUN/report.html again from what the run folder holds."""
+    """Write RUN/report.html from the files of the run."""
     from sqdf_fast.runs import write_report
 
     click.echo(f"{write_report(run)}")
 
 
 @app.command()
-@click.option("--model", default="shapes", show_default=True, help="'shapes', a diffusers folder, or a hub id.")
-@click.option("--prompts", default="shapes", show_default=True, help="A named set or a text file, one prompt a line.")
+@click.option("--model", default="shapes", show_default=True, help="shapes, a diffusers folder or a hub id.")
+@click.option("--prompts", default="shapes", show_default=True, help="A named set or a text file.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="New folder for the LoRA.")
-@click.option("--preset", help="Named settings: default, shapes. Default: shapes for the shapes model.")
-@click.option("--reward", help="Adds its correlation with the final picture's reward to the closing table.")
+@click.option("--preset", help="Named settings: default or shapes. Default: shapes for the shapes model.")
+@click.option("--reward", help="Reward whose correlation with the final image's is added to the closing table.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, e.g. --set steps=2000.")
-def distill(
-    model: str,
-    prompts: str,
-    output: Path,
-    preset: str | None,
-    reward: str | None,
-    device: str,
-    assignments: tuple[str, ...],
-) -> None:
-    """Make a consistency LoRA for any base model: the look-ahead of `train`, for models that have none.
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting, such as steps=2000.")
+def distill(output: Path, **options: Any) -> None:
+    """Distill any base model into a consistency LoRA, which `train` looks ahead with.
 
-    Settings and what they did on the shapes model: docs/distill.md.
+    Settings, and their effect on the shapes model: docs/distill.md.
     """
-    from sqdf_fast.config import parse_assignments
-    from sqdf_fast.display import StageProgress
-    from sqdf_fast.distill import accuracy_table, make_distillation
-    from sqdf_fast.distill import distill as make_lora
-    from sqdf_fast.engine.loading import pick_device, pick_dtype
-    from sqdf_fast.prompts import load_prompts
-    from sqdf_fast.rewards import checked_reward, load_reward
+    from sqdf_fast.commands.distill import make_lora
 
-    settings = make_distillation(
-        preset or ("shapes" if model == "shapes" else "default"), parse_assignments(assignments)
-    )
-    where = pick_device(device)
-    judge = load_reward(reward, device=where) if reward else None
-    with StageProgress() as progress:
-        summary = make_lora(
-            model,
-            load_prompts(prompts),
-            output,
-            settings,
-            device=where,
-            dtype=pick_dtype("auto", where),
-            reward=None if judge is None else partial(checked_reward, judge),
-            progress=progress,
-        )
-    click.echo(accuracy_table(summary["accuracy"]))
+    click.echo(make_lora(output=output, **options))
     click.echo(f"{output / 'pytorch_lora_weights.safetensors'}")
 
 
 @app.command()
 def doctor() -> None:
-    """Show versions, devices, the native library, and which implementation each op takes here and why."""
+    """Show versions, devices, the native library, and which implementation each op uses here and why."""
     from sqdf_fast.commands.doctor import report as environment
 
     click.echo(environment())
@@ -399,10 +399,11 @@ def doctor() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, 2 for bad input (one line on stderr), 130 for an interruption."""
-    # diffusers, transformers and peft narrate their loading; a user needs their errors only.
+    # diffusers, transformers and peft log how they load; a user needs their errors only.
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         result = app.main(arguments, prog_name="sqdf-fast", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -417,13 +418,23 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _refuse_beside_resume(options: dict[str, Any]) -> None:
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise UserError(f"--resume continues a run with its own config.yaml; leave out {', '.join(given)}")
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
 def _fail(message: str) -> int:
     click.echo(f"sqdf-fast: {' '.join(message.split())}", err=True)
     return 2
 
 
 def _beside(run: Path, name: str) -> Path:
-    """``name`` in a run folder, in the current folder where there is none."""
+    """``name`` in a run folder, or in the current folder if ``run`` is none."""
     return run / name if (run / "config.yaml").is_file() else Path(name)
 
 
@@ -435,92 +446,17 @@ def _seeds(text: str | None) -> list[int]:
     try:
         return [int(name) for name in _names(text)]
     except ValueError:
-        raise UserError(f"--seeds {text}: expected whole numbers with commas, such as 0,1,2") from None
+        raise UserError(f"invalid --seeds {text!r}: expected comma-separated whole numbers such as 0,1,2") from None
 
 
 def _short_protocol(given: dict[str, Any], assignments: tuple[str, ...], budget: str | None) -> dict[str, Any]:
-    """What `compare` begins with where there is no file: the preset that `train` would take."""
+    """What `compare` starts from without a protocol file: the preset that `train` would take."""
+    from sqdf_fast.commands.settings import preset_for
     from sqdf_fast.config import parse_assignments
 
     if budget is None:
         raise UserError("compare needs --budget, such as 20000 UNet evaluations or 120s, or --protocol FILE")
-    preset = _default_preset(given, {"file": None, "assignments": parse_assignments(assignments)})
-    return {"preset": preset or given.get("preset")}
-
-
-def _settings_table() -> str:
-    from sqdf_fast.config import describe_settings
-
-    return describe_settings()
-
-
-def _config(given: dict[str, Any], file: Path | None, assignments: tuple[str, ...]) -> tuple[Config, tuple[str, ...]]:
-    """The configuration, and the dotted keys that the user set."""
-    from sqdf_fast.config import given_settings, make_config, parse_assignments, read_config_file
-
-    layers = {"file": read_config_file(file) if file else None, "assignments": parse_assignments(assignments)}
-    objective = {name: given.pop(name) for name in ("alpha", "gamma") if name in given}
-    if objective:
-        given["objective"] = objective
-    if "policy" in given:
-        given["policy"] = {"base": given["policy"]}
-    return make_config(_default_preset(given, layers), flags=given, **layers), given_settings(flags=given, **layers)
-
-
-def _default_preset(given: dict[str, Any], layers: dict[str, Any]) -> str | None:
-    chosen = [layer for layer in (given, *layers.values()) if layer and ("preset" in layer or "model" in layer)]
-    if layers["file"] and "objective" in layers["file"]:
-        return None
-    if any("preset" in layer for layer in chosen):
-        return None
-    from sqdf_fast.config import default_preset
-
-    if chosen:
-        return default_preset(next(layer["model"] for layer in chosen))
-    import torch
-
-    if torch.cuda.is_available():
-        return "aesthetic"
-    click.echo("No CUDA GPU and no --model: training the embedded shapes model on the CPU.", err=True)
-    return "shapes"
-
-
-def _train(path: Path | None, config: Config | None, keep: tuple[str, ...] = ()) -> None:
-    from sqdf_fast.errors import Interrupted
-    from sqdf_fast.training.lifecycle import continue_run, new_run
-
-    with _interruption() as stop:
-        run = None
-        try:
-            if config is None:
-                assert path is not None
-                run = continue_run(path, stop)
-            else:
-                run = new_run(config, path, stop, keep)
-        except Interrupted as ended:
-            how = f"Continue with: sqdf-fast train --resume {ended}" if str(ended) else "Nothing was written."
-            click.echo(f"Interrupted. {how}", err=True)
-            sys.exit(130)
-    click.echo(run)
-
-
-@contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """The first Ctrl-C (or SIGTERM) asks the run to stop after its current network call, the second one kills it."""
-    asked = threading.Event()
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        click.echo("Stopping after the current network call; once more to stop at once.", err=True)
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return {"preset": preset_for({}, parse_assignments(assignments), given) or given.get("preset")}
 
 
 if __name__ == "__main__":

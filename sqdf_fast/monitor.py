@@ -1,6 +1,6 @@
 """Over-optimization: the trained reward still rises while what training does not see falls.
 
-A pure function of the evaluation records, so that a resumed run decides as an uninterrupted one. The rule and the origin
+A pure function of the evaluation records: a resumed run decides as an uninterrupted one. The rule and the origin
 of its constants: docs/monitor.md. The true reward of the embedded world, which no user has, plays no part.
 """
 

@@ -90,6 +90,8 @@ def refused(capsys, *arguments: str) -> str:
         (["--resume", "absent"], "absent"),
         (["--resume", "runs/x", "--steps", "3"], "--steps"),
         (["--colour"], "--colour"),
+        (["--set", "algorithm=ddpo"], "objective.lookahead has no effect with algorithm = ddpo (only with sqdf)"),
+        (["--set", "ddpo.clip_range=1"], "ddpo.clip_range has no effect with algorithm = sqdf (only with ddpo)"),
     ],
 )
 def test_bad_input_is_one_line_status_2_and_leaves_nothing(model, folder, capsys, arguments, said):
@@ -205,9 +207,21 @@ def test_settings_can_be_listed(capsys):
     assert "objective.gamma" in capsys.readouterr().out
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys; from sqdf_fast.cli import main; main(['train', '--help']); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "--model", "shapes", "--set", "steps=0"]])
+def test_help_and_mistakes_in_settings_do_not_wait_for_heavy_libraries(arguments):
+    heavy = {"torch", "matplotlib", "jinja2"}
+    code = f"import sys; from sqdf_fast.cli import main; main({arguments}); sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_old_key_is_one_line_on_standard_error(folder):
+    arguments = ["train", "--model", "shapes", "--set", "execution.recompute=[network]", "--set", "steps=0"]
+    done = subprocess.run([sys.executable, "-m", "sqdf_fast.cli", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "setting execution.recompute is now execution.gradient_checkpointing",
+        "sqdf-fast: setting steps = 0 is not allowed: it must be greater than or equal to 1",
+    ]
 
 
 def test_a_plan_is_printed_as_a_table_and_as_json(capsys, monkeypatch, folder):
@@ -234,11 +248,14 @@ def test_a_plan_is_printed_as_a_table_and_as_json(capsys, monkeypatch, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "--model", "sd15", "--vram", "much"], "vram 'much' is no size"),
-        (["plan", "--model", "sd15", "--vram", "80%"], "no GPU is here"),
+        (
+            ["plan", "--model", "sd15", "--vram", "much"],
+            "invalid --vram 'much': expected a size such as 24G, 8GiB or 80%",
+        ),
+        (["plan", "--model", "sd15", "--vram", "80%"], "no GPU to take a share of"),
         (["plan", "--model", "nothing/here", "--vram", "8G"], "architecture of model"),
         (["plan", "--model", "shapes", "--reward", "jpeg", "--vram", "8G"], "reward"),
-        (["train", "--model", "shapes", "--vram", "-1G"], "is no size"),
+        (["train", "--model", "shapes", "--vram", "-1G"], "expected a size such as"),
     ],
 )
 def test_bad_plans_are_one_line(capsys, arguments, message):

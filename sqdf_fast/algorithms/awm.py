@@ -24,7 +24,7 @@ class Awm(PolicyGradient):
 
         -d,  d = mean over the elements of (m_theta(x_t) - target)^2,  x_t = signal x_0 + noise epsilon
 
-    at new noise for every pair, target being what the network was pretrained to predict. ``baseline.matching`` =
+    at new noise for every pair, target being what the network was pretrained to predict. ``awm.matching`` =
     "ghuber" has -((d + 1e-10)^(1/4) - 1e-10^(1/4)) 4 t in its place, t in (0, 1] the time: the published program's.
     The regulariser is alpha times the mean square of policy - reference at x_t, without a weight.
     """
@@ -35,7 +35,6 @@ class Awm(PolicyGradient):
 
     def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
         super().__init__(config, runtime, prompts)
-        self.clip_range = config.baseline.clip_matching
         # Rows that return the guided output itself, and its squared distance from the reference's.
         self._output_rows = self.tables.transition.new_tensor([0.0, 1.0, 1.0]).repeat(len(self.schedule), 1)
 
@@ -91,7 +90,7 @@ class Awm(PolicyGradient):
         return signal * x0 + noise * epsilon, targets[self.schedule.prediction]
 
     def _weighted(self, distance: Tensor, index: Tensor) -> Tensor:
-        if self.config.baseline.matching == "uniform":
+        if self.config.awm.matching == "uniform":
             return distance
         time = self.tables.timesteps[index] / self.schedule.num_train_timesteps
         return ((distance + OFFSET) ** POWER - OFFSET**POWER) * time / POWER

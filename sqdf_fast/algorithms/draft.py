@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.algorithms.base import Algorithm
-from sqdf_fast.config import Config
+from sqdf_fast.config import Config, section_of
 from sqdf_fast.engine import StepResult
 from sqdf_fast.engine.module_groups import ALL_GROUPS
 from sqdf_fast.engine.noise import Stream
@@ -157,16 +157,16 @@ class DirectReward(Algorithm):
 
 
 class Draft(DirectReward):
-    """DRaFT-K: loss = mean -r(x_0), the gradient through the last K = ``baseline.truncation`` steps; K = T is DRaFT."""
+    """DRaFT-K: loss = mean -r(x_0), the gradient through the last K = ``draft.truncation`` steps; K = T is DRaFT."""
 
     with_kl: ClassVar[bool] = False
 
     def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
-        steps, truncation = len(runtime.sampler.schedule), config.baseline.truncation
+        steps, truncation = len(runtime.sampler.schedule), config.own.truncation
         if truncation > steps:
             raise UserError(
-                f"baseline.truncation = {truncation} is more than the {steps} denoising steps there are; "
-                f"allowed: 1 to {steps} (sampling.num_inference_steps)"
+                f"{section_of(config.algorithm)}.truncation = {truncation} is more than the {steps} denoising steps "
+                f"there are; allowed: 1 to {steps} (sampling.num_inference_steps)"
             )
         super().__init__(config, runtime, prompts)
         self.first = steps - truncation
@@ -204,6 +204,6 @@ class DraftKl(Draft):
         if not trainable[self.first :].any():
             needed = len(trainable) - int(trainable.nonzero().max())
             raise UserError(
-                f"draft-kl with baseline.truncation = {config.baseline.truncation} has no KL: the last steps of this "
-                f"schedule add (next to) no noise; set baseline.truncation={needed} or more"
+                f"draft-kl with draft_kl.truncation = {config.draft_kl.truncation} has no KL: the last steps of this "
+                f"schedule add (next to) no noise; set draft_kl.truncation={needed} or more"
             )

@@ -16,7 +16,7 @@ from sqdf_fast.kernels.philox import derive_seeds
 class DraftLv(DirectReward):
     """Clark et al., arXiv 2309.17400, the low-variance variant of DRaFT-1.
 
-    x_0 is sampled as in DRaFT-1. Then, n = ``baseline.noises`` times, it is noised to the level of the last index and
+    x_0 is sampled as in DRaFT-1. Then, n = ``draft_lv.noises`` times, it is noised to the level of the last index and
     denoised by one prediction of the policy,
 
         x_1 = signal x_0 + noise epsilon,     x0_hat = a x_1 + b m(x_1),
@@ -32,7 +32,7 @@ class DraftLv(DirectReward):
 
     def passes(self, start: Start, size: int) -> Iterator[Pass]:
         """The last step itself, and n that start from its noised picture."""
-        noises, last = self.config.baseline.noises, len(self.schedule) - 1
+        noises, last = self.config.draft_lv.noises, len(self.schedule) - 1
         weight = 1 / (size * (noises + 1))
         self.forward()
         x0, _, _ = self.walk(start, last)

@@ -2,7 +2,8 @@
 
 A collection of ``replay.refill`` samples and their rewards serves ``replay.steps_per_refill`` optimizer steps. A step
 takes ``optimizer.batch_size`` trajectories, in the order of a shuffle that begins anew when all were taken, and
-``baseline.timesteps`` indices of each. Which ones is decided by the seed and the number of the collection alone.
+``timesteps`` indices of each, a setting of the algorithm's own section. Which ones is decided by the seed and the
+number of the collection alone.
 
 The ratio pi_theta / pi_old is 1 at a collection's first step by construction: the old value is the new one, detached.
 For the steps that follow, the old values of what they will use are computed before that first step changes the policy,
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from sqdf_fast.algorithms.advantages import advantages
 from sqdf_fast.algorithms.base import Algorithm
-from sqdf_fast.config import Config
+from sqdf_fast.config import Config, section_of
 from sqdf_fast.engine import StepResult
 from sqdf_fast.engine.module_groups import ModuleGroup
 from sqdf_fast.engine.noise import Stream, generator
@@ -103,7 +104,7 @@ class PolicyGradient(Algorithm):
         super().__init__(config, runtime, prompts)
         self.indices = torch.nonzero(self.schedule.trainable.cpu(), as_tuple=True)[0]
         self.timesteps = _timesteps(config, len(self.indices))
-        self.clip_range = config.baseline.clip_range
+        self.clip_range = config.own.clip_range
         self.regularise = self.regularised and config.objective.alpha > 0
         self.collection: Collection | None = None
         self._old: Tensor | None = None
@@ -114,7 +115,7 @@ class PolicyGradient(Algorithm):
         if self.collection is not None and self.collection.number == number:
             return
         runtime = self.runtime
-        prompts, seeds = self.draw_prompts(number, self.config.replay.refill, each=self.config.baseline.group)
+        prompts, seeds = self.draw_prompts(number, self.config.replay.refill, each=self.config.own.group)
         sampled = runtime.sample(prompts, seeds, keep=self.keep)
         rewards = runtime.rewards(sampled.x0, prompts)
         stored = sampled.x0.cpu() if sampled.states is None else sampled.states
@@ -129,9 +130,9 @@ class PolicyGradient(Algorithm):
         steps = min(self.config.replay.steps_per_refill, self.config.steps - first)
         if self._old is None and steps > 1:
             self._old = self._log_probs(self._pairs(1, steps))
-        baseline = self.config.baseline
+        own = self.config.own
         gain = advantages(
-            collection.rewards, baseline.group, clip=baseline.clip_advantage, epsilon=self.epsilon, pooled=self.pooled
+            collection.rewards, own.group, clip=own.clip_advantage, epsilon=self.epsilon, pooled=self.pooled
         )
         losses, kls = [], []
         for part in self._parts(pairs):
@@ -230,15 +231,16 @@ class PolicyGradient(Algorithm):
 
 def _timesteps(config: Config, trainable: int) -> int:
     """Indices of each trajectory in an update; refuses what cannot be."""
-    refill, group, asked = config.replay.refill, config.baseline.group, config.baseline.timesteps
+    refill, group, asked = config.replay.refill, config.own.group, config.own.timesteps
+    section = section_of(config.algorithm)
     if refill % group or refill == 1:
         raise UserError(
-            f"replay.refill = {refill} with baseline.group = {group}: {config.algorithm} compares the samples of a "
+            f"replay.refill = {refill} with {section}.group = {group}: {config.algorithm} compares the samples of a "
             "group; give at least 2 and a multiple of the group"
         )
     if asked is not None and asked > trainable:
         raise UserError(
-            f"baseline.timesteps = {asked} and this schedule has {trainable} trainable steps; give at most "
+            f"{section}.timesteps = {asked} and this schedule has {trainable} trainable steps; give at most "
             f"{trainable}, or leave it out to take them all"
         )
     return trainable if asked is None else asked

@@ -15,15 +15,15 @@ from sqdf_fast.kernels import posterior_mean
 class Refl(DirectReward):
     """Xu et al., "ImageReward", arXiv 2304.05977: x_t sampled without a gradient, x0_hat = a x_t + b m(x_t) with one.
 
-    t is drawn evenly among the last ``baseline.window`` of the steps, for each sample on its own. The loss is mean -r,
-    or mean relu(margin - r) with ``baseline.margin``. The paper's second term, the denoising loss on the pretraining
+    t is drawn evenly among the last ``refl.window`` of the steps, for each sample on its own. The loss is mean -r,
+    or mean relu(margin - r) with ``refl.margin``. The paper's second term, the denoising loss on the pretraining
     data, is left out, as it is in the published program.
     """
 
     def start(self, prompts: list[str], seeds: Tensor, step: int) -> Start:
         """Each sample's state at an index of its own."""
         steps = len(self.schedule)
-        window = max(1, round(self.config.baseline.window * steps))
+        window = max(1, round(self.config.refl.window * steps))
         draw = generator(self.config.seed, Stream.LATE_STEP, step)
         index = torch.randint(steps - window, steps, (len(prompts),), generator=draw)
         # Sampled together where they stop together: nothing is denoised further than it is needed.
@@ -45,6 +45,6 @@ class Refl(DirectReward):
             guidance_scale=self.guidance_scale,
             impl=self.config.impl,
         )
-        reward, margin = self.runtime.score_latents(x0_hat, start.prompts), self.config.baseline.margin
+        reward, margin = self.runtime.score_latents(x0_hat, start.prompts), self.config.refl.margin
         loss = -reward if margin is None else torch.relu(margin - reward)
         yield Pass(loss.sum() / size, reward)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqdf_fast import __version__
+from sqdf_fast.display import text_table
 
 CPU_OPS = ("adamw_8bit",)
 """Ops that nothing takes on a GPU: there the 8-bit optimizer is bitsandbytes'."""
@@ -106,11 +107,10 @@ def packages() -> list[Package]:
 
 
 def ops() -> list[str]:
-    """Names of the ops: the folders of `sqdf_fast.kernels` that have a reference implementation."""
-    import sqdf_fast.kernels
+    """Names of the ops."""
+    from sqdf_fast.kernels.registry import OPS
 
-    folders = (Path(folder) for folder in sqdf_fast.kernels.__path__)
-    return sorted({path.parent.name for folder in folders for path in folder.glob("*/reference.py")})
+    return sorted(OPS)
 
 
 def choose(op: str, device: str) -> Choice:
@@ -141,11 +141,14 @@ def report(found: Facts | None = None) -> str:
     if found.gpu_reason:
         lines.append(f"GPU: none ({found.gpu_reason})")
     lines.append(f"native library: {found.native or found.native_reason}")
-    lines += ["", "what impl='auto' takes (float32)"]
-    lines += [_choice_line(choice) for choice in found.choices]
-    lines += ["", "packages"]
-    width = max(len(package.name) for package in found.packages)
-    lines += [f"  {package.name:<{width}}  {_package_state(package)}" for package in found.packages]
+    choices = [[choice.op, choice.device, choice.implementation, _passed_over(choice)] for choice in found.choices]
+    lines += [
+        "",
+        "implementation that impl='auto' selects, in float32:",
+        text_table(("op", "device", "selected", "why not another"), choices, left=range(4)),
+    ]
+    packages = [[package.name, _package_state(package)] for package in found.packages]
+    lines += ["", text_table(("package", "version"), packages, left=range(2))]
     return "\n".join(lines)
 
 
@@ -171,7 +174,7 @@ def _gpus() -> tuple[list[Gpu], str | None]:
     if torch.version.cuda is None:
         return [], "this build of torch has no CUDA support"
     if not torch.cuda.is_available():
-        return [], _without_driver() or "the driver is there, but torch cannot use it: its CUDA version may be too new"
+        return [], _without_driver() or "the driver works, but torch cannot use it: its CUDA version may be too new"
     return [_gpu(index) for index in range(torch.cuda.device_count())], None
 
 
@@ -219,9 +222,8 @@ def _gpu_line(gpu: Gpu) -> str:
     return state
 
 
-def _choice_line(choice: Choice) -> str:
-    passed_over = "; ".join(f"not {name}: {reason}" for name, reason in choice.reasons.items())
-    return f"  {choice.op:<16} {choice.device:<5} {choice.implementation:<10} {passed_over}".rstrip()
+def _passed_over(choice: Choice) -> str:
+    return "; ".join(f"not {name}: {reason}" for name, reason in choice.reasons.items())
 
 
 def _package_state(package: Package) -> str:

@@ -66,8 +66,25 @@ def draw(
         images = runtime.decode(latents)
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        save_png(image_grid(to_pil(images), repeated, columns=number), output)
+        drawn = to_pil(images)
+        rows = [drawn[start : start + number] for start in range(0, len(drawn), number)]
+        save_png(image_grid(rows, prompts, tile=160), output)
     return cost
+
+
+def training_free_options(
+    best_of: int | None, guide_scale: float | None, guide_by: str, reward: str | None
+) -> dict[str, Any]:
+    """Keywords of :func:`draw` for the options of the command line. Raises UserError for a useless combination."""
+    if best_of is not None and guide_scale is not None:
+        raise UserError("--best-of and --guide-scale are mutually exclusive")
+    if best_of is not None:
+        return {"method": "best-of-n", "candidates": best_of, "reward": reward}
+    if guide_scale is not None:
+        return {"method": "guided", "scale": guide_scale, "estimate": guide_by, "reward": reward}
+    if reward is not None:
+        raise UserError(f"--reward {reward} has no effect without --best-of N or --guide-scale S")
+    return {}
 
 
 def _opened(run: Path) -> tuple[Config, str | None]:

@@ -7,24 +7,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sqdf_fast.algorithms import ALGORITHMS
 from sqdf_fast.compare.curves import Curve, read_curve
-from sqdf_fast.compare.jobs import Free, Job, check_settings, job_config
+from sqdf_fast.compare.jobs import Job, TrainingFreeSpec, check_settings, job_config
+from sqdf_fast.compare.launch import open_launcher, run_jobs
 from sqdf_fast.compare.methods import ablation, method_config
 from sqdf_fast.compare.names import look_up
 from sqdf_fast.compare.page import write_page
-from sqdf_fast.compare.pool import make_places, run_jobs
 from sqdf_fast.compare.progress import CompareProgress
 from sqdf_fast.compare.protocol import Protocol, dotted, dump_protocol, grown, make_protocol, read_protocol
 from sqdf_fast.compare.results import Results, Runs, make_results, write_results
 from sqdf_fast.compare.table import as_text
 from sqdf_fast.compare.tuning import UNJUDGED, Choice, Trial, choose
 from sqdf_fast.compare.worker import FAILURE, failure
-from sqdf_fast.config import Config
+from sqdf_fast.config import Config, refuse_without_effect
 from sqdf_fast.errors import UserError
-from sqdf_fast.files import disk_errors
+from sqdf_fast.files import disk_errors, write_text
 from sqdf_fast.runs import environment, read_run
 
 PROTOCOL = "protocol.yaml"
@@ -48,13 +49,13 @@ class Variant:
 
 
 class Comparison:
-    """A folder and its protocol; where the folder has one already, that one and what is new in the given one.
+    """A folder and its protocol: the stored one, where there is one, with what the given one adds.
 
     protocol.yaml, tuning/METHOD/trial-N/ and runs/METHOD/seed-N/ (run folders, a log beside each), results.json,
     report.html, plots/.
 
     Raises:
-        UserError: the folder is of another comparison; a method or a setting that is none.
+        UserError: the folder belongs to another comparison, or a method or setting is unknown.
     """
 
     def __init__(self, protocol: Protocol, folder: Path) -> None:
@@ -71,20 +72,26 @@ class Comparison:
             method_config(self.base, name, self.own[name])
             for trial in method.tried:
                 method_config(self.base, name, {**self.own[name], **trial})
-        self._expand({name: {} for name in protocol.methods})
+        variants = self._expand({name: {} for name in protocol.methods})
+        refuse_without_effect(protocol.settings, *(variant.config for variant in variants))
 
-    def run(self, jobs: int | None = None) -> tuple[Results, dict[str, str]]:
-        """Run what is not there yet and write results and report.
+    def run(
+        self, jobs: int | None = None, launcher: str = "local", slurm: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[Results, dict[str, str]]:
+        """Start the runs that are not finished, and write results and report.
 
         Args:
-            jobs: runs at a time; None: one a GPU, or one on the CPU.
+            jobs: number of runs at a time; None: one per GPU, one on the CPU, all on a cluster.
+            launcher: "local", "slurm" or "debug"; see `launch.open_launcher`.
+            slurm: parameters of `sbatch` by submitit's names.
 
         Returns:
-            the results, and of the runs that failed, name and reason.
+            the results, and name and reason of each run that failed.
 
         Raises:
-            UserError: something that the runs need is not there; another process works in the folder; the disk
-                refuses. Stopped: by the user; what is finished stays finished.
+            UserError: a run's model, prompts, reward, judge or device is missing; another process works in the folder;
+                the launcher cannot be used; the disk refuses.
+            Interrupted: the user stopped it; what is finished stays finished.
         """
         trials = self._trials()
         later = [job for variant in self._expand({name: {} for name in self.own}) for job in self._jobs(variant)]
@@ -92,24 +99,23 @@ class Comparison:
             look_up(self.base, [name for name in self.own if self._follows_the_gradient(name)])
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with _alone(self.folder):
-            _write(self.folder / PROTOCOL, dump_protocol(self.protocol))
-            places = make_places(jobs, self.base.device)
+        with _alone(self.folder), open_launcher(launcher, self.folder, jobs, self.base.device, slurm) as started:
+            write_text(self.folder / PROTOCOL, dump_protocol(self.protocol))
             with CompareProgress(len(trials) + len(later)) as progress:
                 progress.message(f"Comparing in {self.folder}")
                 progress.known([job for job in trials if job.ended])
-                failed = run_jobs(trials, places, progress)
+                failed = run_jobs(trials, started, progress)
                 choices = self._choices(failed)
                 variants = self._variants(choices)
                 wanted = [job for variant in variants for job in self._jobs(variant)]
-                # Seed by seed: what is there when time is up can be compared.
-                wanted.sort(key=lambda job: self._place_of(job.seed))
+                # Seed by seed: what is finished when time is up can be compared.
+                wanted.sort(key=lambda job: self._position(job.seed))
                 progress.total = len(trials) + len(wanted)
                 progress.known([job for job in wanted if job.ended])
                 for job in wanted:
                     if job.ended:
                         check_settings(job)
-                failed |= run_jobs(wanted, places, progress)
+                failed |= run_jobs(wanted, started, progress)
             return self._report(variants, choices, failed), failed
 
     def report(self) -> Results:
@@ -152,7 +158,7 @@ class Comparison:
         chosen: dict[str, dict[str, Any]] = {}
         for name, method in self.protocol.methods.items():
             choice = choices.get(name)
-            if choice is None or self.protocol.strengths_of(name):
+            if choice is None or self.protocol.sweep_of(name):
                 chosen[name] = {}
             elif choice.index is not None:
                 chosen[name] = method.tried[choice.index]
@@ -166,7 +172,8 @@ class Comparison:
             assert ablated is not None
             for name, changes in ablation(axis, ablated.config).items():
                 settings = {**ablated.settings, **changes}
-                variant = self._variant(f"{ablated.name}.{name}", name, axis, settings)
+                config = method_config(ablated.config, name, changes)
+                variant = Variant(f"{ablated.name}.{name}", name, axis, settings, config)
                 if variant.config == ablated.config:
                     # Its runs stand for this variant too.
                     variant = replace(variant, name=ablated.name, label=f"{name} ({ablated.name} itself)")
@@ -180,12 +187,12 @@ class Comparison:
         protocol = self.protocol
         if variant.group and variant.name == protocol.ablated:
             return []
-        if strengths := protocol.strengths_of(variant.name) if not variant.group else ():
+        if sweep := protocol.sweep_of(variant.name) if not variant.group else ():
             # Nothing is trained and all runs are judged on the same noise: every seed would give the same.
             config = job_config(variant.config, protocol.seeds[0], protocol.budget, protocol.points)
-            free = Free("guided" if self._kind(variant.name) == "guided" else "best-of-n", strengths)
+            spec = TrainingFreeSpec("guided" if self._kind(variant.name) == "guided" else "best-of-n", sweep)
             folder = self.folder / "runs" / variant.name / f"seed-{protocol.seeds[0]}"
-            return [Job(variant.name, protocol.seeds[0], config, folder, free=free)]
+            return [Job(variant.name, protocol.seeds[0], config, folder, training_free=spec)]
         seeds = protocol.seeds if not variant.group or protocol.ablate_seeds is None else protocol.ablate_seeds
         return [
             Job(
@@ -201,11 +208,11 @@ class Comparison:
         return self.protocol.methods[name].like or name
 
     def _follows_the_gradient(self, name: str) -> bool:
-        if self.protocol.strengths_of(name):
+        if self.protocol.sweep_of(name):
             return self._kind(name) == "guided"
         return ALGORITHMS[method_config(self.base, name, self.own[name]).algorithm].needs_gradient
 
-    def _place_of(self, seed: int) -> int:
+    def _position(self, seed: int) -> int:
         return (*self.protocol.seeds, *(self.protocol.ablate_seeds or ())).index(seed)
 
     def _read(self, variant: Variant, failed: Mapping[str, str]) -> Runs:
@@ -221,12 +228,20 @@ class Comparison:
             else:
                 curves.append(curve)
                 folders.append(job.folder)
-        free = any(job.free is not None for job in jobs)
-        return Runs(variant.name, variant.label, variant.group, variant.settings, curves, folders, unfinished, free)
+        return Runs(
+            variant.name,
+            variant.label,
+            variant.group,
+            variant.settings,
+            curves,
+            folders,
+            unfinished,
+            training_free=any(job.training_free is not None for job in jobs),
+        )
 
 
 def _unfinished(job: Job, failed: Mapping[str, str]) -> str:
-    """Why a run is not there, in one line; `failed` knows what a log cannot, such as a process that was killed."""
+    """Why a run is not finished, in one line; `failed` knows what a log cannot, such as a process that was killed."""
     if reason := failed.get(job.name) or failure(job.log):
         return f"{FAILURE}{reason}"
     return "broken off, or under way" if job.log.exists() else "not run yet"
@@ -249,24 +264,23 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with disk_errors(path):
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+def compare(
+    protocol: Protocol,
+    folder: Path,
+    jobs: int | None = None,
+    launcher: str = "local",
+    slurm: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[str, dict[str, str]]:
+    """Run or continue a comparison: its table, and name and reason of each run that failed.
 
-
-def compare(protocol: Protocol, folder: Path, jobs: int | None = None) -> tuple[str, dict[str, str]]:
-    """Run a comparison, or go on with it: its table, and of the runs that failed, name and reason.
-
-    Starts processes: call it under ``if __name__ == "__main__"``. Raises as :meth:`Comparison.run`.
+    Arguments and exceptions as of :meth:`Comparison.run`.
     """
-    results, failed = Comparison(protocol, folder).run(jobs)
+    results, failed = Comparison(protocol, folder).run(jobs, launcher, slurm)
     return as_text(results), failed
 
 
 def stored_protocol(folder: Path) -> Protocol:
-    """The protocol of a comparison's folder. Raises UserError when it is none."""
+    """The protocol of a comparison's folder. Raises UserError when the folder holds none."""
     if not (folder / PROTOCOL).is_file():
         raise UserError(f"{folder} is no comparison: it has no {PROTOCOL}; give the folder that `compare` wrote")
     return make_protocol(read_protocol(folder / PROTOCOL))

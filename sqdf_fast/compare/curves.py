@@ -1,4 +1,4 @@
-"""What runs say: scores against cost, the same at equal reward, and how far a mean over few seeds can be trusted."""
+"""Scores of runs against cost and at equal reward, with bootstrap intervals of means over few seeds."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class Curve:
         return max(point.scores[PROXY] for point in self.points)
 
     @property
-    def last(self) -> Place:
+    def last(self) -> CurvePosition:
         """The last evaluation."""
-        return Place(len(self.points) - 1, 0.0)
+        return CurvePosition(len(self.points) - 1, 0.0)
 
 
 @dataclass(frozen=True)
-class Place:
+class CurvePosition:
     """Between two evaluations: ``1 - weight`` of ``before`` and ``weight`` of the one after it."""
 
     before: int
@@ -92,26 +92,28 @@ def _point(record: Mapping[str, Any]) -> Point:
     return Point(int(record["step"]), scores, record.get("by_prompt") or {}, cost)
 
 
-def crossing(curve: Curve, level: float) -> Place | None:
+def crossing(curve: Curve, level: float) -> CurvePosition | None:
     """Where a curve's proxy reward first reaches ``level``, by linear interpolation; None where it never does."""
     values = [point.scores[PROXY] for point in curve.points]
     for index, value in enumerate(values):
         if value >= level:
             if index == 0:
-                return Place(0, 0.0)
-            return Place(index - 1, (level - values[index - 1]) / (value - values[index - 1]))
+                return CurvePosition(0, 0.0)
+            return CurvePosition(index - 1, (level - values[index - 1]) / (value - values[index - 1]))
     return None
 
 
-def score_at(curve: Curve, place: Place, name: str) -> Array | None:
-    """A score there, of each prompt, or [1] where only the mean is known; None where it is not known at all."""
-    return _interpolated(curve, place, lambda point: _score(point, name))
+def score_at(curve: Curve, position: CurvePosition, name: str) -> Array | None:
+    """A score at a position, of each prompt, or [1] where only the mean is known; None where it is unknown."""
+    return _interpolated(curve, position, lambda point: _score(point, name))
 
 
-def cost_at(curve: Curve, place: Place, name: str) -> float | None:
-    """What training had cost there."""
+def cost_at(curve: Curve, position: CurvePosition, name: str) -> float | None:
+    """What training had cost up to a position."""
     found = _interpolated(
-        curve, place, lambda point: None if name not in point.cost else np.array([point.cost[name]], dtype=np.float64)
+        curve,
+        position,
+        lambda point: None if name not in point.cost else np.array([point.cost[name]], dtype=np.float64),
     )
     return None if found is None else float(found[0])
 
@@ -122,14 +124,12 @@ def _score(point: Point, name: str) -> Array | None:
     return None if name not in point.scores else np.array([point.scores[name]], dtype=np.float64)
 
 
-def _interpolated(curve: Curve, place: Place, read: Any) -> Array | None:
-    here = read(curve.points[place.before])
-    if here is None or place.weight == 0.0:
-        return here
-    there = read(curve.points[place.before + 1])
-    if there is None:
-        return None
-    return (1 - place.weight) * here + place.weight * there
+def _interpolated(curve: Curve, position: CurvePosition, read: Any) -> Array | None:
+    before = read(curve.points[position.before])
+    if before is None or position.weight == 0.0:
+        return before
+    after = read(curve.points[position.before + 1])
+    return None if after is None else (1 - position.weight) * before + position.weight * after
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class Estimate:
     """A mean over seeds and prompts.
 
     Attributes:
-        low, high: 95 % percentile bootstrap; None where there is one seed and no prompt to draw from.
-        over: what was drawn anew: "seeds and prompts", "seeds", "prompts" or "".
+        low, high: 95 % percentile bootstrap; None for one seed without scores by prompt.
+        over: what was resampled: "seeds and prompts", "seeds", "prompts" or "".
     """
 
     mean: float

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sqdf_fast.compare.protocol import parse_budget
-from sqdf_fast.config import Config, with_settings
+from sqdf_fast.config import Config, settings_of, with_settings
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 from sqdf_fast.runs.checkpoint import checkpoints
@@ -20,26 +20,25 @@ ENDLESS = 10**9
 
 
 @dataclass(frozen=True)
-class Free:
-    """A way to sample better without training.
+class TrainingFreeSpec:
+    """A method that improves samples without training.
 
     Attributes:
-        strengths: candidates of "best-of-n", scales of "guided"; an evaluation each.
+        sweep: candidates of "best-of-n", scales of "guided"; one evaluation each.
     """
 
     kind: Literal["best-of-n", "guided"]
-    strengths: tuple[float, ...]
+    sweep: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is to be there at the end.
+    """One run of a comparison.
 
     Attributes:
-        method: its name; seed: of the run.
-        config: what it is trained with.
-        folder: the run folder; its log lies beside it.
-        trial: number of a tuning trial; free: nothing is trained, the base model is sampled in this way.
+        folder: run folder; its log lies beside it.
+        trial: number of the tuning trial; None: a reported run.
+        training_free: method that samples the base model; None: the run trains.
     """
 
     method: str
@@ -47,7 +46,7 @@ class Job:
     config: Config
     folder: Path
     trial: int | None = None
-    free: Free | None = None
+    training_free: TrainingFreeSpec | None = None
 
     @property
     def name(self) -> str:
@@ -129,7 +128,7 @@ def check_settings(job: Job) -> None:
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
+    values = settings_of(config)
     if config.vram is not None:
         # The plan of a memory budget fills these in.
         for key in ("execution", "sampling", "dtype", "optimizer"):

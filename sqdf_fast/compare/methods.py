@@ -12,7 +12,7 @@ from sqdf_fast.errors import UserError
 
 Settings = dict[str, Any]
 
-# No algorithm but SQDF looks ahead: the others must neither load nor need a consistency model.
+# What trains nothing looks ahead by no consistency model: it must neither load nor need one.
 _BLIND: Settings = {"objective.lookahead": "tweedie"}
 
 # A consistency model's own way of sampling.
@@ -24,18 +24,18 @@ _ON_POLICY: Settings = {"replay.steps_per_refill": 1}
 METHODS: dict[str, Settings] = {
     "sqdf": {"algorithm": "sqdf"},
     "sqdf-consistency": {"algorithm": "sqdf", "policy.base": "consistency", **_FEW_STEPS},
-    "draft-1": {**_BLIND, "algorithm": "draft", "baseline.truncation": 1},
-    "draft-k": {**_BLIND, "algorithm": "draft", "baseline.truncation": 5},
-    "draft-lv": {**_BLIND, "algorithm": "draft-lv"},
-    "refl": {**_BLIND, "algorithm": "refl"},
+    "draft-1": {"algorithm": "draft", "draft.truncation": 1},
+    "draft-k": {"algorithm": "draft", "draft.truncation": 5},
+    "draft-lv": {"algorithm": "draft-lv"},
+    "refl": {"algorithm": "refl"},
     # More than the last step, which adds next to no noise and then has no KL.
-    "draft-kl": {**_BLIND, "algorithm": "draft-kl", "baseline.truncation": 5},
-    "ddpo": {**_BLIND, **_ON_POLICY, "algorithm": "ddpo"},
-    "dpok": {**_BLIND, **_ON_POLICY, "algorithm": "dpok"},
-    "awm": {**_BLIND, **_ON_POLICY, "algorithm": "awm"},
+    "draft-kl": {"algorithm": "draft-kl", "draft_kl.truncation": 5},
+    "ddpo": {**_ON_POLICY, "algorithm": "ddpo"},
+    "dpok": {**_ON_POLICY, "algorithm": "dpok"},
+    "awm": {**_ON_POLICY, "algorithm": "awm"},
 }
 
-# Methods that train nothing and the strengths that make their curve; the first one is the sampler's own pictures.
+# Methods that train nothing, with the values that make their curve; the first value is plain sampling.
 TRAINING_FREE: dict[str, tuple[float, ...]] = {
     "best-of-n": (1, 2, 4, 8),
     "guided": (0.0, 1.0, 4.0, 16.0),
@@ -94,7 +94,7 @@ def builtin(name: str, base: str = "network") -> Settings:
     """The settings of a method of the table.
 
     Args:
-        base: ``policy.base`` that all methods share; a consistency model looks ahead itself, whatever the algorithm.
+        base: ``policy.base`` that all methods share; a consistency model looks ahead itself, training or not.
 
     Raises:
         UserError: an unknown name.
@@ -104,7 +104,8 @@ def builtin(name: str, base: str = "network") -> Settings:
         hint = f"did you mean {close[0]!r}? " if close else ""
         known = ", ".join([*METHODS, *TRAINING_FREE])
         raise UserError(f"method {name!r} is unknown; {hint}known: {known}; a protocol file may define others")
-    return {key: value for key, value in METHODS.get(name, _BLIND).items() if base == "network" or key not in _BLIND}
+    training_free = _BLIND if base == "network" else {}
+    return dict(METHODS.get(name, training_free))
 
 
 def method_config(base: Config, name: str, settings: Mapping[str, Any]) -> Config:

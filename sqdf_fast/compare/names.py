@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from sqdf_fast.compare.devices import visible_gpus
 from sqdf_fast.config import Config
 from sqdf_fast.engine.loading import pick_device
 from sqdf_fast.errors import UserError
@@ -25,7 +24,7 @@ def look_up(config: Config, followers: Sequence[str]) -> None:
         followers: names of the methods that follow the reward's gradient.
 
     Raises:
-        UserError: one of them is not there, or the reward is known to have no gradient.
+        UserError: one of them is missing, or the reward is known to have no gradient.
     """
     _look_up_device(config.device)
     refuse_unknown_model(config.model)
@@ -52,7 +51,7 @@ def _rewards(spec: str) -> dict[str, Any]:
 
 
 def _look_up_device(name: str) -> None:
-    here = torch.cuda.device_count()
-    # A GPU that is here is left alone: a context of this process would take memory from the runs.
-    if name not in ("auto", *("cuda",) * (here > 0), *(f"cuda:{index}" for index in range(here))):
+    gpus = len(visible_gpus())
+    # A GPU is left alone: a CUDA context of this process would take memory from the runs.
+    if name not in ("auto", *("cuda",) * (gpus > 0), *(f"cuda:{index}" for index in range(gpus))):
         pick_device(name)

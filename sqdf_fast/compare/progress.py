@@ -1,28 +1,36 @@
-"""What a comparison shows while it runs: a line for each run under way and one for the whole."""
+"""What a comparison shows while it runs: a bar for each run under way and one for the whole."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, TaskID, TextColumn
 
 from sqdf_fast.compare.jobs import Job, Tail
-from sqdf_fast.display.progress import format_seconds
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from sqdf_fast.display import format_duration
+from sqdf_fast.display.progress import LiveProgress
 
 PLAIN_INTERVAL = 60.0
 
 
-class CompareProgress:
+@dataclass(frozen=True)
+class _Active:
+    """A run under way and its bar; ``before`` is the share of it that an earlier process did."""
+
+    job: Job
+    tail: Tail
+    before: float
+    bar: TaskID
+
+    @property
+    def share(self) -> float:
+        return self.tail.share(self.job.config)
+
+
+class CompareProgress(LiveProgress):
     """Progress of all runs. A context manager.
 
     Args:
@@ -32,25 +40,18 @@ class CompareProgress:
     """
 
     def __init__(self, jobs: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(
+            TextColumn("{task.description}", style="cyan", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[state]}", markup=False),
+            console=console,
+        )
         self.total, self.done, self.failed = jobs, 0, 0
-        self.console = console or Console(stderr=True)
         self._clock, self._began, self._last_plain = clock, clock(), clock()
-        self._active: dict[str, tuple[Job, Tail]] = {}
-        # Shares of a run that were done in this process: they say how fast the rest goes.
-        self._shares_before: dict[str, float] = {}
+        self._active: dict[str, _Active] = {}
+        # Runs done in this process: they predict how long the rest takes.
         self._worked = 0.0
-        self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2, transient=True)
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live.is_started:
-            self._live.stop()
+        self._whole = self._bars.add_task("all", total=jobs, state="")
 
     def known(self, jobs: Sequence[Job]) -> None:
         """These need no run: they are finished."""
@@ -59,53 +60,46 @@ class CompareProgress:
     def began(self, job: Job, tail: Tail) -> None:
         """A run is under way."""
         tail.read()
-        self._active[job.name] = (job, tail)
-        self._shares_before[job.name] = tail.share(job.config)
+        bar = self._bars.add_task(job.name, total=1, state="")
+        self._active[job.name] = _Active(job, tail, tail.share(job.config), bar)
 
     def finished(self, job: Job, failure: str | None) -> None:
         """A run is over; ``failure`` says in one line why it is not complete."""
-        _, tail = self._active.pop(job.name)
-        self._worked += 1 - self._shares_before[job.name]
+        active = self._active.pop(job.name)
+        self._bars.remove_task(active.bar)
+        self._worked += 1 - active.before
         self.done += 1
-        state = f"step {tail.step}" + ("" if tail.proxy is None else f", proxy reward {tail.proxy:.3f}")
+        state = _state(active.tail, ", proxy reward")
         if failure is not None:
             self.failed += 1
             state = f"FAILED: {failure}"
-        self.message(f"{job.name}: {state}  ({self._total()})")
+        self.message(f"{job.name}: {state}  ({self._summary()})")
 
     def tick(self) -> None:
         """Time has passed."""
+        for one in self._active.values():
+            self._bars.update(one.bar, completed=one.share, state=_state(one.tail, " · proxy"))
+        done = self.done + sum(one.share for one in self._active.values())
+        self._bars.update(self._whole, total=self.total, completed=done, state=self._summary())
         if not self.console.is_terminal and self._clock() - self._last_plain >= PLAIN_INTERVAL:
             self._last_plain = self._clock()
-            under_way = ", ".join(f"{job.name} {tail.share(job.config):.0%}" for job, tail in self._active.values())
-            self.message(f"{self._total()}: {under_way}")
-
-    def message(self, text: str) -> None:
-        """Print a line that stays, above the live ones."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            under_way = ", ".join(f"{one.job.name} {one.share:.0%}" for one in self._active.values())
+            self.message(f"{self._summary()}: {under_way}")
 
     def seconds_left(self) -> float | None:
-        """None while nothing tells. Runs count alike, evaluations as part of them."""
-        begun = sum(tail.share(job.config) for job, tail in self._active.values())
-        worked = self._worked + begun - sum(self._shares_before[name] for name in self._active)
+        """None while nothing predicts it. Runs count alike, evaluations as part of them."""
+        begun = sum(one.share for one in self._active.values())
+        worked = self._worked + sum(one.share - one.before for one in self._active.values())
         if worked < 0.02:
             return None
         return (self._clock() - self._began) / worked * max(0.0, self.total - self.done - begun)
 
-    def _total(self) -> str:
+    def _summary(self) -> str:
         left = self.seconds_left()
         failed = f", {self.failed} failed" if self.failed else ""
-        return f"{self.done}/{self.total} runs{failed}" + ("" if left is None else f", {format_seconds(left)} left")
+        coming = "" if left is None else f", {format_duration(round(left))} left"
+        return f"{self.done}/{self.total} runs{failed}{coming}"
 
-    def _table(self) -> Table:
-        rows = Table.grid(padding=(0, 1))
-        for job, tail in list(self._active.values()):
-            said = f"step {tail.step}" + ("" if tail.proxy is None else f" · proxy {tail.proxy:.3f}")
-            rows.add_row(
-                Text(job.name, style="cyan"),
-                ProgressBar(total=1, completed=tail.share(job.config), width=24),
-                Text(said, no_wrap=True, overflow="ellipsis"),
-            )
-        overall = self.done + sum(tail.share(job.config) for job, tail in self._active.values())
-        rows.add_row(Text("all"), ProgressBar(total=max(1, self.total), completed=overall, width=24), self._total())
-        return rows
+
+def _state(tail: Tail, proxy: str) -> str:
+    return f"step {tail.step}" + ("" if tail.proxy is None else f"{proxy} {tail.proxy:.3f}")

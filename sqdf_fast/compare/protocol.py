@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,17 +31,27 @@ def dotted(settings: Any, prefix: str = "") -> Any:
 
 Dotted = Annotated[Settings, BeforeValidator(dotted)]
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+# By the methods, the budget, the seeds and the points of a comparison.
+_DECIDED = ("algorithm", "seed", "steps", "evaluation.points", "evaluation.every")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
+
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _announce(old: str, new: str) -> None:
+    _log.warning("the key %s of a protocol's methods is now %s", old, new)
 
 
 class Method(Section):
     """One method of a protocol."""
 
-    like: str | None = Field(None, description="the built-in method it starts from; default: the one of its name")
-    settings: Dotted = Field(default_factory=dict, description="dotted keys, on top of that and of the shared ones")
-    strengths: tuple[float, ...] = Field((), description="best-of-n: candidates; guided: scales; default: the table's")
-    trials: tuple[Dotted, ...] = Field((), description="tuning: the settings that are tried, one mapping a trial")
-    grid: dict[str, list[Any]] = Field(default_factory=dict, description="tuning: keys and values, every combination")
+    like: str | None = Field(None, description="built-in method it starts from; default: its name's")
+    settings: Dotted = Field(default_factory=dict, description="settings on top of those, dotted or nested")
+    sweep: tuple[float, ...] = Field((), description="candidates of best-of-n, or scales of guided")
+    trials: tuple[Dotted, ...] = Field((), description="settings to try in tuning, one mapping per trial")
+    grid: dict[str, list[Any]] = Field(default_factory=dict, description="values to try, by key, in every combination")
 
     @property
     def tried(self) -> list[Settings]:
@@ -47,6 +59,14 @@ class Method(Section):
         if not self.grid:
             return [dict(trial) for trial in self.trials]
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "strengths" not in values:
+            return values
+        _announce("strengths", "sweep")
+        return {"sweep" if key == "strengths" else key: value for key, value in values.items()}
 
     @model_validator(mode="after")
     def _trials_or_grid(self) -> Method:
@@ -58,14 +78,14 @@ class Method(Section):
 class Tuning(Section):
     """Every method gets the same number of trials of the same budget; docs/compare.md."""
 
-    budget: str = Field(..., description="of a trial, as the budget of a run")
-    trials: Annotated[int, Field(ge=1)] = Field(..., description="of each method")
-    seed: Seed = Field(1000, description="of the trials; none of the reported seeds")
-    points: Annotated[int, Field(ge=2)] = Field(2, description="evaluations of a trial")
-    reward: str = Field("proxy_reward", description="the score whose last value decides, eval_<reward> of the records")
+    budget: str = Field(..., description="budget of a trial, in the units of a run's")
+    trials: Annotated[int, Field(ge=1)] = Field(..., description="number of trials of each method")
+    seed: Seed = Field(1000, description="seed of the trials, not one of the reported seeds")
+    points: Annotated[int, Field(ge=2)] = Field(2, description="number of evaluations of a trial")
+    reward: str = Field("proxy_reward", description="score whose last value decides, eval_<reward> of the records")
     keep: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=lambda: {"alignment": 0.9},
-        description="share of the base model's score that a trial has to keep, for each of these scores",
+        description="by score, the share of the base model's value that a trial has to keep",
     )
 
     @field_validator("budget", mode="before")
@@ -83,16 +103,16 @@ class Tuning(Section):
 class Protocol(Section):
     """Everything that decides a comparison."""
 
-    preset: str | None = Field(None, description="the named preset that the shared settings start from")
-    settings: Dotted = Field(default_factory=dict, description="shared by all methods: nested, or dotted keys")
-    budget: str = Field(..., description="of a run: 20000 UNet evaluations (network rows), or seconds such as 120s")
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field((0, 1, 2), description="one run of a method each")
-    points: Annotated[int, Field(ge=2)] = Field(6, description="evaluations of a run, the first before training")
+    preset: str | None = Field(None, description="named preset that the shared settings start from")
+    settings: Dotted = Field(default_factory=dict, description="settings shared by all methods, dotted or nested")
+    budget: str = Field(..., description="budget of a run: 20000 UNet evaluations, or seconds: 120s")
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field((0, 1, 2), description="seeds of each method")
+    points: Annotated[int, Field(ge=2)] = Field(6, description="evaluations per run, the first before training")
     methods: dict[str, Method] = Field(..., min_length=1)
     ablate: tuple[str, ...] = Field((), description="axes along which `ablated` is varied")
-    ablated: str = Field("sqdf", description="the method that is ablated and that the others are compared with")
-    ablate_seeds: tuple[Seed, ...] | None = Field(None, description="of the variants; default: seeds")
-    tuning: Tuning | None = Field(None, description="how each method's settings are chosen; none: as they are given")
+    ablated: str = Field("sqdf", description="method that is ablated and that the others are compared with")
+    ablate_seeds: tuple[Seed, ...] | None = Field(None, description="seeds of the variants; default: seeds")
+    tuning: Tuning | None = Field(None, description="how each method's settings are chosen; none: as given")
 
     @model_validator(mode="before")
     @classmethod
@@ -117,7 +137,7 @@ class Protocol(Section):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"method name {name!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
             builtin(method.like or name)
-            _check_strengths(name, method)
+            _check_sweep(name, method)
         for axis in self.ablate:
             if axis not in ABLATIONS:
                 raise ValueError(f"ablate: {axis!r} is unknown; allowed: {', '.join(ABLATIONS)}")
@@ -127,9 +147,9 @@ class Protocol(Section):
 
     def _check_ablated(self) -> None:
         name, method = self.ablated, self.methods.get(self.ablated)
-        # Where nothing is ablated the default need not be there.
+        # Where nothing is ablated the default need not be among the methods.
         if method is None and (self.ablate or name != type(self).model_fields["ablated"].default):
-            raise ValueError(f"ablated = {name!r} is none of the methods ({', '.join(self.methods)}); add it")
+            raise ValueError(f"ablated = {name!r} is not one of the methods ({', '.join(self.methods)}); add it")
         if method is None or not self.ablate:
             return
         if {**builtin(method.like or name), **method.settings}.get("algorithm") != "sqdf":
@@ -147,7 +167,7 @@ class Protocol(Section):
         if self.tuning.seed in (*self.seeds, *(self.ablate_seeds or ())):
             raise ValueError(f"tuning.seed = {self.tuning.seed} is one of the reported seeds; choose another")
         for name, method in self.methods.items():
-            if self.strengths_of(name):
+            if self.sweep_of(name):
                 continue
             if len(method.tried) != self.tuning.trials:
                 raise ValueError(
@@ -158,19 +178,21 @@ class Protocol(Section):
     def base(self) -> Config:
         """The settings that all methods share, validated. Raises UserError."""
         for key in self.settings:
-            if key in ("seed", "steps", "evaluation.points", "evaluation.every") or key.startswith("limits"):
-                raise UserError(f"settings.{key} is the comparison's to decide; set budget, seeds and points instead")
-        return with_settings(make_config(self.preset), self.settings)
+            if key in _DECIDED or key.startswith("limits"):
+                raise UserError(
+                    f"settings.{key} is the comparison's to decide; set methods, budget, seeds and points instead"
+                )
+        return with_settings(make_config(self.preset), self.settings, shared=True)
 
     def settings_of(self, name: str) -> Settings:
         """A method's own settings, without what tuning chooses. Raises UserError."""
         method = self.methods[name]
         return {**builtin(method.like or name, self.base().policy.base), **method.settings}
 
-    def strengths_of(self, name: str) -> tuple[float, ...]:
-        """Of a method that trains nothing; empty for all others."""
+    def sweep_of(self, name: str) -> tuple[float, ...]:
+        """Candidates or scales of a method that trains nothing; empty for all others."""
         method = self.methods[name]
-        return method.strengths or TRAINING_FREE.get(method.like or name, ())
+        return method.sweep or TRAINING_FREE.get(method.like or name, ())
 
 
 def _refuse_repeated(key: str, values: tuple[Any, ...]) -> None:
@@ -179,16 +201,16 @@ def _refuse_repeated(key: str, values: tuple[Any, ...]) -> None:
             raise ValueError(f"{key}: {value} is given twice; give it once")
 
 
-def _check_strengths(name: str, method: Method) -> None:
+def _check_sweep(name: str, method: Method) -> None:
     kind = method.like or name
-    if method.strengths and kind not in TRAINING_FREE:
-        raise ValueError(f"method {name!r} has strengths; only {' and '.join(TRAINING_FREE)} have any")
-    _refuse_repeated(f"methods.{name}.strengths", method.strengths)
-    for strength in method.strengths:
-        if kind == "best-of-n" and (strength < 1 or strength % 1):
-            raise ValueError(f"methods.{name}.strengths: {strength:g} candidates; give whole numbers from 1 on")
-        if strength < 0:
-            raise ValueError(f"methods.{name}.strengths: a guidance scale of {strength:g}; give numbers >= 0")
+    if method.sweep and kind not in TRAINING_FREE:
+        raise ValueError(f"method {name!r} has a sweep; only {' and '.join(TRAINING_FREE)} have one")
+    _refuse_repeated(f"methods.{name}.sweep", method.sweep)
+    for value in method.sweep:
+        if kind == "best-of-n" and (value < 1 or value % 1):
+            raise ValueError(f"methods.{name}.sweep: {value:g} candidates; give whole numbers from 1 on")
+        if value < 0:
+            raise ValueError(f"methods.{name}.sweep: a guidance scale of {value:g}; give numbers >= 0")
 
 
 def parse_budget(text: str) -> Limits:
@@ -202,7 +224,7 @@ def parse_budget(text: str) -> Limits:
     if time and float(time[1]) > 0:
         return Limits(seconds=float(time[1]) * _UNITS[time[2]])
     raise UserError(
-        f"budget {text!r} is none; give UNet evaluations (network rows) such as 20000, or training time such as 120s"
+        f"invalid budget {text!r}: expected UNet evaluations such as 20000 or 20k, or training time such as 120s"
     )
 
 

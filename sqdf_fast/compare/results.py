@@ -16,10 +16,10 @@ from sqdf_fast.compare.curves import (
     PROXY,
     Array,
     Curve,
+    CurvePosition,
     Draws,
     Estimate,
     Level,
-    Place,
     best_of_all,
     common_level,
     cost_at,
@@ -30,7 +30,7 @@ from sqdf_fast.compare.curves import (
 )
 from sqdf_fast.compare.protocol import Protocol
 from sqdf_fast.compare.tuning import Choice
-from sqdf_fast.files import disk_errors
+from sqdf_fast.files import write_text
 
 # In this order; what a run does not measure is left out, what is not here comes after it.
 KNOWN = (
@@ -49,13 +49,14 @@ HIDDEN = ("alignment_shuffled",)
 
 @dataclass(frozen=True)
 class Runs:
-    """What there is of one method.
+    """The runs of one method.
 
     Attributes:
-        label: its name within its group, for people; group: the axis of an ablation, "" for the methods.
-        curves: of the finished runs, one a seed; folders: theirs.
-        unfinished: seed to the reason in one line.
-        free: nothing is trained; costs are those of one picture, each time one is drawn.
+        label: name within its group, for people.
+        group: axis of an ablation; "" for the methods.
+        curves, folders: of the finished runs, one per seed.
+        unfinished: one-line reason by seed.
+        training_free: nothing is trained; costs are those of one image, each time one is sampled.
     """
 
     name: str
@@ -65,17 +66,19 @@ class Runs:
     curves: list[Curve]
     folders: list[Path]
     unfinished: dict[int, str]
-    free: bool = False
+    training_free: bool = False
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A method at one place of each of its curves.
+class MethodSummary:
+    """A method at one position of each of its curves.
 
     Attributes:
-        scores, costs: mean over seeds; peak_bytes: the most of any seed.
-        reached: of how many seeds the curves come to that place; seeds: how many there are.
-        untrained: the place is every curve's first evaluation, before training.
+        scores: means over seeds, with intervals.
+        costs: means over seeds; of peak_bytes the maximum.
+        reached: number of seeds whose curve reaches that position.
+        seeds: number of all seeds.
+        untrained: whether the position is every curve's first evaluation, before training.
     """
 
     scores: dict[str, Estimate]
@@ -86,19 +89,21 @@ class Standing:
 
     @property
     def complete(self) -> bool:
-        """Whether every seed came there."""
+        """Whether every seed reached the position."""
         return 0 < self.reached == self.seeds
 
 
 @dataclass(frozen=True)
-class Duel:
+class PairwiseComparison:
     """Two methods at the best proxy reward of the weaker one.
 
     Attributes:
-        group: of both, as ``Runs.group``.
-        one, other: labels; level: the proxy reward; differences: of ``one`` less ``other``, by score.
-        costs: ratio of what ``one`` had spent there to what ``other`` had.
-        untrained: labels of those that stand there before training.
+        group: group of both, as ``Runs.group``.
+        one, other: labels.
+        level: proxy reward at which they are compared.
+        differences: of ``one`` less ``other``, by score.
+        costs: cost of ``one`` over that of ``other``, up to the level.
+        untrained: labels of the methods that are at the level before training.
     """
 
     group: str
@@ -117,25 +122,26 @@ class Results:
     Attributes:
         runs: methods and variants, in the protocol's order.
         metrics: names of the scores, in the order to show.
-        level: of the methods; levels: of each axis that was ablated.
-        end, equal: by position in ``runs``: at the end of training, and at the level of its group.
-        duels: the ablated method (default: the first one) against every other and against its variants.
+        levels: levels of equal reward by group, "" for the methods.
+        end, equal: summaries by index of ``runs``: at the end of training, and at the level of its group.
+        positions: where the curves of ``runs`` reach the level of their group.
+        comparisons: the ablated method (default: the first one) against every other and against its variants.
     """
 
     protocol: Protocol
     runs: list[Runs]
     metrics: list[str]
     levels: dict[str, Level | None]
-    end: list[Standing]
-    equal: list[Standing]
-    places: list[list[Place | None]]
-    duels: list[Duel]
+    end: list[MethodSummary]
+    equal: list[MethodSummary]
+    positions: list[list[CurvePosition | None]]
+    comparisons: list[PairwiseComparison]
     choices: dict[str, Choice]
     environment: dict[str, str]
 
-    def duels_of(self, group: str) -> list[Duel]:
-        """Those whose other side stands in a group."""
-        return [duel for duel in self.duels if duel.group == group]
+    def comparisons_of(self, group: str) -> list[PairwiseComparison]:
+        """Comparisons whose other side belongs to a group."""
+        return [comparison for comparison in self.comparisons if comparison.group == group]
 
     @property
     def groups(self) -> list[str]:
@@ -150,15 +156,15 @@ class Results:
 def make_results(
     protocol: Protocol, runs: Sequence[Runs], choices: Mapping[str, Choice], environment: Mapping[str, str]
 ) -> Results:
-    """Standings at the end and at equal reward, with bootstrap intervals over seeds and prompts."""
+    """Summaries at the end and at equal reward, with bootstrap intervals over seeds and prompts."""
     draws = Draws()
     metrics = _metrics(runs)
     groups = list(dict.fromkeys(run.group for run in runs))
     levels = {
-        group: common_level({run.label: run.curves for run in runs if run.group == group and not run.free})
+        group: common_level({run.label: run.curves for run in runs if run.group == group and not run.training_free})
         for group in groups
     }
-    places = [[_at(curve, levels[run.group]) for curve in run.curves] for run in runs]
+    positions = [[_at(curve, levels[run.group]) for curve in run.curves] for run in runs]
     methods = [run for run in runs if not run.group and run.curves]
     first = next((run for run in methods if run.name == protocol.ablated), methods[0] if methods else None)
     return Results(
@@ -166,10 +172,12 @@ def make_results(
         runs=list(runs),
         metrics=metrics,
         levels=levels,
-        end=[_standing(run, [curve.last for curve in run.curves], metrics, draws) for run in runs],
-        equal=[_standing(run, found, metrics, draws) for run, found in zip(runs, places, strict=True)],
-        places=places,
-        duels=[_duel(first, run, metrics, draws) for run in runs if first and run.curves and run.name != first.name],
+        end=[_summarise(run, [curve.last for curve in run.curves], metrics, draws) for run in runs],
+        equal=[_summarise(run, found, metrics, draws) for run, found in zip(runs, positions, strict=True)],
+        positions=positions,
+        comparisons=[
+            _compare(first, run, metrics, draws) for run in runs if first and run.curves and run.name != first.name
+        ],
         choices=dict(choices),
         environment=dict(environment),
     )
@@ -184,36 +192,38 @@ def _metrics(runs: Sequence[Runs]) -> list[str]:
     return [name for name in (*before, *held_out, *after) if name in found]
 
 
-def _at(curve: Curve, level: Level | None) -> Place | None:
+def _at(curve: Curve, level: Level | None) -> CurvePosition | None:
     return None if level is None else crossing(curve, level.value)
 
 
-def _standing(run: Runs, places: Sequence[Place | None], metrics: Sequence[str], draws: Draws) -> Standing:
-    there = [(curve, place) for curve, place in zip(run.curves, places, strict=True) if place is not None]
-    scores = {name: found for name in metrics if (found := estimate(_rows(there, name), draws)) is not None}
+def _summarise(
+    run: Runs, positions: Sequence[CurvePosition | None], metrics: Sequence[str], draws: Draws
+) -> MethodSummary:
+    reached = [(curve, position) for curve, position in zip(run.curves, positions, strict=True) if position is not None]
+    scores = {name: found for name in metrics if (found := estimate(_rows(reached, name), draws)) is not None}
     costs = {}
     for name in COSTS:
-        values = [value for curve, place in there if (value := cost_at(curve, place, name)) is not None]
+        values = [value for curve, position in reached if (value := cost_at(curve, position, name)) is not None]
         if values:
             costs[name] = float(np.mean(values))
-    peaks = [curve.peak_bytes for curve, _ in there if curve.peak_bytes]
+    peaks = [curve.peak_bytes for curve, _ in reached if curve.peak_bytes]
     if peaks:
         costs["peak_bytes"] = max(peaks)
-    return Standing(scores, costs, len(there), len(run.curves), _untrained(run, there))
+    return MethodSummary(scores, costs, len(reached), len(run.curves), _untrained(run, reached))
 
 
-def _untrained(run: Runs, there: Sequence[tuple[Curve, Place]]) -> bool:
-    return not run.free and bool(there) and all(place == Place(0, 0.0) for _, place in there)
+def _untrained(run: Runs, reached: Sequence[tuple[Curve, CurvePosition]]) -> bool:
+    return not run.training_free and bool(reached) and all(position == CurvePosition(0, 0.0) for _, position in reached)
 
 
-def _rows(there: Sequence[tuple[Curve, Place]], name: str) -> list[Array]:
-    return [row for curve, place in there if (row := score_at(curve, place, name)) is not None]
+def _rows(reached: Sequence[tuple[Curve, CurvePosition]], name: str) -> list[Array]:
+    return [row for curve, position in reached if (row := score_at(curve, position, name)) is not None]
 
 
-def _duel(one: Runs, other: Runs, metrics: Sequence[str], draws: Draws) -> Duel:
+def _compare(one: Runs, other: Runs, metrics: Sequence[str], draws: Draws) -> PairwiseComparison:
     level = min(best_of_all(one.curves), best_of_all(other.curves))
     sides = [
-        [(curve, place) for curve in run.curves if (place := crossing(curve, level)) is not None]
+        [(curve, position) for curve in run.curves if (position := crossing(curve, level)) is not None]
         for run in (one, other)
     ]
     differences = {}
@@ -221,21 +231,18 @@ def _duel(one: Runs, other: Runs, metrics: Sequence[str], draws: Draws) -> Duel:
         if (found := difference(_rows(sides[0], name), _rows(sides[1], name), draws)) is not None:
             differences[name] = found
     costs = {}
-    for name in COSTS if not (one.free or other.free) else ():
-        spent = [[value for side in there if (value := cost_at(*side, name)) is not None] for there in sides]
+    for name in COSTS if not (one.training_free or other.training_free) else ():
+        spent = [[value for side in reached if (value := cost_at(*side, name)) is not None] for reached in sides]
         if all(spent) and np.mean(spent[1]) > 0:
             costs[name] = float(np.mean(spent[0]) / np.mean(spent[1]))
-    untrained = [run.label for run, there in zip((one, other), sides, strict=True) if _untrained(run, there)]
-    return Duel(other.group, one.label, other.label, level, differences, costs, untrained)
+    untrained = [run.label for run, reached in zip((one, other), sides, strict=True) if _untrained(run, reached)]
+    return PairwiseComparison(other.group, one.label, other.label, level, differences, costs, untrained)
 
 
 def write_results(results: Results, folder: Path) -> Path:
     """Write ``results.json``. Raises UserError when the disk refuses."""
     path = folder / "results.json"
-    partial = path.with_name("results.json.partial")
-    with disk_errors(path):
-        partial.write_text(json.dumps(as_dict(results, folder), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+    write_text(path, json.dumps(as_dict(results, folder), indent=1) + "\n")
     return path
 
 
@@ -248,7 +255,7 @@ def as_dict(results: Results, folder: Path) -> dict[str, Any]:
         "metrics": results.metrics,
         "equal_reward": {group or "methods": _level(level) for group, level in results.levels.items()},
         "methods": [_method(results, index, folder) for index in range(len(results.runs))],
-        "duels": [_duel_dict(duel) for duel in results.duels],
+        "duels": [_comparison_dict(comparison) for comparison in results.comparisons],
         "tuning": {name: {"chosen": choice.index, "trials": choice.rows} for name, choice in results.choices.items()},
         "environment": results.environment,
     }
@@ -267,42 +274,42 @@ def _method(results: Results, index: int, folder: Path) -> dict[str, Any]:
         "label": run.label,
         "group": run.group or "methods",
         "settings": run.settings,
-        "cost_is": "of one picture" if run.free else "of training",
-        "end": _standing_dict(results.end[index]),
-        "at_equal_reward": _standing_dict(results.equal[index]),
+        "cost_is": "of one picture" if run.training_free else "of training",
+        "end": _summary_dict(results.end[index]),
+        "at_equal_reward": _summary_dict(results.equal[index]),
         "unfinished": {str(seed): reason for seed, reason in run.unfinished.items()},
         "runs": [
-            _run(curve, where.relative_to(folder).as_posix(), place)
-            for curve, where, place in zip(run.curves, run.folders, results.places[index], strict=True)
+            _run(curve, where.relative_to(folder).as_posix(), position)
+            for curve, where, position in zip(run.curves, run.folders, results.positions[index], strict=True)
         ],
     }
 
 
-def _run(curve: Curve, folder: str, place: Place | None) -> dict[str, Any]:
+def _run(curve: Curve, folder: str, position: CurvePosition | None) -> dict[str, Any]:
     return {
         "seed": curve.seed,
         "folder": folder,
-        "equal_reward_between": None if place is None else {"evaluation": place.before, "weight": place.weight},
+        "equal_reward_between": position and {"evaluation": position.before, "weight": position.weight},
         "peak_bytes": curve.peak_bytes,
         "curve": [{"step": point.step, **point.cost, "scores": dict(point.scores)} for point in curve.points],
     }
 
 
-def _standing_dict(standing: Standing) -> dict[str, Any]:
+def _summary_dict(summary: MethodSummary) -> dict[str, Any]:
     return {
-        "seeds_that_reach_it": standing.reached,
-        "seeds": standing.seeds,
-        "scores": {name: found.as_dict() for name, found in standing.scores.items()},
-        "cost": standing.costs,
+        "seeds_that_reach_it": summary.reached,
+        "seeds": summary.seeds,
+        "scores": {name: found.as_dict() for name, found in summary.scores.items()},
+        "cost": summary.costs,
     }
 
 
-def _duel_dict(duel: Duel) -> dict[str, Any]:
+def _comparison_dict(comparison: PairwiseComparison) -> dict[str, Any]:
     return {
-        "group": duel.group or "methods",
-        "method": duel.one,
-        "against": duel.other,
-        "proxy_reward": duel.level,
-        "difference": {name: found.as_dict() for name, found in duel.differences.items()},
-        "cost_ratio": duel.costs,
+        "group": comparison.group or "methods",
+        "method": comparison.one,
+        "against": comparison.other,
+        "proxy_reward": comparison.level,
+        "difference": {name: found.as_dict() for name, found in comparison.differences.items()},
+        "cost_ratio": comparison.costs,
     }

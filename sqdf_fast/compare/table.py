@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from sqdf_fast.compare.curves import Estimate
-from sqdf_fast.compare.results import KNOWN, Duel, Results, Standing
-from sqdf_fast.display.progress import format_bytes, format_seconds
+from sqdf_fast.compare.results import KNOWN, MethodSummary, PairwiseComparison, Results
+from sqdf_fast.display import format_bytes, format_duration, text_table
 
 COST_HEADS = ("UNet evals", "rewards", "time", "peak memory")
-DUEL_SCORES = ("true_reward", "attribute_accuracy", "alignment", "diversity", "kl")
+COMPARED_SCORES = ("true_reward", "attribute_accuracy", "alignment", "diversity", "kl")
 
 
 def as_text(results: Results) -> str:
@@ -21,12 +21,12 @@ def as_text(results: Results) -> str:
     parts = []
     for group in results.groups:
         title = f"ablation of {group}" if group else "methods"
-        parts.append(f"At the end of training: {title}\n{_aligned(*end_table(results, group))}")
+        parts.append(f"At the end of training: {title}\n{text_table(*end_table(results, group))}")
         sentence = level_sentence(results, group)
         if sentence:
-            parts.append(f"{sentence}\n{_aligned(*equal_table(results, group))}")
-        if results.duels_of(group):
-            parts.append(f"{duel_sentence(results, group)}\n{_aligned(*duel_table(results, group))}")
+            parts.append(f"{sentence}\n{text_table(*equal_table(results, group))}")
+        if results.comparisons_of(group):
+            parts.append(f"{comparison_sentence(results, group)}\n{text_table(*comparison_table(results, group))}")
     return "\n\n".join(parts)
 
 
@@ -59,20 +59,20 @@ def level_sentence(results: Results, group: str) -> str:
     return text
 
 
-def duel_sentence(results: Results, group: str) -> str:
+def comparison_sentence(results: Results, group: str) -> str:
     """What a group's table of differences holds."""
-    name, others = results.duels_of(group)[0].one, "variant" if group else "other method"
-    return f"{name} less each {others}, where both have the best proxy reward of the weaker of the two"
+    name, others = results.comparisons_of(group)[0].one, "variant" if group else "other method"
+    return f"{name} minus each {others}, at the best proxy reward of the weaker of the two"
 
 
-def duel_table(results: Results, group: str) -> tuple[list[str], list[list[str]]]:
+def comparison_table(results: Results, group: str) -> tuple[list[str], list[list[str]]]:
     """Column heads and rows: differences at the weaker side's best proxy reward, with intervals."""
-    duels = results.duels_of(group)
+    comparisons = results.comparisons_of(group)
     # What is not known by name is a judge that the user asked for.
     asked_for = [name for name in results.metrics if name not in KNOWN]
-    scores = [name for name in (*DUEL_SCORES, *asked_for) if any(name in duel.differences for duel in duels)]
+    scores = [name for name in (*COMPARED_SCORES, *asked_for) if any(name in one.differences for one in comparisons)]
     heads = ["against", "proxy reward", *map(label, scores), "UNet evals, ratio"]
-    return heads, [_duel_row(duel, scores) for duel in duels]
+    return heads, [_comparison_row(comparison, scores) for comparison in comparisons]
 
 
 def tuning_sentence(results: Results) -> str:
@@ -123,21 +123,21 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings.items()) or "as they are"
 
 
-def _duel_row(duel: Duel, scores: Sequence[str]) -> list[str]:
-    ratio = duel.costs.get("unet_evaluations")
-    cells = [_signed(duel.differences.get(name)) for name in scores]
-    untrained = f" ({' and '.join(duel.untrained)} before training)" if duel.untrained else ""
-    return [duel.other + untrained, f"{duel.level:.3f}", *cells, "-" if ratio is None else f"{ratio:.2f}"]
+def _comparison_row(comparison: PairwiseComparison, scores: Sequence[str]) -> list[str]:
+    ratio = comparison.costs.get("unet_evaluations")
+    cells = [_with_interval(comparison.differences.get(name), "+") for name in scores]
+    untrained = f" ({' and '.join(comparison.untrained)} before training)" if comparison.untrained else ""
+    return [comparison.other + untrained, f"{comparison.level:.3f}", *cells, "-" if ratio is None else f"{ratio:.2f}"]
 
 
-def _table(results: Results, group: str, standings: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
+def _table(results: Results, group: str, standings: Sequence[MethodSummary]) -> tuple[list[str], list[list[str]]]:
     indices = results.of(group)
     scores = [name for name in results.metrics if any(name in standings[index].scores for index in indices)]
     rows = [_row(results, index, standings[index], scores) for index in indices]
     return ["method", *map(label, scores), *COST_HEADS], rows
 
 
-def _row(results: Results, index: int, standing: Standing, scores: Sequence[str]) -> list[str]:
+def _row(results: Results, index: int, standing: MethodSummary, scores: Sequence[str]) -> list[str]:
     run = results.runs[index]
     if not run.curves:
         return [run.label, next(iter(run.unfinished.values()), "no run")]
@@ -150,14 +150,14 @@ def _row(results: Results, index: int, standing: Standing, scores: Sequence[str]
     return [
         run.label + seeds + (" (before training)" if standing.untrained else ""),
         *cells,
-        *_costs(costs, " a picture" if run.free else ""),
+        *_costs(costs, " an image" if run.training_free else ""),
         format_bytes(costs["peak_bytes"]) if "peak_bytes" in costs else "-",
     ]
 
 
 def _costs(costs: Mapping[str, float], each: str) -> list[str]:
     seconds = costs.get("seconds")
-    time = "-" if seconds is None else f"{seconds:.2f} s{each}" if each else format_seconds(seconds)
+    time = "-" if seconds is None else f"{format_duration(seconds)}{each}"
     counts = (_count(costs.get(name)) for name in ("unet_evaluations", "reward_evaluations"))
     return [*(count if count == "-" else count + each for count in counts), time]
 
@@ -166,35 +166,14 @@ def _count(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def _with_interval(found: Estimate | None) -> str:
+def _with_interval(found: Estimate | None, sign: str = "") -> str:
     if found is None:
         return "-"
-    digits = _digits(found)
-    text = f"{found.mean:.{digits}f}"
-    return text if found.low is None else f"{text} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
-
-
-def _signed(found: Estimate | None) -> str:
-    if found is None:
-        return "-"
-    digits = _digits(found)
-    text = f"{found.mean:+.{digits}f}"
-    return text if found.low is None else f"{text} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    form = f"{sign}.{_digits(found)}f"
+    text = f"{found.mean:{form}}"
+    return text if found.low is None else f"{text} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def _digits(found: Estimate) -> int:
     # KLs are small numbers.
     return 4 if 0 < abs(found.mean) < 0.05 else 3
-
-
-def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    full = [row for row in rows if len(row) == len(heads)]
-    widths = [max(len(cell) for cell in column) for column in zip(heads, *full, strict=True)]
-    widths[0] = max([widths[0], *(len(row[0]) for row in rows)])
-    lines = []
-    for row in (heads, *rows):
-        first, *others = row
-        if len(row) == len(heads):
-            others = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *others]).rstrip())
-    return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sqdf_fast.compare.jobs import Free, Job, check_settings
+from sqdf_fast.compare.jobs import Job, TrainingFreeSpec, check_settings
 from sqdf_fast.engine.loading import load_run_reward
 from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.files import disk_errors
@@ -23,7 +23,7 @@ from sqdf_fast.training.evaluator import Evaluator, HeldOut
 PLAIN = {"best-of-n": 1.0, "guided": 0.0}
 
 
-def sample_free(job: Job, free: Free, stop: threading.Event) -> None:
+def sample_training_free(job: Job, spec: TrainingFreeSpec, stop: threading.Event) -> None:
     """Evaluate each strength that the run folder has no record of. Costs are those of one image.
 
     Raises:
@@ -37,19 +37,19 @@ def sample_free(job: Job, free: Free, stop: threading.Event) -> None:
         with disk_errors(job.folder):
             shutil.rmtree(job.folder, ignore_errors=True)
         RunFolder.create(job.folder, config)
-    sampled = _Sampled(job, free, stop)
+    sampled = _Sampled(job, spec, stop)
     with MetricsLog(run.metrics) as log:
-        for number in range(len(read_metrics(run.metrics)), len(free.strengths)):
+        for number in range(len(read_metrics(run.metrics)), len(spec.sweep)):
             log.append(sampled.evaluate(number))
-        log.append({"kind": "end", "step": len(free.strengths) - 1, "reason": "steps"})
+        log.append({"kind": "end", "step": len(spec.sweep) - 1, "reason": "steps"})
 
 
 class _Sampled:
     """The base model with all that judges it, loaded once for all strengths."""
 
-    def __init__(self, job: Job, free: Free, stop: threading.Event) -> None:
+    def __init__(self, job: Job, spec: TrainingFreeSpec, stop: threading.Event) -> None:
         config = job.config
-        self.job, self.free = job, free
+        self.job, self.spec = job, spec
         held_out = HeldOut.of(config)
         reward = load_run_reward(config, held_out.prompts)
         self.runtime = Runtime.load(config, prompts=held_out.prompts, reward=reward, stop=stop)
@@ -58,13 +58,13 @@ class _Sampled:
     def evaluate(self, number: int) -> Record:
         """The record of one strength, its images saved."""
         started = time.monotonic()
-        evaluator, strength = self.evaluator, self.free.strengths[number]
+        evaluator, strength = self.evaluator, self.spec.sweep[number]
         sampled = self._sample(strength)
         seconds, count = time.monotonic() - started, len(evaluator.held_out.prompts)
         images = self.runtime.decode(sampled.x0)
-        if evaluator.base is None and strength != PLAIN[self.free.kind]:
+        if evaluator.base is None and strength != PLAIN[self.spec.kind]:
             # Distances are measured from the base model's own images.
-            self._judge(self.runtime.decode(self._sample(PLAIN[self.free.kind]).x0), is_base=True)
+            self._judge(self.runtime.decode(self._sample(PLAIN[self.spec.kind]).x0), is_base=True)
         scores = self._judge(images, is_base=evaluator.base is None)
         evaluator.keep_samples(self.job.folder, number, images)
         return {
@@ -82,6 +82,6 @@ class _Sampled:
         return self.evaluator.judge(images, self.runtime.family.device, is_base=is_base).record()
 
     def _sample(self, strength: float) -> TrainingFree:
-        kind, held_out = self.free.kind, self.evaluator.held_out
+        kind, held_out = self.spec.kind, self.evaluator.held_out
         options: dict[str, Any] = {"candidates": int(strength)} if kind == "best-of-n" else {"scale": strength}
         return training_free(kind, self.runtime, held_out.prompts, held_out.seeds, **options)

@@ -1,4 +1,4 @@
-"""Which trial's settings a method goes on with. The true reward has no say."""
+"""Choice of the trial whose settings a method is reported with. The true reward has no say."""
 
 from __future__ import annotations
 

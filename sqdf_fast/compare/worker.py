@@ -1,20 +1,26 @@
-"""What a process of its own does for one run."""
+"""What the process of one run does."""
 
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
+import logging
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+from submitit.helpers import Checkpointable
+
 from sqdf_fast.compare.jobs import Job, make_ready
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import Interrupted, UserError
 
 FAILED, REFUSED, STOPPED = 1, 2, 130
 # How a log's last line begins when the run failed.
@@ -22,92 +28,51 @@ FAILURE = "failed: "
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run may compute.
+class RunProcess(Checkpointable):
+    """Trains the run of a job, or continues it, as `sqdf-fast train` and its `--resume` do; returns the exit status.
+
+    SIGTERM (and Ctrl-C, where it arrives) saves a checkpoint first. What the run prints goes to the job's log. A
+    Slurm job at the end of its time is requeued, and the run continues from its last evaluation.
 
     Attributes:
-        gpu: what CUDA_VISIBLE_DEVICES is set to; None: as it is.
-        threads: of the CPU; None: as the environment says.
+        directory: working directory, where relative paths and a reward of the user's own are looked up.
+        parent: id of the process that this one must not outlive; None: it may.
     """
 
-    gpu: str | None = None
-    threads: int | None = None
+    job: Job
+    directory: str
+    parent: int | None = None
+
+    def __call__(self) -> int:
+        if self.parent is not None:
+            threading.Thread(target=_end_with, args=(self.parent,), daemon=True).start()
+        os.chdir(self.directory)
+        self.job.log.parent.mkdir(parents=True, exist_ok=True)
+        stop = threading.Event()
+        with on_stop_request(lambda number: stop.set()), _output_to(self.job.log):
+            status = _guarded(self.job, stop)
+        if self.parent is not None:
+            # Threads of libraries must not keep the process of a finished run alive.
+            os._exit(status)
+        if status == STOPPED:
+            # For whoever handled the signal before.
+            signal.raise_signal(signal.SIGTERM)
+        return status
 
 
-def work(job: Job, place: Place, directory: str) -> None:
-    """Train the run of ``job``, or go on with it, then leave the process. What it says goes to the job's log.
-
-    Args:
-        directory: the working directory, which relative paths and a reward of the user's own are looked for in.
-
-    SIGTERM saves a checkpoint and ends it. It ends at once when the process that started it is gone.
-    """
-    # Ctrl-C is for the one process that the user sees; it asks its runs to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_the_parent, daemon=True).start()
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
-    os.chdir(directory)
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("w", encoding="utf-8") as log:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(log.fileno(), stream.fileno())
-        status = _guarded(job, place, asked)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    # Libraries' threads must not keep a finished run's process.
-    os._exit(status)
-
-
-def _guarded(job: Job, place: Place, asked: threading.Event) -> int:
-    from sqdf_fast.errors import Interrupted
-
+@contextmanager
+def on_stop_request(ask: Callable[[int], None]) -> Iterator[None]:
+    """Call ``ask`` with the number of the signal at each Ctrl-C or SIGTERM."""
+    previous: dict[int, Any] = {}
+    # Only the main thread may; elsewhere the caller has its own way to stop.
+    with suppress(ValueError):
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            previous[kind] = signal.signal(kind, lambda number, frame: ask(number))
     try:
-        with job.folder.with_name(f".{job.folder.name}.lock").open("w") as lock:
-            # A process of an earlier, killed comparison may still be about to end.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            _run(job, place, asked)
-    except Interrupted:
-        return STOPPED
-    except UserError as error:
-        _say(str(error))
-        return REFUSED
-    except BaseException as error:
-        traceback.print_exc()
-        _say(f"{type(error).__name__}: {error}")
-        return FAILED
-    return 0
-
-
-def _run(job: Job, place: Place, asked: threading.Event) -> None:
-    if place.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
-    import torch
-
-    from sqdf_fast.compare.training_free import sample_free
-    from sqdf_fast.training.lifecycle import continue_run, new_run
-
-    if place.threads is not None:
-        torch.set_num_threads(place.threads)
-    if job.free is not None:
-        sample_free(job, job.free, asked)
-    elif make_ready(job):
-        continue_run(job.folder, asked)
-    else:
-        new_run(job.config, job.folder, asked)
-
-
-def _say(reason: str) -> None:
-    # What a reward of the user's own printed comes before it: the log's last line tells why a run failed.
-    sys.stdout.flush()
-    sys.stderr.write(f"{FAILURE}{' '.join(reason.split())}\n")
-
-
-def _die_with_the_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(STOPPED)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def failure(log: Path) -> str | None:
@@ -119,8 +84,70 @@ def failure(log: Path) -> str | None:
     return lines[-1].removeprefix(FAILURE) if lines and lines[-1].startswith(FAILURE) else None
 
 
-def context() -> Any:
-    """Processes that begin with the trainer loaded: a run starts in a moment, and its memory is its own."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload([f"sqdf_fast.{name}" for name in ("compare.quiet", "compare.worker", "train")])
-    return found
+def _guarded(job: Job, stop: threading.Event) -> int:
+    # Libraries narrate their loading; users need their errors.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        with job.folder.with_name(f".{job.folder.name}.lock").open("w") as lock:
+            # The process of an earlier, killed comparison may still be about to end.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not job.ended:
+                _run(job, stop)
+    except Interrupted:
+        return STOPPED
+    except UserError as error:
+        _say(str(error))
+        return REFUSED
+    except SystemExit:
+        # submitit has requeued the job.
+        raise
+    except BaseException as error:
+        traceback.print_exc()
+        _say(f"{type(error).__name__}: {error}")
+        return FAILED
+    return 0
+
+
+def _run(job: Job, stop: threading.Event) -> None:
+    from sqdf_fast.compare.training_free import sample_training_free
+    from sqdf_fast.training.lifecycle import continue_run, new_run
+
+    if job.training_free is not None:
+        sample_training_free(job, job.training_free, stop)
+    elif make_ready(job):
+        continue_run(job.folder, stop)
+    else:
+        new_run(job.config, job.folder, stop)
+
+
+def _say(reason: str) -> None:
+    # What a reward of the user's own printed comes before it: the log's last line tells why a run failed.
+    sys.stdout.flush()
+    sys.stderr.write(f"{FAILURE}{' '.join(reason.split())}\n")
+
+
+@contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Python's output and that of libraries below it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with log.open("w", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        kept = [os.dup(number) for number in (1, 2)]
+        try:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            yield
+        finally:
+            file.flush()
+            for number, old in zip((1, 2), kept, strict=True):
+                os.dup2(old, number)
+                os.close(old)
+
+
+def _end_with(parent: int) -> None:
+    """End this process at once when one that it descends from is gone, however that ended."""
+    ancestor = next((process for process in psutil.Process().parents() if process.pid == parent), None)
+    with suppress(psutil.NoSuchProcess):
+        while ancestor is not None and ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.5)
+    os._exit(STOPPED)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from sqdf_fast.display.grid import before_after_grid, image_grid, save_png
-from sqdf_fast.display.progress import TrainingProgress
-from sqdf_fast.display.stages import StageProgress
+from sqdf_fast.display.grid import image_grid, save_png
+from sqdf_fast.display.progress import StageProgress, TrainingProgress
+from sqdf_fast.display.tables import text_table
+from sqdf_fast.display.units import format_bytes, format_duration
 
-__all__ = ["StageProgress", "TrainingProgress", "before_after_grid", "image_grid", "save_png"]
+__all__ = [
+    "StageProgress",
+    "TrainingProgress",
+    "format_bytes",
+    "format_duration",
+    "image_grid",
+    "save_png",
+    "text_table",
+]

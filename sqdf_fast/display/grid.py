@@ -1,4 +1,4 @@
-"""Sheets of pictures that say what they show."""
+"""Tables of images under the names of what they show."""
 
 from __future__ import annotations
 
@@ -10,91 +10,55 @@ from PIL import Image, ImageDraw, ImageFont
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 
-GAP = 12
+# Pixels: between images, and of the names of the rows.
+GAP, NAME_WIDTH = 6, 150
 TEXT = (40, 44, 52)
 FAINT = (110, 116, 128)
 PAPER = (255, 255, 255)
+_FONT_SIZE, _LINE = 13, 16
 
 
 def image_grid(
-    images: Sequence[Image.Image],
-    labels: Sequence[str],
-    columns: int = 4,
-    tile: int = 160,
+    images: Sequence[Sequence[Image.Image | None]], rows: Sequence[str], columns: Sequence[str] = (), tile: int = 128
 ) -> Image.Image:
-    """Pictures in reading order, each over its label; long labels wrap.
+    """Rows of images, the name of a row at its left and that of a column at its top; long names wrap.
 
     Args:
-        images: N >= 1 pictures of any size; each is scaled to fit a square of ``tile`` pixels.
-        labels: N captions.
+        images: by row, any sizes; each is scaled to fit a square of ``tile`` pixels. None leaves a gap.
+        columns: names; empty for none.
+
+    Raises:
+        UserError: no image, or other numbers of names than of rows and columns.
     """
-    if not images or len(images) != len(labels):
-        raise UserError(
-            f"a grid needs one label a picture and at least one: {len(images)} pictures, {len(labels)} labels"
-        )
-    return _sheet([(image,) for image in images], labels, (), min(columns, len(images)), tile)
-
-
-def before_after_grid(
-    before: Sequence[Image.Image],
-    after: Sequence[Image.Image],
-    labels: Sequence[str],
-    columns: int = 3,
-    tile: int = 144,
-) -> Image.Image:
-    """Pairs from the same seed and prompt, side by side; the order is that of ``labels``.
-
-    Args:
-        before, after: N >= 1 pictures each.
-        labels: N captions, the prompts.
-    """
-    if not labels or not len(before) == len(after) == len(labels):
-        raise UserError(
-            f"a before/after grid needs as many pictures before as after, and a label each: "
-            f"{len(before)}, {len(after)} and {len(labels)} given"
-        )
-    pairs = list(zip(before, after, strict=True))
-    return _sheet(pairs, labels, ("before", "after"), min(columns, len(pairs)), tile)
+    widths = {len(row) for row in images}
+    if len(widths) != 1 or 0 in widths or len(rows) != len(images) or (columns and widths != {len(columns)}):
+        given = f"{len(images)} rows of {sorted(widths)} images, {len(rows)} and {len(columns)} names"
+        raise UserError(f"an image grid needs rows of equal length and a name for each row and column: {given}")
+    font = ImageFont.load_default(size=_FONT_SIZE)
+    names = [_wrap(name, font, NAME_WIDTH - 2 * GAP) for name in rows]
+    heads = [_wrap(name, font, tile) for name in columns]
+    width, left = len(images[0]), NAME_WIDTH + GAP
+    top = GAP + _LINE * max(map(len, heads), default=0)
+    heights = [max(tile, _LINE * len(lines)) for lines in names]
+    size = (left + width * (tile + GAP), top + GAP + sum(heights) + GAP * len(heights))
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(heads):
+        draw.text((left + column * (tile + GAP), GAP), "\n".join(lines), FAINT, font)
+    top += GAP
+    for row, lines, height in zip(images, names, heights, strict=True):
+        draw.text((NAME_WIDTH - GAP, top + height / 2), "\n".join(lines), TEXT, font, "rm", align="right")
+        for column, image in enumerate(row):
+            if image is not None:
+                _paste(sheet, image, left + column * (tile + GAP), top, tile)
+        top += height + GAP
+    return sheet
 
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write ``image`` to ``path``. Raises UserError when the disk refuses."""
     with disk_errors(path):
         image.save(path, format="PNG")
-
-
-def _sheet(
-    groups: Sequence[Sequence[Image.Image]],
-    labels: Sequence[str],
-    headings: Sequence[str],
-    columns: int,
-    tile: int,
-) -> Image.Image:
-    text_size = max(12, tile // 11)
-    font = ImageFont.load_default(size=text_size)
-    line_height = round(text_size * 1.3)
-    inner = 4
-    width = len(groups[0]) * (tile + inner) - inner
-    wrapped = [_wrap(label, font, width) for label in labels]
-    rows = [range(start, min(start + columns, len(groups))) for start in range(0, len(groups), columns)]
-    heading_height = line_height if headings else 0
-    heights = [tile + 6 + line_height * max(len(wrapped[index]) for index in row) + GAP for row in rows]
-    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, sum(heights) + GAP + heading_height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for column in range(columns):
-        for position, heading in enumerate(headings):
-            left = GAP + column * (width + GAP) + position * (tile + inner)
-            draw.text((left, GAP // 2), heading, FAINT, font)
-    top = GAP + heading_height
-    for row, height in zip(rows, heights, strict=True):
-        for column, index in enumerate(row):
-            left = GAP + column * (width + GAP)
-            for position, image in enumerate(groups[index]):
-                _paste(sheet, image, left + position * (tile + inner), top, tile)
-            for number, line in enumerate(wrapped[index]):
-                draw.text((left, top + tile + 6 + number * line_height), line, TEXT, font)
-        top += height
-    return sheet
 
 
 def _paste(sheet: Image.Image, image: Image.Image, left: int, top: int, tile: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a live line on a terminal, an occasional line elsewhere."""
+"""What a run shows while it runs: live bars on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
+
+from sqdf_fast.display.units import format_against, format_bytes, format_duration
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,7 +19,55 @@ if TYPE_CHECKING:
 PLAIN_INTERVAL = 10.0
 
 
-class TrainingProgress:
+class TimeLeft(ProgressColumn):
+    """The time to the end of a task, as far as its speed predicts it."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        return Text("" if left is None or task.finished else f"{format_duration(round(left))} left")
+
+
+class LiveText(ProgressColumn):
+    """A text that is made whenever the bars are drawn."""
+
+    def __init__(self, text: Callable[[], str], style: str = "") -> None:
+        super().__init__()
+        self._text, self._style = text, style
+
+    def render(self, task: Task) -> Text:
+        return Text(self._text(), style=self._style, no_wrap=True, overflow="ellipsis")
+
+
+class LiveProgress:
+    """Bars on standard error, redrawn on a terminal; bars that stay are printed at the end elsewhere too.
+
+    A context manager.
+    """
+
+    def __init__(self, *columns: ProgressColumn, console: Console | None = None, stay: bool = False) -> None:
+        self.console = console or Console(stderr=True)
+        self._bars = Progress(*columns, console=self.console, refresh_per_second=4, transient=not stay)
+        self._drawn = stay or self.console.is_terminal
+
+    def __enter__(self) -> Self:
+        if self._drawn:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._drawn:
+            self._bars.stop()
+
+    def message(self, text: str) -> None:
+        """Print a line that stays, above the bars."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class TrainingProgress(LiveProgress):
     """Step, time left, reward, KL, memory and phase of a run. A context manager.
 
     Args:
@@ -30,7 +78,7 @@ class TrainingProgress:
         planned_bytes: the plan's peak; memory is then shown against it.
 
     Attributes:
-        memory: bytes that are alive now and the most so far, None where not known; asked whenever a line is drawn.
+        memory: bytes that are alive now and the most so far, None where unknown; called whenever a line is drawn.
     """
 
     def __init__(
@@ -41,6 +89,13 @@ class TrainingProgress:
         clock: Callable[[], float] = time.monotonic,
         planned_bytes: int | None = None,
     ) -> None:
+        super().__init__(
+            LiveText(lambda: f"{self.phase_name:<18}", style="cyan"),
+            BarColumn(bar_width=24),
+            LiveText(lambda: f"{self.step}/{self._expected_steps()}"),
+            LiveText(lambda: " · ".join(self._facts())),
+            console=console,
+        )
         self.planned_bytes = planned_bytes
         self.total_steps = total_steps
         self.step = self.first_step = first_step
@@ -49,23 +104,15 @@ class TrainingProgress:
         self.reward: float | None = None
         self.kl: float | None = None
         self.memory: Callable[[], tuple[int | None, int | None]] = lambda: (None, None)
-        self.console = console or Console(stderr=True)
         self._clock = clock
         self._began = clock()
         self._last_plain: float | None = None
-        self._live = Live(console=self.console, get_renderable=self._bar, refresh_per_second=4, transient=True)
+        self._task = self._bars.add_task("", total=1)
+        self._bars.update(self._task, completed=self.share)
 
     def __enter__(self) -> Self:
         self._began = self._clock()
-        if self.console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live.is_started:
-            self._live.stop()
+        return super().__enter__()
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """Say what is being done: "sampling", "training", "evaluating"; and how far, where it takes long."""
@@ -74,13 +121,7 @@ class TrainingProgress:
             # What precedes the first step says nothing about how long steps take.
             self._began = self._clock()
 
-    def update(
-        self,
-        step: int,
-        reward: float,
-        kl: float | None,
-        share: float | None = None,
-    ) -> None:
+    def update(self, step: int, reward: float, kl: float | None, share: float | None = None) -> None:
         """An optimizer step is finished: ``step`` of ``total_steps``, counted from 1.
 
         Args:
@@ -88,27 +129,24 @@ class TrainingProgress:
         """
         self.step, self.reward, self.kl = step, reward, kl
         self.share = step / self.total_steps if share is None else min(share, 1.0)
+        self._bars.update(self._task, completed=self.share)
         if not self.console.is_terminal and self._plain_line_due():
             self._last_plain = self._clock()
             self.message(" · ".join([f"step {step}/{self._expected_steps()}", *self._facts()]))
-
-    def message(self, text: str) -> None:
-        """Print a line that stays, above the live one."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _plain_line_due(self) -> bool:
         last = self.share >= 1
         return last or self._last_plain is None or self._clock() - self._last_plain >= PLAIN_INTERVAL
 
     def _expected_steps(self) -> int:
-        """Of the whole run, as far as its share so far tells."""
+        """Of the whole run, as its share so far predicts."""
         return round(self.step / self.share) if 0 < self.step < self.share * self.total_steps else self.total_steps
 
     def _seconds_left(self) -> float | None:
         done = self.step - self.first_step
         if done <= 0:
             return None
-        # Steps cost alike, so those of this process say how many are to come.
+        # Steps cost alike, so those of this process predict the rest.
         to_come = self.step * (1 / self.share - 1)
         return (self._clock() - self._began) / done * to_come
 
@@ -125,38 +163,32 @@ class TrainingProgress:
             facts.append(f"memory {format_bytes(peak)}")
         left = self._seconds_left()
         if left is not None:
-            facts.append(f"{format_seconds(left)} left")
+            facts.append(f"{format_duration(round(left))} left")
         return facts
 
-    def _bar(self) -> Table:
-        row = Table.grid(padding=(0, 1))
-        row.add_row(
-            Text(f"{self.phase_name:<18}", style="cyan"),
-            ProgressBar(total=1, completed=self.share, width=24),
-            Text(f"{self.step}/{self._expected_steps()}"),
-            Text(" · ".join(self._facts()), no_wrap=True, overflow="ellipsis"),
+
+class StageProgress(LiveProgress):
+    """A bar a stage, called with (stage, done, total, figures). A context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(
+            TextColumn("{task.description:<12}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeLeft(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            stay=True,
         )
-        return row
+        self._tasks: dict[str, TaskID] = {}
 
+    def __call__(self, stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total, figures="")
+        shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self._bars.update(self._tasks[stage], completed=done, total=total, figures=shown)
 
-def format_seconds(seconds: float) -> str:
-    """``75.2`` as "1:15", ``4000`` as "1:06:40"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def format_against(now: float | None, peak: float, limit: float) -> str:
-    """``2.3e9, 5.1e9, 6e9`` as "now 2.1, peak 4.7 of 5.6 GiB": all in the unit of the last, GiB or MiB."""
-    size, unit = (2**30, "GiB") if limit >= 2**30 else (2**20, "MiB")
-    live = "" if now is None else f"now {now / size:.1f}, "
-    return f"{live}peak {peak / size:.1f} of {limit / size:.1f} {unit}"
-
-
-def format_bytes(count: float) -> str:
-    """``3_221_225_472`` as "3.00 GiB"; binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Draw the bar of stage ``name``; one without a total has nothing to show yet."""
+        if total:
+            self(name, done, total, {})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.backbone import Backbone, Role
+from sqdf_fast.display import text_table
 from sqdf_fast.distill.trajectories import OnProgress, guided_trajectories, lookaheads
 from sqdf_fast.engine import RewardFunction
 from sqdf_fast.objective import look_ahead
@@ -102,13 +103,13 @@ def measure_accuracy(
 
 def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of a summary's ``accuracy``, fields of :class:`Accuracy`, as text for a terminal."""
-    lines = [f"{'look-ahead':<14}{'timestep':>10}{'error':>10}{'sharpness':>12}{'reward corr.':>14}"]
-    for row in rows:
-        correlation = "-" if row["correlation"] is None else f"{row['correlation']:.3f}"
-        lines.append(
-            f"{row['lookahead']:<14}{row['timestep']:>10.0f}{row['error']:>10.3f}{row['sharpness']:>12.3f}{correlation:>14}"
-        )
-    return "\n".join(lines)
+    heads = ("look-ahead", "timestep", "error", "sharpness", "reward correlation")
+    return text_table(heads, [_cells(row) for row in rows])
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    correlation = "-" if row["correlation"] is None else f"{row['correlation']:.3f}"
+    return [row["lookahead"], f"{row['timestep']:.0f}", f"{row['error']:.3f}", f"{row['sharpness']:.3f}", correlation]
 
 
 def _foresee(

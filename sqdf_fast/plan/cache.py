@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import sqdf_fast
-import sqdf_fast.kernels
 from sqdf_fast import __version__
+from sqdf_fast.kernels import dispatch
 
 Key = tuple[str, ...]
 
@@ -52,8 +52,8 @@ def write(key: str, values: dict[str, Any]) -> None:
 def _code() -> str:
     """The whole package's: a list of what decides a plan would be forgotten where the code moves."""
     digest = hashlib.sha256(__version__.encode())
-    for folder in (*sqdf_fast.__path__, *sqdf_fast.kernels.__path__):
-        for path in sorted(Path(folder).rglob("*")):
+    for module in (sqdf_fast.__file__, dispatch.__file__):
+        for path in sorted(Path(module).parent.rglob("*")):
             if path.suffix in (".py", ".json"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()

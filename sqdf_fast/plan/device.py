@@ -126,21 +126,21 @@ def parse_memory(text: str, total: int | None = None) -> int:
         total: bytes of the card, for a percentage.
 
     Raises:
-        UserError: not a size, no card to take a percentage of, a share outside 0 to 100, or less than nothing.
+        UserError: not a size, not above 0, a share without a card or above 100 %.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z%]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS:
-        raise UserError(f"vram {text!r} is no size; allowed: 24G, 8GiB, 24000M, or 80% of the card")
+        raise UserError(f"invalid --vram {text!r}: expected a size such as 24G, 8GiB or 80%")
     number = float(match[1])
     if match[2] == "%":
         if not 0 < number <= 100:
-            raise UserError(f"vram {text!r} is no share of a card; allowed: more than 0% up to 100%")
+            raise UserError(f"invalid --vram {text!r}: expected more than 0% and at most 100%")
         if total is None:
-            raise UserError(f"vram {text!r} is a share and no GPU is here to take it of; give a size, e.g. 24G")
+            raise UserError(f"invalid --vram {text!r}: no GPU to take a share of; give a size such as 24G")
         return int(total * number / 100)
     size = int(number * _UNITS[match[2]])
     if size <= 0:
-        raise UserError(f"vram {text!r} is nothing; give a size, e.g. 24G")
+        raise UserError(f"invalid --vram {text!r}: expected more than nothing, such as 24G")
     return size
 
 

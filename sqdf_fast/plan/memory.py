@@ -276,7 +276,7 @@ class _Call:
         moved = sum(map(_nbytes, outputs)) + sum(
             _nbytes(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)
         )
-        inside, count = workspace(func, args), _FLOPS.get(packet)
+        inside, count = workspace(func, args), FLOPS.get(packet)
         if count is None:
             # An empty tensor is not written.
             return _Call(inside, 0, 0, 0 if packet in _UNWRITTEN else moved, packet not in _UNWRITTEN)
@@ -414,7 +414,7 @@ def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: T
 _aten = torch.ops.aten
 _ADD = _aten.add.Tensor
 _UNWRITTEN = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
-_FLOPS: dict[Any, Callable[..., int]] = {
+FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,

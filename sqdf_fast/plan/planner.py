@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel
 
-from sqdf_fast.config import Config, Execution, default_preset, make_config
+from sqdf_fast.config import Config, Execution, current_names, default_preset, make_config
+from sqdf_fast.display import format_duration, text_table
 from sqdf_fast.errors import UserError
 from sqdf_fast.families.loading import family_from_configs
 from sqdf_fast.plan import cache
@@ -97,24 +98,23 @@ class Plan:
     def from_json(text: str) -> Plan:
         """What `as_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
         values = json.loads(text)
+        values["settings"] = current_names(dict(values["settings"]))
         values["stages"] = tuple(PlannedStage(**stage) for stage in values["stages"])
         values["switches"] = tuple(Switch(**switch) for switch in values.get("switches", ()))
         return Plan(**values)
 
     def as_text(self) -> str:
         """A table for people."""
-        lines = [f"{'stage':<18}{'live GiB':>9}{'TFLOP':>10}{'seconds':>10}  traded"]
-        lines += [
-            f"{s.name:<18}{s.live_gib:>9.2f}{s.flops / 1e12:>10.1f}{s.seconds:>10.2f}  {s.note}".rstrip()
-            for s in self.stages
-        ]
+        rows = [[s.name, f"{s.live_gib:.2f}", f"{s.flops / 1e12:.1f}", f"{s.seconds:.2f}", s.note] for s in self.stages]
+        table = text_table(("stage", "live GiB", "TFLOP", "seconds", "traded"), rows, left=(0, 4))
         verdict = "fits" if self.fits else "does NOT fit"
-        lines += [
+        lines = [
+            table,
             "",
             f"{self.model} {verdict} {self.vram_gib:.2f} GiB: "
             f"peak {self.peak_gib:.2f} + reserve {self.reserve_gib:.2f} GiB",
-            f"a step: {self.flops_per_step / 1e12:.0f} TFLOP, about {self.predicted_seconds:.1f} s on a {self.device} "
-            "(a model of the card, not a measurement)",
+            f"a step: {self.flops_per_step / 1e12:.0f} TFLOP, about {format_duration(self.predicted_seconds)} on a "
+            f"{self.device} (a model of the card, not a measurement)",
             self._replay_line(),
             "settings: " + " ".join(f"{key}={_shown(value)}" for key, value in self.settings.items()),
             *(f"{s.key}={_shown(s.value)}: {s.reason}" for s in self.switches),
@@ -124,7 +124,7 @@ class Plan:
     def _replay_line(self) -> str:
         sampling = sum(stage.seconds for stage in self.stages if stage.name == "sampling")
         rest, ratio = self.predicted_seconds - sampling, self.replay_ratio
-        others = ", ".join(f"{r}: {rest + sampling * ratio / r:.1f} s" for r in (1, 4, 8) if r != ratio)
+        others = ", ".join(f"{r}: {format_duration(rest + sampling * ratio / r)}" for r in (1, 4, 8) if r != ratio)
         return f"replay.steps_per_refill is {ratio} and yours to set, it changes the result; a step at {others}"
 
 

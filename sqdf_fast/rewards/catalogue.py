@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,41 +90,7 @@ CATALOGUE = {
     "warmth": RewardCard("sqdf_fast.shapes.rewards:warmth", "mean red minus mean blue"),
 }
 
-_HEADINGS = ("reward", "scores", "parameters", "download", "input", "prompt", "gradient", "licence")
-
 
 def as_dict() -> dict[str, dict[str, Any]]:
     """Every reward's facts by its name, for JSON."""
     return {name: asdict(card) for name, card in CATALOGUE.items()}
-
-
-def as_text() -> str:
-    """A table of them, and how to name others."""
-    rows = [_HEADINGS, *(_row(name, card) for name, card in CATALOGUE.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    notes = [
-        "",
-        "Your own: module:function. Sums: aesthetic*1.0 + clip*0.5, with your own in them too.",
-        "Without a gradient: --set algorithm=ddpo, dpok or awm. Weights and options: docs/rewards.md.",
-    ]
-    return "\n".join(lines + notes)
-
-
-def _row(name: str, card: RewardCard) -> Sequence[str]:
-    return (
-        name,
-        card.scores,
-        _millions(card.parameters),
-        f"{card.download:.2f} GB" if card.download else "none",
-        f"{card.side} px" if card.side else "any",
-        "yes" if card.reads_prompt else "no",
-        "yes" if card.differentiable else "no",
-        card.licence,
-    )
-
-
-def _millions(number: int) -> str:
-    if number >= 1_000_000:
-        return f"{number / 1e6:.0f} M"
-    return f"{number:,}".replace(",", " ") if number else "none"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from sqdf_fast.runs.metrics import Record
@@ -17,22 +17,34 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A figure of the plan beside the measured one; None where unknown."""
+
+    planned: float | None = None
+    measured: float | None = None
+
+    @property
+    def difference(self) -> str:
+        """The measured figure against the planned one, "+3.1%"; empty where one of them is missing."""
+        if not self.planned or self.measured is None:
+            return ""
+        return f"{self.measured / self.planned - 1:+.1%}"
+
+
+@dataclass(frozen=True)
 class StageFigures:
-    """One stage. None where nothing was planned or measured.
+    """One stage of a step.
 
     Attributes:
-        planned_bytes, planned_seconds: of the plan, a step.
-        measured_bytes: the largest peak of the steps that were measured.
-        measured_seconds: their median, so that a first step's warming up does not count; of the sampling, a step's
+        memory: bytes; measured is the largest peak of the steps that were measured.
+        seconds: measured is their median, so that a first step's warm-up does not count; of the sampling, a step's
             share.
         note: what the plan traded in this stage.
     """
 
     name: str
-    planned_bytes: float | None = None
-    measured_bytes: float | None = None
-    planned_seconds: float | None = None
-    measured_seconds: float | None = None
+    memory: Measure = Measure()
+    seconds: Measure = Measure()
     note: str = ""
 
 
@@ -41,29 +53,33 @@ class Comparison:
     """A plan beside the records of the steps.
 
     Attributes:
-        planned: there is a plan that can be read.
+        planned: a readable plan exists.
         stages: in the plan's order, then those that it does not know.
-        planned_peak, measured_peak: bytes of a GPU's allocator, or of a counter of live tensors on a CPU.
+        peak: bytes of a GPU's allocator, or of a counter of live tensors on a CPU.
+        seconds: of a step; measured is the mean over all steps, sampling included.
         reserve: bytes that the plan leaves free beside its peak.
-        planned_seconds, measured_seconds: a step; measured is the mean over all steps, sampling included.
-        joules: a step, mean of those that were measured.
+        joules: of a step, mean of those that were measured.
         events: (step, what happened to the budget).
         measured_steps: steps whose stages were measured.
     """
 
     planned: bool
     stages: list[StageFigures]
-    planned_peak: float | None
-    measured_peak: float | None
+    peak: Measure
+    seconds: Measure
     reserve: float | None
-    planned_seconds: float | None
-    measured_seconds: float | None
     joules: float | None
     events: list[tuple[int, str]]
     measured_steps: int
 
+    @property
+    def over_budget(self) -> bool:
+        """Whether the measured peak exceeds the planned one by more than the reserve."""
+        planned, measured = self.peak.planned, self.peak.measured
+        return planned is not None and measured is not None and measured > planned + (self.reserve or 0)
+
     def __bool__(self) -> bool:
-        """Whether there is anything to show beyond the time of a step, which every run has."""
+        """Whether anything was planned or measured beyond the time of a step, which every run has."""
         return self.planned or bool(self.stages or self.events) or self.joules is not None
 
 
@@ -86,58 +102,38 @@ def compare(plan: Mapping[str, Any], steps: Iterable[Record], on_gpu: bool, step
     """
     steps = list(steps)
     stages = _stages(plan, steps, steps_per_refill)
-    peaks = [stage.measured_bytes for stage in stages if stage.measured_bytes is not None]
+    peaks = [stage.memory.measured for stage in stages if stage.memory.measured is not None]
     if on_gpu:
         peaks += _numbers(steps, "memory_bytes")
     seconds, joules = _numbers(steps, "seconds"), _numbers(steps, "joules")
     return Comparison(
         planned=bool(plan),
         stages=stages,
-        planned_peak=_bytes(plan.get("peak_gib")),
-        measured_peak=max(peaks, default=None),
+        peak=Measure(_bytes(plan.get("peak_gib")), max(peaks, default=None)),
+        seconds=Measure(_number(plan.get("predicted_seconds")), fmean(seconds) if seconds else None),
         reserve=_bytes(plan.get("reserve_gib")),
-        planned_seconds=_number(plan.get("predicted_seconds")),
-        measured_seconds=sum(seconds) / len(seconds) if seconds else None,
-        joules=sum(joules) / len(joules) if joules else None,
+        joules=fmean(joules) if joules else None,
         events=[(step["step"], str(step["budget_event"])) for step in steps if step.get("budget_event")],
         measured_steps=sum(bool(step.get("stages")) for step in steps),
     )
 
 
-def difference(planned: float | None, measured: float | None) -> str:
-    """``measured`` against ``planned`` in per cent, "+3.1%"; empty where one of them is missing."""
-    if not planned or measured is None:
-        return ""
-    return f"{measured / planned - 1:+.1%}"
-
-
 def _stages(plan: Mapping[str, Any], steps: Iterable[Record], steps_per_refill: int) -> list[StageFigures]:
-    peaks, seconds = _measured(steps)
-    found = [stage for stage in plan.get("stages") or () if isinstance(stage, Mapping) and "name" in stage]
-    planned = {str(stage["name"]): stage for stage in found}
-    return [
-        StageFigures(
-            name,
-            _bytes(planned.get(name, {}).get("live_gib")),
-            max(peaks.get(name, ()), default=None),
-            _number(planned.get(name, {}).get("seconds")),
-            median(seconds[name]) / (steps_per_refill if name == SAMPLING else 1) if name in seconds else None,
-            str(planned.get(name, {}).get("note") or ""),
-        )
-        for name in dict.fromkeys([*planned, *seconds])
-    ]
-
-
-def _measured(steps: Iterable[Record]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Peak bytes and seconds of every stage, a number a measured step."""
-    peaks: dict[str, list[float]] = {}
-    seconds: dict[str, list[float]] = {}
-    for step in steps:
-        for name, peak, duration in step.get("stages") or ():
-            if peak is not None:
-                peaks.setdefault(name, []).append(peak)
-            seconds.setdefault(name, []).append(duration)
-    return peaks, seconds
+    named = [stage for stage in plan.get("stages") or () if isinstance(stage, Mapping) and "name" in stage]
+    planned: dict[str, Mapping[str, Any]] = {str(stage["name"]): stage for stage in named}
+    measured: dict[str, list[tuple[float | None, float]]] = {}
+    for name, peak, seconds in (stage for step in steps for stage in step.get("stages") or ()):
+        measured.setdefault(name, []).append((peak, seconds))
+    found = []
+    for name in dict.fromkeys([*planned, *measured]):
+        plan_of, of_steps = planned.get(name, {}), measured.get(name, [])
+        peaks = [peak for peak, _ in of_steps if peak is not None]
+        shared = steps_per_refill if name == SAMPLING else 1
+        seconds = median(seconds for _, seconds in of_steps) / shared if of_steps else None
+        memory = Measure(_bytes(plan_of.get("live_gib")), max(peaks, default=None))
+        time = Measure(_number(plan_of.get("seconds")), seconds)
+        found.append(StageFigures(name, memory, time, str(plan_of.get("note") or "")))
+    return found
 
 
 def _numbers(steps: Iterable[Record], key: str) -> list[float]:

@@ -57,11 +57,11 @@ class RunFolder:
 
     @staticmethod
     def open(path: Path) -> tuple[RunFolder, Config]:
-        """An existing run and its configuration. Raises UserError when it is none."""
+        """An existing run and its configuration. Raises UserError for any other folder."""
         run = RunFolder(path)
         if not os.path.isfile(run.config):
             raise UserError(
-                f"{path} is no run folder: it has no config.yaml; give the folder that `sqdf-fast train` wrote"
+                f"{path} is not a run folder: it has no config.yaml; give the folder that `sqdf-fast train` wrote"
             )
         return run, make_config(file=read_config_file(run.config))
 

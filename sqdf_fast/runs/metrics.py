@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object a line, appended as a run goes on."""
+"""``metrics.jsonl``: one JSON object a line, appended while a run proceeds."""
 
 from __future__ import annotations
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from sqdf_fast.display.progress import format_bytes, format_seconds
+from sqdf_fast.display.tables import text_table
+from sqdf_fast.display.units import format_bytes, format_duration
 from sqdf_fast.errors import UserError
-from sqdf_fast.runs.comparison import Comparison, compare, difference, read_plan
+from sqdf_fast.runs.comparison import Comparison, compare, read_plan
 from sqdf_fast.runs.environment import FILE as ENVIRONMENT_FILE
 from sqdf_fast.runs.metrics import Record, read_metrics
 from sqdf_fast.runs.samples import Samples, read_samples
@@ -105,7 +106,7 @@ class Summary:
         if self.true_gain is None:
             return f"{rise}."
         if self.true_gain <= 0:
-            return f"{rise}, but the true reward fell by {-self.true_gain:.2f}: it was over-optimised."
+            return f"{rise}, but the true reward fell by {-self.true_gain:.2f}: it was over-optimized."
         return f"{rise}, and the true reward, which training never saw, rose by {self.true_gain:.2f}."
 
 
@@ -182,30 +183,24 @@ def _before_after(evaluations: list[Record], key: str) -> tuple[float, float] | 
 def summary_lines(run: Run) -> list[str]:
     """The summary as plain lines, for the end of a run on a terminal."""
     summary = summarise(run.judged)
-    lines = [summary.verdict]
+    rows: list[list[str]] = []
     if summary.proxy and summary.proxy_gain is not None:
-        gain = f"{summary.proxy_gain:+.2f} base standard deviations"
-        lines.append(f"proxy reward        {_arrow(summary.proxy)}  ({gain})")
+        rows.append(["proxy reward", _change(summary.proxy, f"{summary.proxy_gain:+.2f} base standard deviations")])
     if summary.true and summary.true_gain is not None:
-        lines.append(f"true reward         {_arrow(summary.true)}  ({summary.true_gain:+.3f})")
+        rows.append(["true reward", _change(summary.true, f"{summary.true_gain:+.3f}")])
     if summary.accuracy and summary.accuracy_kept is not None:
-        lines.append(f"attribute accuracy  {_arrow(summary.accuracy)}  ({summary.accuracy_kept:.0%} kept)")
+        rows.append(["attribute accuracy", _change(summary.accuracy, f"{summary.accuracy_kept:.0%} kept")])
     if summary.diversity and summary.diversity_kept is not None:
-        lines.append(f"diversity           {_arrow(summary.diversity)}  ({summary.diversity_kept:.0%} kept)")
+        rows.append(["diversity", _change(summary.diversity, f"{summary.diversity_kept:.0%} kept")])
     if summary.alignment:
-        chance = "" if summary.shuffled is None else f"  (shuffled prompts {summary.shuffled:.3f})"
-        lines.append(f"alignment           {_arrow(summary.alignment)}{chance}")
-    lines += _peak_line(run)
-    lines.append("cost                " + ", ".join(f"{value} {name}" for name, value in cost(run).items()))
-    return lines
-
-
-def _peak_line(run: Run) -> list[str]:
-    found = run.comparison
-    if found.planned_peak is None or found.measured_peak is None:
-        return []
-    pair = f"{format_bytes(found.measured_peak)} of {format_bytes(found.planned_peak)} planned"
-    return [f"peak memory         {pair}  ({difference(found.planned_peak, found.measured_peak)})"]
+        chance = "" if summary.shuffled is None else f"shuffled prompts {summary.shuffled:.3f}"
+        rows.append(["alignment", _change(summary.alignment, chance)])
+    peak = run.comparison.peak
+    if peak.planned is not None and peak.measured is not None:
+        pair = f"{format_bytes(peak.measured)} of {format_bytes(peak.planned)} planned"
+        rows.append(["peak memory", f"{pair}  ({peak.difference})"])
+    rows.append(["cost", ", ".join(f"{value} {name}" for name, value in cost(run).items())])
+    return [summary.verdict, *text_table((), rows, left=(0, 1)).splitlines()]
 
 
 def cost(run: Run) -> dict[str, str]:
@@ -215,8 +210,8 @@ def cost(run: Run) -> dict[str, str]:
     memory = [record["memory_bytes"] for record in run.steps if record.get("memory_bytes")]
     found = {
         "optimizer steps": str(len(run.steps)),
-        "training time": format_seconds(training),
-        "evaluation time": format_seconds(evaluating),
+        "training time": format_duration(training),
+        "evaluation time": format_duration(evaluating),
         "UNet evaluations": f"{sum(record.get('unet_evaluations') or 0 for record in run.steps):,}",
     }
     if memory:
@@ -224,5 +219,5 @@ def cost(run: Run) -> dict[str, str]:
     return found
 
 
-def _arrow(pair: tuple[float, float]) -> str:
-    return f"{pair[0]:7.3f} -> {pair[1]:7.3f}"
+def _change(pair: tuple[float, float], note: str) -> str:
+    return f"{pair[0]:7.3f} -> {pair[1]:7.3f}" + (f"  ({note})" if note else "")

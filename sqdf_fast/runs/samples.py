@@ -1,7 +1,7 @@
-"""``samples/``: the same seeds and prompts, drawn again as training goes on.
+"""``samples/``: the same seeds and prompts, sampled again as training proceeds.
 
 samples/samples.json            [{"prompt": ..., "seed": ...}, ...]
-samples/step_000000/00.png ...  pictures of that list, in its order
+samples/step_000000/00.png ...  images of that list, in its order
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Samples:
     """What a run folder holds of samples.
 
     Attributes:
-        prompts, seeds: one entry a picture.
-        steps: by training step, in order, the file of each picture; None where it is missing.
+        prompts, seeds: one entry an image.
+        steps: by training step, in order, the file of each image; None where it is missing.
     """
 
     prompts: list[str]
@@ -36,7 +36,7 @@ class Samples:
 
 
 def save_samples(run_folder: Path, step: int, images: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Write the pictures of one step, and the list of prompts and seeds.
+    """Write the images of one step, and the list of prompts and seeds.
 
     Args:
         images: float [N, 3, H, W] in [0, 1].
@@ -49,8 +49,8 @@ def save_samples(run_folder: Path, step: int, images: Tensor, prompts: Sequence[
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder.parent / "samples.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
-        for index, picture in enumerate(to_pil(images)):
-            picture.save(folder / f"{index:02d}.png", format="PNG")
+        for index, image in enumerate(to_pil(images)):
+            image.save(folder / f"{index:02d}.png", format="PNG")
 
 
 def read_samples(run_folder: Path) -> Samples:

@@ -54,7 +54,7 @@ class PublishedMatching(PublishedTransitions):
 
 @pytest.mark.parametrize(("matching", "alpha"), [("uniform", 0.3), ("ghuber", 0.0)])
 def test_the_first_update_is_the_published_gradient(model, matching, alpha):
-    found = policy_gradient(model, "awm", baseline={"matching": matching}, objective={"alpha": alpha})
+    found = policy_gradient(model, "awm", awm={"matching": matching}, objective={"alpha": alpha})
     ours = step(found, 0)
     truth = PublishedMatching(model, found, 0)
     log_probs = truth.log_probs(matching)
@@ -73,7 +73,7 @@ def test_the_target_is_what_the_network_was_pretrained_on(model, prediction):
 
 def test_later_updates_of_a_collection_are_clipped_as_published(model):
     clip = 1e-3
-    found = policy_gradient(model, "awm", baseline={"clip_matching": clip})
+    found = policy_gradient(model, "awm", awm={"clip_range": clip})
     towards = step(found, 0)
     old = PublishedMatching(model, found, 1).log_probs().detach()
     move(found, towards, 0.02)
@@ -106,7 +106,7 @@ def test_the_kl_that_is_logged_is_that_of_the_transition(model):
 
 
 def test_indices_come_from_equal_stretches(model):
-    found = policy_gradient(model, "awm", sampling={"num_inference_steps": 12}, baseline={"timesteps": 3})
+    found = policy_gradient(model, "awm", sampling={"num_inference_steps": 12}, awm={"timesteps": 3})
     trained = len(found.indices)
     bounds = [number * trained // 3 for number in range(4)]
     columns = found._columns(500, torch.Generator().manual_seed(0))

@@ -38,7 +38,7 @@ def test_the_first_update_is_the_published_gradient(model):
 
 def test_later_updates_of_a_collection_are_clipped_as_published(model):
     clip = 1e-4
-    found = policy_gradient(model, "ddpo", baseline={"clip_range": clip})
+    found = policy_gradient(model, "ddpo", ddpo={"clip_range": clip})
     step(found, 0)
     old = PublishedTransitions(model, found).log_probs().detach()
     # Some ratios have to fall where the gradient would have them rise.
@@ -80,7 +80,7 @@ def test_advantages():
 @pytest.mark.parametrize("algorithm", ALL)
 def test_a_collection_is_taken_in_turns(model, algorithm):
     """Every trajectory once before any comes twice, at different steps; the next collection is another one."""
-    found = policy_gradient(model, algorithm, optimizer={"batch_size": 2}, baseline={"timesteps": 2, "group": 2})
+    found = policy_gradient(model, algorithm, optimizer={"batch_size": 2}, own={"timesteps": 2, "group": 2})
     found.collect(0)
     prompts = found.collection.prompts
     assert prompts[::2] == prompts[1::2]
@@ -112,9 +112,9 @@ def test_what_an_update_costs(model, steps_per_refill, forwards):
     assert found.backbone.evaluations - before == 2 * SIZE * (3 + forwards + 3)
 
 
-@pytest.mark.parametrize("algorithm", ["dpok", "awm"])
+@pytest.mark.parametrize("algorithm", ["dpok", slow("awm")])
 def test_micro_batches_add_up_to_the_whole(model, algorithm):
-    whole, parts = (policy_gradient(model, algorithm, baseline={"timesteps": 2}) for _ in range(2))
+    whole, parts = (policy_gradient(model, algorithm, own={"timesteps": 2}) for _ in range(2))
     parts.runtime.execution = whole.runtime.execution.model_copy(update={"micro_batch": 5})
     whole.runtime.execution = whole.runtime.execution.model_copy(update={"micro_batch": 100})
     one, two = step(whole, 0), step(parts, 0)
@@ -124,7 +124,7 @@ def test_micro_batches_add_up_to_the_whole(model, algorithm):
     assert apart(step(parts, 1), step(whole, 1)) < 1e-11
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo", "awm"])
+@pytest.mark.parametrize("algorithm", ["ddpo", slow("awm")])
 def test_state_holds_all_that_a_second_step_needs(model, algorithm):
     whole, resumed = policy_gradient(model, algorithm), policy_gradient(model, algorithm)
     move(whole, step(whole, 0), 0.01)
@@ -140,9 +140,9 @@ def test_state_holds_all_that_a_second_step_needs(model, algorithm):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"baseline": {"group": 4}}, r"replay\.refill = 6 with baseline\.group = 4"),
+        ({"ddpo": {"group": 4}}, r"replay\.refill = 6 with ddpo\.group = 4"),
         ({"replay": {"refill": 1}}, "at least 2"),
-        ({"baseline": {"timesteps": 5}}, r"baseline\.timesteps = 5 and this schedule has 3 trainable"),
+        ({"ddpo": {"timesteps": 5}}, r"ddpo\.timesteps = 5 and this schedule has 3 trainable"),
     ],
 )
 def test_what_cannot_be_is_refused(model, changes, said):
@@ -167,9 +167,9 @@ def run_config(model: Path, algorithm: str, **changes):
         "sampling": {"guidance_scale": 1.0},
         "optimizer": {"batch_size": 4, "lr": 1e-2},
         "replay": {"refill": 4, "steps_per_refill": 2},
-        "execution": {"executor": "joint", "micro_batch": 8},
+        "execution": {"micro_batch": 8},
         "evaluation": {"every": 1, "num_prompts": 1, "images_per_prompt": 2},
-        "baseline": {"timesteps": 2},
+        "own": {"timesteps": 2},
     }
     return settings(model, algorithm, **{**ours, **changes})
 

@@ -29,7 +29,7 @@ def test_the_first_update_is_the_published_gradient(model):
 def test_beyond_the_range_there_is_no_policy_gradient(model):
     """Unlike PPO's, this clamp is blind to the advantage's sign: what is outside does not come back by itself."""
     clip = 2e-3
-    found = policy_gradient(model, "dpok", objective={"alpha": 0.7, "kl_scale": 0.5}, baseline={"clip_range": clip})
+    found = policy_gradient(model, "dpok", objective={"alpha": 0.7, "kl_scale": 0.5}, dpok={"clip_range": clip})
     towards = step(found, 0)
     old = PublishedTransitions(model, found).log_probs().detach()
     move(found, towards, 0.02)

@@ -8,7 +8,7 @@ from support.direct_reward import BATCH, STEPS, Published, apart, gradient, make
 @pytest.mark.parametrize("margin", [None, 0.02, 100.0])
 def test_its_gradient_is_the_published_one(model, margin):
     """x_t without a gradient, DDIMScheduler's pred_original_sample with one; the published map is relu(margin - r)."""
-    found = make(settings(model, "refl", baseline={"window": 1.0, "margin": margin}))
+    found = make(settings(model, "refl", refl={"window": 1.0, "margin": margin}))
     ours = gradient(found)
     truth, index = Published(model, found), found._start.index
     weights, rewards = truth.weights(), []
@@ -29,7 +29,7 @@ def test_its_gradient_is_the_published_one(model, margin):
 
 
 def test_every_sample_is_its_own_draw_among_the_last_steps(model):
-    found = make(settings(model, "refl", baseline={"window": 0.5}, optimizer={"batch_size": 12}))
+    found = make(settings(model, "refl", refl={"window": 0.5}, optimizer={"batch_size": 12}))
     drawn = []
     for step in range(3):
         before = found.backbone.evaluations
@@ -44,7 +44,7 @@ def test_every_sample_is_its_own_draw_among_the_last_steps(model):
 
 
 def test_the_states_are_those_of_the_samples_at_their_index(model):
-    found = make(settings(model, "refl", baseline={"window": 1.0}))
+    found = make(settings(model, "refl", refl={"window": 1.0}))
     found.collect(2)
     start, truth = found._start, Published(model, found)
     assert len(start.index.unique()) > 2
@@ -54,6 +54,6 @@ def test_the_states_are_those_of_the_samples_at_their_index(model):
 
 
 def test_a_window_smaller_than_a_step_is_the_last_step(model):
-    found = make(settings(model, "refl", baseline={"window": 0.01}))
+    found = make(settings(model, "refl", refl={"window": 0.01}))
     found.collect(0)
     assert found._start.index.tolist() == [STEPS - 1] * BATCH

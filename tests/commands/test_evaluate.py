@@ -13,6 +13,7 @@ from sqdf_fast.cli import main
 from sqdf_fast.commands.evaluate import find_targets
 from sqdf_fast.commands.sample import with_lookahead
 from sqdf_fast.config import make_config
+from sqdf_fast.display.grid import GAP, NAME_WIDTH
 from sqdf_fast.engine.loading import load_backbone
 from sqdf_fast.errors import UserError
 from sqdf_fast.runs.folder import RunFolder
@@ -65,7 +66,7 @@ def test_a_run_beside_its_base_model(run, here, capsys):
         assert 1 <= scores["eval_vendi"] <= 2
     # Three prompts, two models.
     width, height = Image.open(run / "evaluation.png").size
-    assert (width, height > 3 * 160) == (2 * 172 + 12, True)
+    assert (width, height > 3 * 160) == (NAME_WIDTH + GAP + 2 * (160 + GAP), True)
     assert "<title>tuned against base</title>" in page.read_text(encoding="utf-8")
 
 

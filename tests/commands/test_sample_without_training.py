@@ -37,20 +37,20 @@ def test_a_base_model_is_bettered_without_a_run(model, folder, capsys):
     assert said == ["sample.png"]
     one, said = drawn(capsys, model, "--best-of", "1", "--reward", "warmth")
     assert one == plain
-    assert said[1] == "network rows 16, of them with a gradient 0; pictures scored 2"
+    assert said[1] == "network rows 16, of them with a gradient 0; images scored 2"
     best, said = drawn(capsys, model, "--best-of", "5", "--reward", "warmth")
     assert best != plain
-    assert said[1] == "network rows 80, of them with a gradient 0; pictures scored 10"
+    assert said[1] == "network rows 80, of them with a gradient 0; images scored 10"
     guided, said = drawn(capsys, model, "--guide-scale", "30", "--reward", "warmth", "--output", "guided.png")
     assert guided != plain
-    assert said == ["guided.png", "network rows 16, of them with a gradient 16; pictures scored 8"]
+    assert said == ["guided.png", "network rows 16, of them with a gradient 16; images scored 8"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--best-of", "2", "--guide-scale", "1"], "give one of them"),
-        (["--reward", "warmth"], "without --best-of N or --guide-scale S"),
+        (["--best-of", "2", "--guide-scale", "1"], "--best-of and --guide-scale are mutually exclusive"),
+        (["--reward", "warmth"], "--reward warmth has no effect without --best-of N or --guide-scale S"),
         (["--guide-scale", "-1", "--reward", "warmth"], "give a number >= 0"),
         (["--guide-scale", "1", "--reward", "jpeg"], "no gradient"),
         (["--best-of", "2", "--reward", "nothing-of-the-kind"], "nothing-of-the-kind"),

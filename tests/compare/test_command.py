@@ -10,15 +10,19 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
+from support.fake_slurm import write_commands
 from support.tiny import write_pipeline
 
 from sqdf_fast.cli import main
 from sqdf_fast.compare.command import Comparison, stored_protocol
 from sqdf_fast.compare.jobs import is_finished
 from sqdf_fast.runs import read_metrics
+from sqdf_fast.runs.checkpoint import checkpoints, read_checkpoint
 
 REWARDS = """
 import time
@@ -36,6 +40,8 @@ SETTINGS = [
     *("--set", "evaluation.num_prompts=2", "--set", "evaluation.images_per_prompt=2", "--set", "evaluation.grid=2"),
     *("--budget", "240", "--points", "5"),
 ]
+# No process of its own: what a run's process does, without the seconds in which it starts.
+IN_PROCESS = ("--launcher", "debug")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +90,8 @@ def unlocked(path: Path) -> bool:
         return True
 
 
-def test_killed_and_started_again(model, folder, capsys):
+@pytest.mark.parametrize("launcher", [IN_PROCESS, pytest.param((), marks=pytest.mark.slow)], ids=["debug", "local"])
+def test_killed_and_started_again(model, folder, capsys, launcher):
     runs = folder / "out" / "runs"
     finished, broken_off = runs / "sqdf" / "seed-0", runs / "draft-1" / "seed-0"
     command = arguments(model, "--methods", "sqdf,draft-1", "--seeds", "0,1", "--jobs", "1")
@@ -99,7 +106,7 @@ def test_killed_and_started_again(model, folder, capsys):
     assert not is_finished(broken_off)
     before, known = (finished / "metrics.jsonl").read_bytes(), evaluations(broken_off)
 
-    assert main(command) == 0
+    assert main([*command, *launcher]) == 0
     said = capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_bytes() == before
     # Evaluations up to the last checkpoint are the ones that were made before; each is there once.
@@ -134,7 +141,7 @@ def test_killed_and_started_again(model, folder, capsys):
 
 
 def test_methods_that_train_nothing_have_a_point_for_each_strength(model, folder, capsys):
-    assert main(arguments(model, "--methods", "best-of-n", "--seeds", "3,4")) == 0
+    assert main(arguments(model, "--methods", "best-of-n", "--seeds", "3,4", *IN_PROCESS)) == 0
     (method,) = json.loads((folder / "out" / "results.json").read_text())["methods"]
     assert method["cost_is"] == "of one picture"
     # One run: every seed would give the same.
@@ -146,13 +153,13 @@ def test_methods_that_train_nothing_have_a_point_for_each_strength(model, folder
     proxies = [point["scores"]["proxy_reward"] for point in run["curve"]]
     assert proxies == sorted(proxies)
     assert proxies[0] < proxies[-1]
-    assert "64 a picture" in capsys.readouterr().out
+    assert "64 an image" in capsys.readouterr().out
 
     # Broken off after two strengths: those stay as they are, the others are drawn again.
     metrics = folder / "out" / "runs" / "best-of-n" / "seed-3" / "metrics.jsonl"
     before = metrics.read_bytes().splitlines(keepends=True)
     metrics.write_bytes(b"".join(before[:2]))
-    assert main(["compare", "--resume", "out"]) == 0
+    assert main(["compare", "--resume", "out", *IN_PROCESS]) == 0
     after = metrics.read_bytes().splitlines(keepends=True)
     assert after[:2] == before[:2]
     kinds = [json.loads(line)["kind"] for line in after]
@@ -169,8 +176,8 @@ def judged(record: dict) -> dict:
 
 
 def test_guided_sampling_follows_the_reward_more_at_a_larger_scale(model, folder):
-    (folder / "protocol.yaml").write_text("budget: 240\nmethods: {guided: {strengths: [2, 8]}}\n")
-    assert main(arguments(model, "--protocol", "protocol.yaml")) == 0
+    (folder / "protocol.yaml").write_text("budget: 240\nmethods: {guided: {sweep: [2, 8]}}\n")
+    assert main(arguments(model, "--protocol", "protocol.yaml", *IN_PROCESS)) == 0
     found = evaluations(folder / "out" / "runs" / "guided" / "seed-0")
     assert [record["strength"] for record in found] == [2.0, 8.0]
     # Four guided steps of each picture.
@@ -182,11 +189,27 @@ def test_guided_sampling_follows_the_reward_more_at_a_larger_scale(model, folder
     assert 0 < near < far
 
 
+def processes(module: str = "submitit") -> list[psutil.Process]:
+    """Those of submitit's processes below this one that run a module whose name begins so."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any(word.startswith(module) for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
 def test_ctrl_c_saves_the_runs_under_way_and_leaves_no_process(model, folder, capsys):
     run = folder / "out" / "runs" / "sqdf" / "seed-0"
-    asking = threading.Thread(
-        target=lambda: (wait_for(lambda: len(evaluations(run)) >= 2), os.kill(os.getpid(), signal.SIGINT))
-    )
+
+    def ask() -> None:
+        wait_for(lambda: len(evaluations(run)) >= 2)
+        # A terminal's Ctrl-C is for every process in front.
+        for process in processes():
+            process.send_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    asking = threading.Thread(target=ask)
     asking.start()
     with pytest.raises(SystemExit) as stop:
         main(arguments(model, "--methods", "sqdf", "--seeds", "0"))
@@ -195,8 +218,73 @@ def test_ctrl_c_saves_the_runs_under_way_and_leaves_no_process(model, folder, ca
     assert "Continue with: sqdf-fast compare --resume out" in capsys.readouterr().err
     assert unlocked(run.with_name(".seed-0.lock"))
     assert not is_finished(run)
+    assert processes() == []
+    assert not (folder / "out" / ".submitit").exists()
     # The state of the step that was under way, beyond the last evaluation's.
     assert checkpointed(run)
+    saved = read_checkpoint(checkpoints(run / "checkpoints")[-1])[1]
+    assert saved["step"] == read_metrics(run / "metrics.jsonl")[-1]["step"]
+
+
+def test_ctrl_c_stops_a_comparison_in_this_process(model, folder, capsys):
+    (folder / "my_rewards.py").write_text(
+        "import os, signal\n"
+        "def slow_brightness(images, prompts):\n"
+        "    if images.requires_grad:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(model, "--methods", "sqdf", "--seeds", "0,1", *IN_PROCESS))
+    assert stop.value.code == 130
+    assert checkpointed(folder / "out" / "runs" / "sqdf" / "seed-0")
+    assert not (folder / "out" / "runs" / "sqdf" / "seed-1").exists()
+
+
+def test_a_run_that_is_killed_says_so(model, folder, capsys):
+    def kill() -> None:
+        wait_for(lambda: processes("submitit.core._submit"))
+        processes("submitit.core._submit")[0].kill()
+
+    killing = threading.Thread(target=kill)
+    killing.start()
+    assert main(arguments(model, "--methods", "sqdf", "--seeds", "0")) == 1
+    killing.join()
+    log = Path("out") / "runs" / "sqdf" / "seed-0.log"
+    said = f"1 run failed; sqdf seed 0: its process was killed (out of memory, perhaps); see {log}."
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_preempted_job_of_a_cluster_continues(model, folder, capsys, monkeypatch):
+    write_commands(folder)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    run = folder / "out" / "runs" / "sqdf" / "seed-0"
+
+    def preempt() -> None:
+        wait_for(lambda: len(checkpointed(run)) >= 2)
+        (job,) = [found for found in psutil.process_iter() if runs_in(found, folder / "out" / ".submitit")]
+        job.send_signal(signal.SIGUSR2)
+
+    preempting = threading.Thread(target=preempt)
+    preempting.start()
+    command = arguments(model, "--methods", "sqdf", "--seeds", "0", "--launcher", "slurm", "--slurm", "partition=gpu")
+    assert main(command) == 0
+    preempting.join()
+    assert (folder / "requeued").read_text() == "requeue 7\nrequeue 7\n"
+    assert is_finished(run)
+    steps = [record["step"] for record in evaluations(run)]
+    assert len(steps) >= 5
+    assert steps == sorted(set(steps))
+    assert "At equal proxy reward" in capsys.readouterr().out
+
+
+def runs_in(process: psutil.Process, folder: Path) -> bool:
+    """Whether a process is one that Slurm started for the comparison of a folder."""
+    try:
+        return process.cmdline()[-2:] == ["submitit.core._submit", str(folder)]
+    except psutil.Error:
+        return False
 
 
 def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
@@ -209,7 +297,7 @@ def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
         "    return images.mean(dim=(1, 2, 3))\n"
     )
     (folder / "broken").touch()
-    command = arguments(model, "--methods", "sqdf", "--seeds", "0,1")
+    command = arguments(model, "--methods", "sqdf", "--seeds", "0,1", *IN_PROCESS)
     command[command.index("my_rewards:slow_brightness")] = "my_rewards:brightness"
     assert main(command) == 1
     captured = capsys.readouterr()
@@ -226,20 +314,20 @@ def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
     assert "no more light" in run.unfinished[0]
     assert run.unfinished[1] == "broken off, or under way"
     (folder / "broken").unlink()
-    assert main(["compare", "--resume", "out"]) == 0
+    assert main(["compare", "--resume", "out", *IN_PROCESS]) == 0
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--methods", "sqfd"], "method 'sqfd' is unknown; did you mean 'sqdf'"),
-        (["--budget", "much"], "budget 'much' is none"),
-        (["--seeds", "a"], "--seeds a: expected whole numbers"),
+        (["--budget", "much"], "invalid budget 'much'"),
+        (["--seeds", "a"], "invalid --seeds 'a': expected comma-separated whole numbers"),
         (["--ablate", "beta"], "'beta' is unknown; allowed: gamma"),
         (["--set", "objective.alpah=1"], "'objective.alpah' is unknown"),
         (["--set", "steps=5"], "settings.steps is the comparison's to decide"),
         (["--protocol", "gone.yaml"], "protocol gone.yaml: cannot be read"),
-        (["--resume", "out"], "leave out everything but --jobs"),
+        (["--resume", "out"], "leave out everything but --jobs, --launcher and --slurm"),
         (["--output", "full"], "full exists and holds no comparison"),
         (["--reward", "tast"], "reward 'tast' is unknown; did you mean 'taste'"),
         (["--prompts", "gone.txt"], "prompts 'gone.txt': neither a file nor a named set"),

@@ -5,8 +5,8 @@ import pytest
 
 from sqdf_fast.compare.curves import (
     Curve,
+    CurvePosition,
     Draws,
-    Place,
     Point,
     common_level,
     cost_at,
@@ -38,16 +38,16 @@ def curve(*proxies: float, seed: int = 0, **scores: list[float]) -> Curve:
 
 def test_crossing_is_interpolated_between_the_evaluations_around_it():
     found = curve(-1.0, 0.0, 2.0, 1.0, true_reward=[4.0, 6.0, 10.0, 0.0])
-    assert crossing(found, 0.5) == Place(1, 0.25)
-    assert score_at(found, Place(1, 0.25), "true_reward").tolist() == [7.0]
-    assert cost_at(found, Place(1, 0.25), "unet_evaluations") == 125.0
-    assert cost_at(found, Place(1, 0.25), "reward_evaluations") is None
+    assert crossing(found, 0.5) == CurvePosition(1, 0.25)
+    assert score_at(found, CurvePosition(1, 0.25), "true_reward").tolist() == [7.0]
+    assert cost_at(found, CurvePosition(1, 0.25), "unet_evaluations") == 125.0
+    assert cost_at(found, CurvePosition(1, 0.25), "reward_evaluations") is None
     # The first time: a curve that falls again is not asked there.
-    assert crossing(found, 1.5) == Place(1, 0.75)
-    assert crossing(found, 2.0) == Place(1, 1.0)
-    assert crossing(found, -3.0) == Place(0, 0.0)
+    assert crossing(found, 1.5) == CurvePosition(1, 0.75)
+    assert crossing(found, 2.0) == CurvePosition(1, 1.0)
+    assert crossing(found, -3.0) == CurvePosition(0, 0.0)
     assert crossing(found, 2.1) is None
-    assert [Place(1, 0.4).nearest, Place(1, 0.6).nearest] == [1, 2]
+    assert [CurvePosition(1, 0.4).nearest, CurvePosition(1, 0.6).nearest] == [1, 2]
 
 
 def test_prompts_are_interpolated_one_by_one():
@@ -55,8 +55,8 @@ def test_prompts_are_interpolated_one_by_one():
         Point(0, {"proxy_reward": 0.0, "true_reward": 1.0}, {"true_reward": [0.0, 2.0]}, {}),
         Point(5, {"proxy_reward": 1.0, "true_reward": 3.0}, {"true_reward": [4.0, 2.0]}, {}),
     ]
-    assert score_at(Curve(0, points), Place(0, 0.25), "true_reward").tolist() == [1.0, 2.0]
-    assert score_at(Curve(0, points), Place(0, 0.25), "kl") is None
+    assert score_at(Curve(0, points), CurvePosition(0, 0.25), "true_reward").tolist() == [1.0, 2.0]
+    assert score_at(Curve(0, points), CurvePosition(0, 0.25), "kl") is None
 
 
 def test_the_level_is_the_weakest_learning_methods_best():

@@ -4,12 +4,22 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sqdf_fast.compare.command import Comparison, protocol_of
 from sqdf_fast.compare.methods import ABLATIONS, METHODS, ablation, builtin, method_config
 from sqdf_fast.compare.names import look_up
-from sqdf_fast.compare.protocol import dotted, dump_protocol, grown, make_protocol, parse_budget, read_protocol
-from sqdf_fast.config import make_config
+from sqdf_fast.compare.protocol import (
+    _announce,
+    dotted,
+    dump_protocol,
+    grown,
+    make_protocol,
+    parse_budget,
+    read_protocol,
+)
+from sqdf_fast.config import make_config, settings_of
+from sqdf_fast.config.merging import merge, nested
 from sqdf_fast.errors import UserError
 
 
@@ -33,7 +43,7 @@ def test_budgets(text, rows, seconds):
 
 @pytest.mark.parametrize("text", ["", "0", "0s", "-5", "12 rows", "s", "1.5", "1e4", "k", "2 days"])
 def test_budgets_that_are_none(text):
-    with pytest.raises(UserError, match=f"^budget '{text}' is none; give UNet evaluations"):
+    with pytest.raises(UserError, match=f"^invalid budget '{text}': expected UNet evaluations"):
         parse_budget(text)
 
 
@@ -69,6 +79,16 @@ def test_a_method_of_ones_own_starts_from_a_known_one():
     assert protocol.settings_of("mine") == {"algorithm": "sqdf", "policy.rank": 2}
 
 
+def test_protocols_with_an_old_key_load_with_one_line_that_names_the_new_one(caplog):
+    _announce.cache_clear()
+    study = Path(__file__).parents[2] / "bench" / "study" / "study.yaml"
+    protocol = make_protocol(read_protocol(study))
+    assert protocol.sweep_of("best-of-n") == (1, 2, 4, 8)
+    assert protocol.sweep_of("guided") == (0, 1, 4, 16)
+    assert caplog.messages == ["the key strengths of a protocol's methods is now sweep"]
+    assert "strengths" not in dump_protocol(protocol)
+
+
 def test_written_and_read_back(tmp_path):
     protocol = make_protocol(TUNED)
     path = tmp_path / "protocol.yaml"
@@ -79,22 +99,22 @@ def test_written_and_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (changed(SMALL, budget="soon"), "budget 'soon' is none"),
+        (changed(SMALL, budget="soon"), "invalid budget 'soon'"),
         (changed(SMALL, methods=["sqfd"]), "method 'sqfd' is unknown; did you mean 'sqdf'"),
         (changed(SMALL, methods=[]), "methods"),
         (changed(SMALL, methods={"a/b": {"like": "sqdf"}}), "'a/b' cannot name a folder"),
-        (changed(SMALL, methods={"sqdf": {"strengths": [1, 2]}}), "only best-of-n and guided have any"),
+        (changed(SMALL, methods={"sqdf": {"sweep": [1, 2]}}), "only best-of-n and guided have one"),
         (changed(SMALL, seeds=[1, 1]), "seeds: 1 is given twice"),
         (changed(SMALL, seeds=[]), "seeds"),
         (changed(SMALL, points=1), "points = 1"),
         (changed(SMALL, ablate=["gama"]), "'gama' is unknown; allowed: gamma"),
-        (changed(SMALL, ablate=["gamma"], methods=["draft-1"]), "ablated = 'sqdf' is none of the methods"),
-        (changed(SMALL, ablated="mine"), r"ablated = 'mine' is none of the methods \(sqdf, draft-1\); add it"),
+        (changed(SMALL, ablate=["gamma"], methods=["draft-1"]), "ablated = 'sqdf' is not one of the methods"),
+        (changed(SMALL, ablated="mine"), r"ablated = 'mine' is not one of the methods \(sqdf, draft-1\); add it"),
         (changed(SMALL, ablate=["gamma"], ablated="draft-1"), "which the method 'draft-1' does not read"),
-        (changed(SMALL, methods={"best-of-n": {"strengths": [1, 1.5]}}), "1.5 candidates; give whole numbers from 1"),
-        (changed(SMALL, methods={"best-of-n": {"strengths": [0]}}), "0 candidates; give whole numbers from 1"),
-        (changed(SMALL, methods={"guided": {"strengths": [0, -1]}}), "a guidance scale of -1; give numbers >= 0"),
-        (changed(SMALL, methods={"guided": {"strengths": [2, 2]}}), "methods.guided.strengths: 2.0 is given twice"),
+        (changed(SMALL, methods={"best-of-n": {"sweep": [1, 1.5]}}), "1.5 candidates; give whole numbers from 1"),
+        (changed(SMALL, methods={"best-of-n": {"sweep": [0]}}), "0 candidates; give whole numbers from 1"),
+        (changed(SMALL, methods={"guided": {"sweep": [0, -1]}}), "a guidance scale of -1; give numbers >= 0"),
+        (changed(SMALL, methods={"guided": {"sweep": [2, 2]}}), "methods.guided.sweep: 2.0 is given twice"),
         (changed(SMALL, sedes=[1]), "'sedes' is unknown; did you mean 'seeds'"),
         (changed(TUNED, tuning=None), "method 'sqdf' has trials but the protocol has no tuning"),
         (changed(TUNED, tuning={"budget": 300, "trials": 3}), "has 2 tuning trials and every method gets 3"),
@@ -103,7 +123,7 @@ def test_written_and_read_back(tmp_path):
             changed(TUNED, tuning={"budget": 300, "trials": 2, "reward": "true_reward"}),
             "may not look at true_reward",
         ),
-        (changed(TUNED, tuning={"budget": "x", "trials": 2}), "budget 'x' is none"),
+        (changed(TUNED, tuning={"budget": "x", "trials": 2}), "invalid budget 'x'"),
     ],
 )
 def test_refused(values, said):
@@ -112,7 +132,7 @@ def test_refused(values, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["seed", "steps", "limits.seconds", "evaluation.points"])
+@pytest.mark.parametrize("key", ["algorithm", "seed", "steps", "limits.seconds", "evaluation.points"])
 def test_what_the_comparison_decides_is_not_set(key):
     with pytest.raises(UserError, match=f"settings.{key} is the comparison's to decide"):
         make_protocol(changed(SMALL, settings={key: 1})).base()
@@ -165,7 +185,7 @@ def test_a_method_that_is_added_to_a_folder_joins_the_others(tmp_path):
 def test_on_a_consistency_model_every_algorithm_looks_ahead_by_it(tmp_path):
     settings = {"policy.base": "consistency", "sampling.guidance_scale": 1}
     found = Comparison(make_protocol(changed(SMALL, settings=settings, methods=["sqdf", "draft-1"])), tmp_path)
-    assert found.own["draft-1"] == {"algorithm": "draft", "baseline.truncation": 1}
+    assert found.own["draft-1"] == {"algorithm": "draft", "draft.truncation": 1}
     # What is set on purpose is refused all the same.
     looking = changed(SMALL, settings=settings, methods={"sqdf": {"settings": {"objective.lookahead": "tweedie"}}})
     with pytest.raises(UserError, match=r"method 'sqdf': objective\.lookahead = tweedie does not go with"):
@@ -204,6 +224,46 @@ def test_a_reward_without_a_gradient_is_for_methods_that_need_none():
 
 def test_dotted():
     assert dotted({"a": {"b": 1, "c": {"d": 2}}, "e.f": 3, "g": []}) == {"a.b": 1, "a.c.d": 2, "e.f": 3, "g": []}
+
+
+def test_what_methods_share_reaches_those_that_read_it_and_is_read_by_one_at_least(tmp_path):
+    shared = {"awm.timesteps": 3, "objective.gamma": 0.8}
+    found = Comparison(make_protocol(changed(SMALL, settings=shared, methods=["sqdf", "awm"])), tmp_path)
+    configs = {name: method_config(found.base, name, found.own[name]) for name in found.own}
+    assert (configs["sqdf"].objective.gamma, configs["awm"].awm.timesteps) == (0.8, 3)
+    for key in ("awm.timesteps", "baseline.timesteps"):
+        with pytest.raises(UserError, match=rf"^setting {key} has no effect with algorithm = sqdf \(only with"):
+            Comparison(make_protocol(changed(SMALL, settings={key: 3})), tmp_path)
+    Comparison(make_protocol(changed(SMALL, settings={"baseline.timesteps": 3}, methods=["awm"])), tmp_path)
+    own = make_protocol(changed(SMALL, methods={"sqdf": {"settings": {"awm.timesteps": 3}}}))
+    with pytest.raises(UserError, match=r"^method 'sqdf': setting awm\.timesteps has no effect .*\(only with awm\)"):
+        Comparison(own, tmp_path)
+
+
+def test_variants_of_the_lookahead_leave_the_steps_of_another_one_behind(tmp_path):
+    methods = {"sqdf": {"settings": {"objective.lookahead": "deterministic", "objective.lookahead_steps": 3}}}
+    found = Comparison(make_protocol(changed(SMALL, methods=methods, ablate=["lookahead"])), tmp_path)
+    variants = {one.name: one.config.objective for one in found._expand({"sqdf": {}})}
+    assert variants["sqdf"].lookahead_steps == 3
+    assert variants["sqdf.lookahead-tweedie"].lookahead == "tweedie"
+    assert variants["sqdf.lookahead-deterministic-4"].lookahead_steps == 4
+
+
+STUDY, DATA = Path(__file__).parents[2] / "bench" / "study", Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("name", ["study", "longer"])
+def test_the_recorded_protocols_mean_what_they_meant(name, tmp_path):
+    """Trials, methods and variants, in what their algorithm reads, are those of version 0.1.0."""
+    found = Comparison(make_protocol(read_protocol(STUDY / f"{name}.yaml")), tmp_path)
+    configs = {job.name: job.config for job in found._trials()}
+    configs |= {one.name: one.config for one in found._expand({method: {} for method in found.own})}
+    recorded = yaml.safe_load((DATA / f"version_0_1_0_{name}.yaml").read_text())
+    assert configs.keys() == recorded["runs"].keys()
+    for run, settings in recorded["runs"].items():
+        assert settings_of(configs[run]) == settings_of(
+            make_config(file=merge(recorded["shared"], nested(settings)))
+        ), run
 
 
 BASE = make_config("shapes")

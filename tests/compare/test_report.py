@@ -4,19 +4,17 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
 from PIL import Image
 
 from sqdf_fast.compare.curves import Curve, Point
-from sqdf_fast.compare.drawing import Drawing, Mark, Stroke, Text, inline_svg, render, save
-from sqdf_fast.compare.figures import BOTTOM, HEIGHT, Series, figures, pareto_front, plot
+from sqdf_fast.compare.figures import figures
 from sqdf_fast.compare.page import verdict, write_page
 from sqdf_fast.compare.protocol import make_protocol
 from sqdf_fast.compare.results import Results, Runs, make_results, write_results
-from sqdf_fast.compare.table import as_text, duel_table, end_table, equal_table, tuning_sentence
+from sqdf_fast.compare.table import as_text, comparison_table, end_table, equal_table, tuning_sentence
 from sqdf_fast.compare.tuning import Trial, choose
 from sqdf_fast.runs import save_samples
 
@@ -131,7 +129,7 @@ def test_scores_and_costs_at_equal_reward(results):
 
 
 def test_duels_are_at_the_weaker_ones_best(results):
-    against = {duel.other: duel for duel in results.duels_of("")}
+    against = {comparison.other: comparison for comparison in results.comparisons_of("")}
     assert set(against) == {"draft-1", "asleep"}
     assert against["draft-1"].level == 2.0
     assert against["draft-1"].differences["true_reward"].mean == pytest.approx(0.5)
@@ -160,20 +158,20 @@ def test_the_verdict_is_of_the_scores_that_were_measured(results):
 
 
 def test_an_ablation_has_duels_with_its_variants(results):
-    (duel,) = results.duels_of("gamma")
-    assert (duel.one, duel.other, duel.level) == ("sqdf", "gamma-1", 3.0)
-    assert duel_table(results, "gamma")[1][0][0] == "gamma-1"
+    (comparison,) = results.comparisons_of("gamma")
+    assert (comparison.one, comparison.other, comparison.level) == ("sqdf", "gamma-1", 3.0)
+    assert comparison_table(results, "gamma")[1][0][0] == "gamma-1"
 
 
 def test_tables(results):
     heads, rows = end_table(results, "")
     assert heads[:4] == ["method", "proxy reward", "true reward", "diversity"]
     assert rows[0][2] == "3.000 [2.990, 3.010]"
-    assert rows[0][-4:] == ["2,000", "200", "0:20", "1.0 MiB"]
+    assert rows[0][-4:] == ["2,000", "200", "20 s", "1.0 MiB"]
     assert rows[3] == ["gone", "no <light>"]
     assert equal_table(results, "")[1][2] == ["asleep", "reached by 0 of 2 seeds (best 0.100)"]
     assert equal_table(results, "gamma")[1][0][0] == "gamma-0.9 (sqdf itself)"
-    assert duel_table(results, "")[1][0][:3] == ["draft-1", "2.000", "+0.500 [+0.500, +0.500]"]
+    assert comparison_table(results, "")[1][0][:3] == ["draft-1", "2.000", "+0.500 [+0.500, +0.500]"]
     text = as_text(results)
     assert "At equal proxy reward 2.000, the best that every seed of draft-1 reached (not set by asleep" in text
     assert "ablation of gamma" in text
@@ -183,10 +181,10 @@ def test_what_stands_at_the_level_before_training_says_so(results):
     ahead = Runs("ahead", "ahead", "", {}, [curve(0, 3.0, 0.0)], [Path()], {})
     points = [replace(one, scores={**one.scores, "proxy_reward": 5.0}) for one in ahead.curves[0].points]
     ahead = replace(ahead, curves=[replace(ahead.curves[0], points=points)])
-    found = make_results(results.protocol, [*results.runs[:2], ahead, replace(ahead, free=True)], {}, {})
+    found = make_results(results.protocol, [*results.runs[:2], ahead, replace(ahead, training_free=True)], {}, {})
     assert [row[0] for row in equal_table(found, "")[1]] == ["sqdf", "draft-1", "ahead (before training)", "ahead"]
     assert [row[0] for row in end_table(found, "")[1]] == ["sqdf", "draft-1", "ahead", "ahead"]
-    assert [row[0] for row in duel_table(found, "")[1]] == ["draft-1", "ahead (ahead before training)", "ahead"]
+    assert [row[0] for row in comparison_table(found, "")[1]] == ["draft-1", "ahead (ahead before training)", "ahead"]
 
 
 def test_differences_have_the_judges_that_were_asked_for(results):
@@ -197,7 +195,7 @@ def test_differences_have_the_judges_that_were_asked_for(results):
 
     found = make_results(results.protocol, [judged(run) for run in results.runs], {}, {})
     heads = ["against", "proxy reward", "true reward", "diversity", "sharpness", "lpips diversity", "UNet evals, ratio"]
-    assert duel_table(found, "")[0] == heads
+    assert comparison_table(found, "")[0] == heads
 
 
 def test_tuning_says_what_it_guarded(results):
@@ -224,12 +222,12 @@ def test_tuning_says_what_it_guarded(results):
 )
 def test_plots_know_which_direction_of_a_judge_is_good(results, better, fronts):
     directions = dict.fromkeys(("diversity", "true_reward"), better)
-    told = [replace(run, curves=[replace(one, better=directions) for one in run.curves]) for run in results.runs]
-    drawn = {figure.name: figure.drawing for figure in figures(replace(results, runs=told), "")}
+    judged = [replace(run, curves=[replace(one, better=directions) for one in run.curves]) for run in results.runs]
+    drawn = figures(replace(results, runs=judged), "")
     for score in directions:
-        shapes = drawn[f"methods_{score}_against_proxy_reward"].shapes
-        widest = [shape for shape in shapes if isinstance(shape, Stroke) and shape.width == 7]
-        assert [len(shape.points) for shape in widest] == ([fronts[score]] if score in fronts else [])
+        lines = drawn[f"methods_{score}_against_proxy_reward"].axes.lines
+        widest = [line for line in lines if line.get_linewidth() == 7]
+        assert [len(line.get_xdata()) for line in widest] == ([fronts[score]] if score in fronts else [])
 
 
 def test_json_holds_it_all(results, folder):
@@ -250,7 +248,8 @@ def test_json_holds_it_all(results, folder):
 
 
 def test_the_page_nests_and_asks_the_network_for_nothing(results, folder):
-    page = Page(write_page(results, folder).read_text(encoding="utf-8"))
+    source = write_page(results, folder).read_text(encoding="utf-8")
+    page = Page(source)
     text = " ".join(page.words)
     assert all(address.startswith("data:") for address in page.addresses)
     # Base model, sqdf and draft-1 reach the level, and twice that in the ablation.
@@ -260,8 +259,14 @@ def test_the_page_nests_and_asks_the_network_for_nothing(results, folder):
     assert "4 methods under one budget" in text
     assert "The true reward has no say." in text
     sheet = Image.open(folder / "plots" / "methods_pictures_at_equal_reward.png")
-    # Rows: the base model's pictures are black, sqdf's at equal reward grey, draft-1's, at its end, white.
+    # Rows: the base model's images are black, sqdf's at equal reward grey, draft-1's, at its end, white.
     assert [sheet.getpixel((240, 40 + 48 + 102 * row)) for row in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
+    # Each plot of the page is a file in both formats too.
+    names = {name for group in results.groups for name in figures(results, group)}
+    assert len(names) == 10
+    for kind in ("svg", "png"):
+        assert {path.stem for path in (folder / "plots").glob(f"*.{kind}") if "pictures" not in path.stem} == names
+    assert source.count("<svg") == len(names)
 
 
 def test_a_page_without_any_finished_run(results, folder):
@@ -269,76 +274,4 @@ def test_a_page_without_any_finished_run(results, folder):
     found = make_results(results.protocol, empty, {}, {})
     page = Page(write_page(found, folder).read_text(encoding="utf-8"))
     assert "Fewer than two methods have finished runs." in " ".join(page.words)
-    assert "sqdf     not run yet\n" in as_text(found)
-
-
-def test_the_front_is_what_nothing_beats():
-    points = [(0.0, 5.0), (1.0, 4.0), (1.0, 3.0), (2.0, 4.0), (3.0, 1.0), (2.5, 0.0)]
-    assert pareto_front(points) == [(3.0, 1.0), (2.0, 4.0), (0.0, 5.0)]
-    assert pareto_front(points, (-1, 1)) == [(0.0, 5.0)]
-    assert pareto_front(points, (1, -1)) == [(3.0, 1.0), (2.5, 0.0)]
-
-
-def test_curves_end_in_their_names_which_do_not_cover_each_other():
-    names = [f"method-{i}" for i in range(12)]
-    series = [Series(name, [(0, 0.0), (1, 1 + i / 100)], f"s{i}", "circle") for i, name in enumerate(names)]
-    drawing = plot("title", "x", "y", series)
-    boxes = {
-        shape.text: (shape.at[0], shape.at[1])
-        for shape in drawing.shapes
-        if isinstance(shape, Text) and shape.text in names
-    }
-    assert set(boxes) == set(names)
-    width = 11.5 * 0.58 * 8
-    for one in names:
-        x, y = boxes[one]
-        assert 0 <= x <= drawing.width - width
-        assert all(
-            abs(y - boxes[other][1]) >= 13 or abs(x - boxes[other][0]) >= width for other in names if other != one
-        )
-    assert plot("title", "x", "y", []).shapes == []
-
-
-def test_a_curve_that_collapses_leaves_the_plot_to_the_others():
-    calm = [Series(f"calm-{i}", [(0, 0.0), (1 + i, 2 - 0.5 * i)], f"s{i}", "circle") for i in range(2)]
-    falling = Series("falling", [(0, 0.0), (1, 2.0), (2, -8.0), (3, -9.0)], "s2", "circle")
-    drawing = plot("title", "x", "y", [*calm, falling])
-    marks = [shape for shape in drawing.shapes if isinstance(shape, Mark) and shape.colour == "s2"]
-    (curve,) = [shape for shape in drawing.shapes if isinstance(shape, Stroke) and shape.colour == "s2"]
-    # Its points within the plot, and where it leaves.
-    assert [mark.at for mark in marks] == curve.points[:3]
-    assert curve.points[2][1] == pytest.approx(HEIGHT - BOTTOM)
-    (front,) = [shape for shape in drawing.shapes if isinstance(shape, Stroke) and shape.width == 7]
-    assert all(y <= HEIGHT - BOTTOM for _, y in front.points)
-    assert marks[-1].tip == "falling: x 3, y -9"
-    (name,) = [shape.text for shape in drawing.shapes if isinstance(shape, Text) and shape.colour == "s2"]
-    assert name == "falling, ends at \u22129"
-    # Two such curves are no exception, of two curves none is, and none that is good.
-    for series, better in (
-        ([*calm, falling, replace(falling, colour="s3")], 1),
-        ([calm[0], falling], 1),
-        ([*calm, falling], -1),
-        ([*calm, falling], 0),
-    ):
-        shapes = plot("t", "x", "y", series, better=(1, better)).shapes
-        assert not [shape for shape in shapes if "ends" in getattr(shape, "text", "")]
-
-
-def test_a_drawing_is_the_same_in_both_formats(tmp_path):
-    drawing = Drawing(100, 60, "a < b")
-    shapes = ("circle", "square", "triangle", "diamond", "down", "cross")
-    drawing.add(*(Mark((10 + 15 * i, 50), f"s{i}", shape, 4, "tip & tip") for i, shape in enumerate(shapes)))
-    drawing.add(Stroke([(0, 40), (100, 40)], "s0", 2, dashed=True), Text((5, 38), "x < y", upwards=True))
-    element = ElementTree.fromstring(inline_svg(drawing))
-    assert element.attrib["aria-label"] == "a < b"
-    assert len(element.findall("polygon")) == 5
-    save(drawing, tmp_path / "plots" / "one")
-    ElementTree.fromstring((tmp_path / "plots" / "one.svg").read_text())
-    picture = render(drawing)
-    assert picture.size == (200, 120)
-    for i, colour in enumerate(["#2457c5", "#c2571a", "#1f8a55", "#8247b5", "#c0342b", "#0b8799"]):
-        assert picture.getpixel((20 + 30 * i, 100)) == tuple(int(colour[k : k + 2], 16) for k in (1, 3, 5))
-    # Dashes of 5 with gaps of 4.
-    assert picture.getpixel((4, 80)) != (255, 255, 255)
-    assert picture.getpixel((14, 80)) == (255, 255, 255)
-    assert Image.open(tmp_path / "plots" / "one.png").size == (200, 120)
+    assert "sqdf: not run yet\n" in as_text(found)

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from sqdf_fast.display import before_after_grid, image_grid, save_png
-from sqdf_fast.display.grid import GAP, PAPER, _wrap
+from sqdf_fast.display import image_grid, save_png
+from sqdf_fast.display.grid import GAP, NAME_WIDTH, PAPER, _wrap
 from sqdf_fast.errors import UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+LEFT = NAME_WIDTH + GAP
 
 
 def flat(colour, size=(64, 64)):
@@ -19,28 +20,36 @@ def centres(sheet: Image.Image, tile: int, places: list[tuple[int, int]]) -> lis
     return [sheet.getpixel((left + tile // 2, top + tile // 2)) for left, top in places]
 
 
-def test_pictures_are_in_reading_order():
-    sheet = image_grid([flat(RED), flat(GREEN), flat(BLUE)], ["a", "b", "c"], columns=2, tile=80)
-    column = 80 + GAP
-    row = (sheet.height - GAP) // 2
-    assert sheet.width == 2 * column + GAP
-    assert centres(sheet, 80, [(GAP, GAP), (GAP + column, GAP), (GAP, GAP + row)]) == [RED, GREEN, BLUE]
-    assert sheet.getpixel((GAP + column + 40, GAP + row + 40)) == PAPER
+def test_images_are_in_their_rows_and_columns():
+    sheet = image_grid([[flat(RED), flat(GREEN)], [flat(BLUE), None]], ["a", "b"], tile=80)
+    step, top = 80 + GAP, 2 * GAP
+    assert sheet.size == (LEFT + 2 * step, top + 2 * step)
+    places = [(LEFT, top), (LEFT + step, top), (LEFT, top + step), (LEFT + step, top + step)]
+    assert centres(sheet, 80, places) == [RED, GREEN, BLUE, PAPER]
+    assert sheet.getpixel((LEFT + 80 + GAP // 2, top + 40)) == PAPER
 
 
-def test_label_is_drawn_under_its_picture():
-    with_label = np.asarray(image_grid([flat(RED)], ["word"], tile=80))
-    without = np.asarray(image_grid([flat(RED)], [""], tile=80))
-    assert with_label.shape == without.shape
-    rows = np.flatnonzero((with_label != without).any(axis=(1, 2)))
-    assert rows.min() > GAP + 80
+def test_a_rows_name_is_left_of_it_and_a_columns_name_above():
+    sheets = [image_grid([[flat(RED)]], [row], [column], tile=80) for row in ("", "word") for column in ("", "word")]
+    plain, column, row, _ = map(np.asarray, sheets)
+    assert len({sheet.size for sheet in sheets}) == 1
+    rows, columns = np.nonzero((plain != column).any(axis=2))
+    assert rows.max() < sheets[0].height - 80 - GAP
+    assert columns.min() >= LEFT
+    rows, columns = np.nonzero((plain != row).any(axis=2))
+    assert columns.max() < NAME_WIDTH
+    # Beside the middle of its image.
+    assert abs((rows.min() + rows.max()) / 2 - (sheets[0].height - GAP - 40)) < 8
 
 
-def test_long_label_wraps_and_makes_room():
-    short = image_grid([flat(RED), flat(RED)], ["a", "b"], tile=80)
-    long = image_grid([flat(RED), flat(RED)], ["a", "a prompt with very many words in it, " * 3], tile=80)
-    assert long.width == short.width
-    assert long.height > short.height + 4 * 14
+def test_long_names_wrap_and_make_room():
+    long = "a prompt with very many words in it, " * 6
+    short = image_grid([[flat(RED), flat(RED)]], ["a"], ["b", "c"], tile=80)
+    high_row = image_grid([[flat(RED), flat(RED)]], [long], ["b", "c"], tile=80)
+    high_head = image_grid([[flat(RED), flat(RED)]], ["a"], ["b", long], tile=80)
+    assert short.width == high_row.width == high_head.width
+    assert high_row.height > short.height + 40
+    assert high_head.height > short.height + 4 * 14
 
 
 def test_wrap_keeps_every_word_and_the_width():
@@ -52,29 +61,35 @@ def test_wrap_keeps_every_word_and_the_width():
     assert _wrap("", font, 120) == [""]
 
 
-def test_pairs_stand_side_by_side_under_their_headings():
-    sheet = before_after_grid([flat(RED), flat(RED)], [flat(GREEN), flat(BLUE)], ["a", "b"], columns=2, tile=100)
-    below_heading = next(y for y in range(sheet.height) if sheet.getpixel((GAP + 50, y)) == RED)
-    places = [(GAP + x, below_heading) for x in (0, 104, 204 + GAP, 308 + GAP)]
+def test_pairs_stand_one_above_the_other():
+    sheet = image_grid([[flat(RED), flat(RED)], [flat(GREEN), flat(BLUE)]], ["before", "after"], ["a", "b"], tile=100)
+    below_heads = next(y for y in range(sheet.height) if sheet.getpixel((LEFT + 50, y)) == RED)
+    step = 100 + GAP
+    places = [(LEFT + x, below_heads + y) for x, y in ((0, 0), (0, step), (step, 0), (step, step))]
     assert centres(sheet, 100, places) == [RED, GREEN, RED, BLUE]
-    heading = np.asarray(sheet)[:below_heading]
-    assert (heading != PAPER).any()
+    assert (np.asarray(sheet)[:below_heads] != PAPER).any()
 
 
 def test_other_shapes_keep_their_proportions():
-    sheet = np.asarray(image_grid([flat(RED, (200, 100))], [""], tile=80))
+    sheet = np.asarray(image_grid([[flat(RED, (200, 100))]], [""], tile=80))
     red = (sheet == RED).all(axis=2)
     assert red.any(axis=1).sum() == 40
     assert red.any(axis=0).sum() == 80
 
 
-def test_unequal_numbers_are_refused():
-    with pytest.raises(UserError, match="2 pictures, 1 labels"):
-        image_grid([flat(RED), flat(RED)], ["a"])
-    with pytest.raises(UserError, match="1, 2 and 1 given"):
-        before_after_grid([flat(RED)], [flat(RED), flat(RED)], ["a"])
-    with pytest.raises(UserError, match="0 pictures"):
-        image_grid([], [])
+@pytest.mark.parametrize(
+    ("images", "rows", "columns", "said"),
+    [
+        ([[flat(RED)], [flat(RED)]], ["a"], [], r"2 rows of \[1\] images, 1 and 0 names"),
+        ([[flat(RED)], [flat(RED), flat(RED)]], ["a", "b"], [], r"2 rows of \[1, 2\] images"),
+        ([[flat(RED)]], ["a"], ["b", "c"], r"1 rows of \[1\] images, 1 and 2 names"),
+        ([], [], [], r"0 rows of \[\] images"),
+        ([[]], ["a"], [], r"1 rows of \[0\] images"),
+    ],
+)
+def test_unequal_numbers_are_refused(images, rows, columns, said):
+    with pytest.raises(UserError, match=said):
+        image_grid(images, rows, columns)
 
 
 def test_save(tmp_path):

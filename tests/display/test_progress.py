@@ -5,8 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from sqdf_fast.display import TrainingProgress
-from sqdf_fast.display.progress import format_bytes, format_seconds
+from sqdf_fast.display import StageProgress, TrainingProgress
 
 
 class Clock:
@@ -33,17 +32,17 @@ def run(terminal: bool, steps: int = 12, first: int = 0, seconds: float = 4.0) -
 def test_without_a_terminal_a_plain_line_now_and_then():
     lines = run(terminal=False).splitlines()
     assert lines == [
-        "step 1/12 · reward 0.100 · KL 0.0123 · memory 3.00 GiB · 0:44 left",
-        "step 4/12 · reward 0.400 · KL 0.0123 · memory 3.00 GiB · 0:32 left",
-        "step 7/12 · reward 0.700 · KL 0.0123 · memory 3.00 GiB · 0:20 left",
-        "step 10/12 · reward 1.000 · KL 0.0123 · memory 3.00 GiB · 0:08 left",
-        "step 12/12 · reward 1.200 · KL 0.0123 · memory 3.00 GiB · 0:00 left",
+        "step 1/12 · reward 0.100 · KL 0.0123 · memory 3.00 GiB · 44 s left",
+        "step 4/12 · reward 0.400 · KL 0.0123 · memory 3.00 GiB · 32 s left",
+        "step 7/12 · reward 0.700 · KL 0.0123 · memory 3.00 GiB · 20 s left",
+        "step 10/12 · reward 1.000 · KL 0.0123 · memory 3.00 GiB · 8 s left",
+        "step 12/12 · reward 1.200 · KL 0.0123 · memory 3.00 GiB · 0 s left",
         "evaluation: [bold] 1.5",
     ]
 
 
 def test_resumed_run_counts_only_its_own_steps():
-    assert run(terminal=False, first=10).splitlines()[0].endswith("· 0:04 left")
+    assert run(terminal=False, first=10).splitlines()[0].endswith("· 4 s left")
 
 
 def test_on_a_terminal_a_live_line_with_every_fact():
@@ -61,25 +60,6 @@ def test_facts_before_the_first_step():
     assert "0/5" in output.getvalue()
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.2, "1:15"), (59.6, "1:00"), (4000, "1:06:40")])
-def test_format_seconds(seconds, text):
-    assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (12, "12 B"),
-        (2048, "2.0 KiB"),
-        (5 * 2**20, "5.0 MiB"),
-        (3 * 2**29, "1.50 GiB"),
-        (2**41, "2048.00 GiB"),
-    ],
-)
-def test_format_bytes(count, text):
-    assert format_bytes(count) == text
-
-
 def test_time_left_does_not_count_what_precedes_the_first_step():
     clock, output = Clock(), io.StringIO()
     with TrainingProgress(3, console=Console(file=output, width=120), clock=clock) as progress:
@@ -87,7 +67,7 @@ def test_time_left_does_not_count_what_precedes_the_first_step():
         progress.phase("evaluating", 5, 5)
         clock.now += 4
         progress.update(1, 0.1, 0.01)
-    assert output.getvalue().strip().endswith("0:08 left")
+    assert output.getvalue().strip().endswith("8 s left")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +83,7 @@ def test_memory_is_shown_against_the_plan(planned, memory, fact):
     with TrainingProgress(2, console=Console(file=output, width=120), clock=Clock(), planned_bytes=planned) as progress:
         progress.memory = lambda: memory
         progress.update(1, 0.1, 0.01)
-    assert output.getvalue().strip() == " · ".join(["step 1/2", "reward 0.100", "KL 0.01", fact, "0:00 left"])
+    assert output.getvalue().strip() == " · ".join(["step 1/2", "reward 0.100", "KL 0.01", fact, "0 s left"])
 
 
 def test_a_first_step_that_takes_long_shows_memory_as_it_is_at_every_moment():
@@ -113,8 +93,20 @@ def test_a_first_step_that_takes_long_shows_memory_as_it_is_at_every_moment():
         progress.memory = lambda: (next(held) * 2**30, 9 * 2**30)
         progress.phase("training")
         for _ in range(3):
-            progress._live.refresh()
+            progress._bars.refresh()
     shown = output.getvalue()
     assert progress.step == 0
     for now in (1, 2, 3):
         assert f"now {now}.0, peak 9.0 of 9.0 GiB planned" in shown
+
+
+def test_each_stage_has_its_bar_and_figures():
+    out = io.StringIO()
+    with StageProgress(Console(file=out, force_terminal=True, width=120)) as progress:
+        progress("sampling", 3, 3, {})
+        progress("training", 1, 4, {"loss": 0.5})
+        progress("training", 2, 4, {"loss": 0.25})
+    last = out.getvalue().split("sampling")[-1]
+    assert "3/3" in last
+    assert "2/4" in last
+    assert "loss 0.25" in last

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from support.marks import slow
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.engine import compilation
@@ -156,7 +157,7 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("merge_lora", [True, False])
+@pytest.mark.parametrize("merge_lora", [slow(True), False])
 def test_compiled_blocks_sample_what_the_uncompiled_do_in_every_role(model, traced, merge_lora):
     plain = trained(model, merge_lora=merge_lora)
     compiled = trained(model, merge_lora=merge_lora, compilation="regional")

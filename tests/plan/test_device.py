@@ -27,14 +27,14 @@ def test_sizes_are_read(text, size):
 @pytest.mark.parametrize(
     ("text", "total", "message"),
     [
-        ("lots", None, "is no size; allowed: 24G"),
-        ("24 apples", None, "is no size"),
-        ("-3G", None, "is no size"),
-        ("0G", None, "is nothing"),
-        ("80%", None, "no GPU is here"),
-        ("120%", GIB, "more than 0% up to 100%"),
-        ("0%", GIB, "more than 0% up to 100%"),
-        ("", None, "is no size"),
+        ("lots", None, "invalid --vram 'lots': expected a size such as 24G"),
+        ("24 apples", None, "expected a size such as 24G, 8GiB or 80%"),
+        ("-3G", None, "expected a size such as 24G, 8GiB or 80%"),
+        ("0G", None, "expected more than nothing"),
+        ("80%", None, "no GPU to take a share of"),
+        ("120%", GIB, "more than 0% and at most 100%"),
+        ("0%", GIB, "more than 0% and at most 100%"),
+        ("", None, "expected a size such as 24G, 8GiB or 80%"),
     ],
 )
 def test_what_is_no_size_is_refused(text, total, message):

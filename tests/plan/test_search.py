@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.marks import slow
 
 from sqdf_fast.config import Execution, make_config, with_settings
 from sqdf_fast.plan import Planner
@@ -22,7 +23,7 @@ def simulation():
     return Planner(CONFIG, use_cache=False).simulation()
 
 
-@pytest.mark.parametrize("name", EXECUTIONS)
+@pytest.mark.parametrize("name", [slow("staged"), "joint"])
 def test_a_small_batch_extended_is_the_whole_batch(simulation, name):
     execution = EXECUTIONS[name]
     settings = {f"execution.{key}": value for key, value in execution.model_dump().items()}

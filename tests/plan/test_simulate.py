@@ -120,6 +120,7 @@ def test_a_step_with_its_update_is_predicted_within_two_per_cent(config, allocat
     assert beside(counted, "weights", "optimizer") == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_step_whose_parts_come_and_go_is_predicted_within_two_per_cent(embedded, allocated_peak):
     execution = STAGED_CHECKPOINTED.model_copy(update={"offload": "staged"})
     run, _ = real_step(execution, torch.float32)

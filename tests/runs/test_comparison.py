@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sqdf_fast.runs import read_run, summary_lines, write_report
-from sqdf_fast.runs.comparison import GIB, StageFigures, compare, difference, read_plan
+from sqdf_fast.runs.comparison import GIB, Measure, StageFigures, compare, read_plan
 
 PLAN = {
     "fits": True,
@@ -96,22 +96,22 @@ class Section(HTMLParser):
 def test_stages_are_matched_by_name_with_largest_peak_and_median_time():
     found = compare(PLAN, STEPS, on_gpu=True)
     assert found.stages == [
-        StageFigures("transition", 2 * GIB, 2 * GIB, 1.0, 1.25),
-        StageFigures("reward", 4 * GIB, 5 * GIB, 3.0, 2.0, "decoder <recomputed>"),
-        StageFigures("optimizer", None, GIB, None, 0.5),
+        StageFigures("transition", Measure(2 * GIB, 2 * GIB), Measure(1.0, 1.25)),
+        StageFigures("reward", Measure(4 * GIB, 5 * GIB), Measure(3.0, 2.0), "decoder <recomputed>"),
+        StageFigures("optimizer", Measure(None, GIB), Measure(None, 0.5)),
     ]
-    assert (found.planned_peak, found.reserve, found.planned_seconds) == (4 * GIB, GIB, 4.0)
-    assert (found.measured_peak, found.measured_seconds, found.joules) == (5 * GIB, 5.0, 1500.0)
+    assert (found.peak, found.seconds) == (Measure(4 * GIB, 5 * GIB), Measure(4.0, 5.0))
+    assert (found.reserve, found.joules) == (GIB, 1500.0)
     assert found.events == [(2, "out of memory in stage reward: decode_images 4 -> 2")]
     assert found.measured_steps == 3
 
 
 def test_on_a_gpu_the_runs_peak_counts_and_on_a_cpu_it_is_another_figure():
     steps = [step(1, memory_bytes=9 * GIB)]
-    assert compare(PLAN, steps, on_gpu=True).measured_peak == 9 * GIB
-    assert compare(PLAN, steps, on_gpu=False).measured_peak is None
+    assert compare(PLAN, steps, on_gpu=True).peak.measured == 9 * GIB
+    assert compare(PLAN, steps, on_gpu=False).peak.measured is None
     counted = [step(1, [["reward", 2 * GIB, 1.0]], memory_bytes=9 * GIB)]
-    assert compare(PLAN, counted, on_gpu=False).measured_peak == 2 * GIB
+    assert compare(PLAN, counted, on_gpu=False).peak.measured == 2 * GIB
 
 
 def test_of_the_sampling_a_step_has_its_share(folder):
@@ -119,7 +119,7 @@ def test_of_the_sampling_a_step_has_its_share(folder):
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     sampled = [["sampling", GIB, 40.0], ["reward", GIB, 2.0]]
     write_steps(folder, [step(1, sampled), step(2, [["reward", GIB, 2.0]]), step(9, sampled)])
-    stages = {stage.name: stage.measured_seconds for stage in read_run(folder).comparison.stages}
+    stages = {stage.name: stage.seconds.measured for stage in read_run(folder).comparison.stages}
     assert stages == {"transition": None, "reward": 2.0, "sampling": 5.0}
 
 
@@ -128,7 +128,7 @@ def test_of_the_sampling_a_step_has_its_share(folder):
     [(4.0, 5.0, "+25.0%"), (4.0, 3.9, "-2.5%"), (4.0, 4.0, "+0.0%"), (None, 5.0, ""), (4.0, None, ""), (0.0, 1.0, "")],
 )
 def test_difference(planned, measured, text):
-    assert difference(planned, measured) == text
+    assert Measure(planned, measured).difference == text
 
 
 @pytest.mark.parametrize("content", [None, "{cut", "[1]", "null"])
@@ -186,7 +186,7 @@ def test_measurements_without_a_plan_say_so(folder):
     assert section.rows[0] == ["stage", "memory measured", "time measured"]
     assert section.rows[1] == ["transition", "2.00 GiB", "1.25 s"]
     assert section.tiles[0] == "5.00 GiB; peak memory"
-    assert section.remarks[-1] == "The run has no plan that can be read (plan.json), so nothing is compared."
+    assert section.remarks[-1] == "The run has no readable plan (plan.json), so nothing is compared."
 
 
 def test_on_a_cpu_times_are_compared_and_memory_is_not(folder):
@@ -199,7 +199,7 @@ def test_on_a_cpu_times_are_compared_and_memory_is_not(folder):
 
 def test_a_plan_that_did_not_fit_is_not_hidden(folder):
     (folder / "plan.json").write_text(json.dumps(PLAN | {"fits": False}))
-    assert "The plan said that the run would not fit." in Section(folder).remarks[0]
+    assert "The plan predicted that the run would not fit." in Section(folder).remarks[0]
 
 
 def test_a_run_without_plan_and_stages_has_no_section(folder):
@@ -209,7 +209,7 @@ def test_a_run_without_plan_and_stages_has_no_section(folder):
 
 
 def test_the_summary_sets_the_peak_against_the_plan(folder):
-    assert "peak memory         5.00 GiB of 4.00 GiB planned  (+25.0%)" in summary_lines(read_run(folder))
+    assert "peak memory  5.00 GiB of 4.00 GiB planned  (+25.0%)" in summary_lines(read_run(folder))
     (folder / "config.yaml").write_text(yaml.safe_dump({"steps": 4, "device": "cpu"}))
     write_steps(folder, [step(1)])
     assert not any("planned" in line for line in summary_lines(read_run(folder)))

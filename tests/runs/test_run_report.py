@@ -130,7 +130,8 @@ def test_page_holds_everything_and_asks_the_network_for_nothing(run_folder):
     source = path.read_text(encoding="utf-8")
     page = Page(source)
     assert all(address.startswith("data:") for address in page.addresses)
-    assert not re.search(r"url\(|@import|https?://", source)
+    # A plot clips to a shape of its own, "#p...".
+    assert not re.search(r"url\((?!#p)|@import|https?://", source)
     assert "script" not in page.tags
     headings = [
         "Before and after",
@@ -142,7 +143,11 @@ def test_page_holds_everything_and_asks_the_network_for_nothing(run_folder):
         "Environment",
     ]
     assert all(heading in page.text for heading in headings)
-    assert page.text.count("a red star") == 2
+    # Before and after, on the way, and in the command that draws more.
+    assert page.text.count("a red star") == 3
+    assert f"sqdf-fast sample {run_folder} 'a red star' --seed 7" in page.text
+    # No seed but the run's own, which a command takes.
+    assert set(re.findall(r"seed \w+", page.text)) == {"seed 7"}
     assert "<script>alert('x')</script> & \"more\"" in page.text
     assert page.tags.count("svg") == 9
     # Two prompts before and after, and the same at three steps.
@@ -150,13 +155,13 @@ def test_page_holds_everything_and_asks_the_network_for_nothing(run_folder):
 
 
 def test_evaluation_says_which_prompts_and_which_diversity(run_folder):
-    assert "The prompts of the training; the same seeds" in write_report(run_folder).read_text(encoding="utf-8")
+    assert "The prompts of the training; the same noise" in write_report(run_folder).read_text(encoding="utf-8")
     config = CONFIG | {"prompts": "shapes", "evaluation": {"prompts": "shapes-held-out"}}
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
     lines = [json.dumps(evaluation(step, 0.0, 0.0, diversity_measure="<thumbnails>")) for step in (0, 1)]
     (run_folder / "metrics.jsonl").write_text("\n".join(lines))
     text = Page(write_report(run_folder).read_text(encoding="utf-8")).text
-    assert "The prompts of shapes-held-out, which training never used; the same seeds" in text
+    assert "The prompts of shapes-held-out, which training never used; the same noise" in text
     assert "Diversity of <thumbnails>" in text
 
 
@@ -169,7 +174,7 @@ def test_headline_numbers(run_folder):
     assert "shuffled prompts 0.10" in text
     assert "rose by 2.00 standard deviations" in text
     assert "6,000" in text
-    assert "1:20" in text
+    assert "1 min 20 s" in text
     assert "40 of 40 steps" in text
     assert "partial" not in text
 
@@ -182,14 +187,14 @@ def test_a_run_that_its_limit_ended_says_so(run_folder):
     assert "partial" not in text
 
 
-def test_pictures_are_the_samples_in_order(run_folder):
+def test_images_are_the_samples_in_order(run_folder):
     source = write_report(run_folder).read_text(encoding="utf-8")
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', source)
     levels = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0))[0] for data in pictures]
     assert levels == [0, 255, 128, 128, 0, 128, 255, 128, 128, 128]
 
 
-def test_large_pictures_are_scaled_down(run_folder):
+def test_large_images_are_scaled_down(run_folder):
     Image.new("RGB", (1024, 512), (9, 200, 30)).save(run_folder / "samples/step_000000/00.png")
     source = write_report(run_folder).read_text(encoding="utf-8")
     data = re.search(r"data:image/jpeg;base64,([^\"]+)", source)[1]
@@ -219,12 +224,12 @@ def test_run_that_has_only_a_configuration(tmp_path):
     assert "img" not in page.tags
 
 
-def test_missing_and_damaged_pictures_leave_a_gap(run_folder):
+def test_missing_and_damaged_images_leave_a_gap(run_folder):
     (run_folder / "samples/step_000040/00.png").unlink()
     (run_folder / "samples/step_000040/01.png").write_bytes(b"\x89PNG cut")
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
     assert page.tags.count("img") == 10 - 4
-    assert page.text.count("missing") == 4
+    assert page.words.count("missing") == 4
 
 
 def test_world_without_a_true_reward(run_folder):
@@ -248,7 +253,7 @@ def test_world_without_a_true_reward(run_folder):
             (1.25, -0.6),
             "rose by 2.00 standard deviations of the base model's, and the true reward.*rose by 0.40",
         ),
-        ((1.25, -3.0), "rose by 2.00 .*, but the true reward fell by 2.00: it was over-optimised"),
+        ((1.25, -3.0), "rose by 2.00 .*, but the true reward fell by 2.00: it was over-optimized"),
         ((0.0, -0.5), r"did not rise \(-0.50 standard deviations"),
         ((1.25, None), r"rose by 2.00 standard deviations of the base model's\.$"),
     ],
@@ -275,7 +280,10 @@ def test_summary_lines(run_folder):
     assert lines[2].split() == ["true", "reward", "-1.000", "->", "-0.600", "(+0.400)"]
     assert "(80% kept)" in lines[4]
     assert "(shuffled prompts 0.100)" in lines[5]
-    assert "40 optimizer steps, 1:20 training time, 0:15 evaluation time, 6,000 UNet evaluations, 1.00 GiB" in lines[6]
+    assert (
+        "40 optimizer steps, 1 min 20 s training time, 15 s evaluation time, 6,000 UNet evaluations, 1.00 GiB"
+        in lines[6]
+    )
 
 
 def test_not_a_run_folder(tmp_path):

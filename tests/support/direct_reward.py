@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.func import functional_call
 
 from sqdf_fast.algorithms import make_algorithm
 from sqdf_fast.algorithms.base import Algorithm
-from sqdf_fast.config import Config, make_config
+from sqdf_fast.config import ALGORITHM_SETTINGS, Config, make_config, section_of
 from sqdf_fast.engine.loading import load_backbone
 from sqdf_fast.engine.noise import Stream
 from sqdf_fast.engine.runtime import Runtime
@@ -30,16 +31,19 @@ def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     return length * (direction.to(images) * (3 * images - 1.3).sin()).flatten(1).mean(1)
 
 
-def settings(model: Path, algorithm: str, **changes: Any) -> Config:
+def settings(model: Path, algorithm: str, own: Mapping[str, Any] = MappingProxyType({}), **changes: Any) -> Config:
+    """A small run; of ``own``, values for the algorithm's own section, it takes those that the section has."""
+    fields = ALGORITHM_SETTINGS[algorithm].model_fields
     values: dict[str, Any] = {
         "model": str(model),
         "algorithm": algorithm,
         "dtype": "float64",
         "sampling": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "batch_size": 3},
-        "objective": {"lookahead": "tweedie", "alpha": 0.3},
+        "objective": {"alpha": 0.3} if "objective.alpha" in ALGORITHM_SETTINGS[algorithm].reads else {},
         "policy": {"rank": 2},
         "optimizer": {"batch_size": BATCH},
         "execution": {"micro_batch": BATCH},
+        **({section_of(algorithm): {name: own[name] for name in own if name in fields}} if fields else {}),
     }
     for key, value in changes.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value

@@ -13,7 +13,7 @@ REFILL, STEP = 16 * 20 * 2, 16 * 2 * 2
 
 
 def test_the_default_configuration_takes_a_step(tmp_path):
-    one = {"steps": 1, "checkpoint_every": 0, "evaluation": {"every": 0, "num_prompts": 2, "images_per_prompt": 2}}
+    one = {"steps": 1, "checkpoint_every": 0, "evaluation": {"every": 0, "num_prompts": 1, "images_per_prompt": 2}}
     new_run(make_config("shapes", flags=one), tmp_path / "run")
     run = read_run(tmp_path / "run")
     (record,) = run.steps
