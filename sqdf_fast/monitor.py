@@ -106,7 +106,7 @@ def check(evaluations: Sequence[Record]) -> Alarm | None:
         step=int(last["step"]),
         best_step=int(best["step"]),
         proxy=(best[PROXY], last[PROXY]),
-        kl=None if None in kl else kl,
+        kl=None if kl[0] is None or kl[1] is None else (kl[0], kl[1]),
         turns=tuple(found),
     )
 

@@ -52,7 +52,7 @@ class Judges:
 
     @property
     def better(self) -> dict[str, Better]:
-        """Which direction is good, for each judge's name."""
+        """Which direction is good, by judge."""
         return {name: judge.better for name, judge in self.by_name.items()}
 
     @torch.no_grad()
@@ -105,20 +105,19 @@ def load_judges(
         UserError: an unknown name, or a judge or reward that cannot be loaded.
     """
     given = options or {}
-    own, embedding = _of_model(model, reward)
+    if model == "shapes":
+        from sqdf_fast.evaluate.shapes import ShapesEmbedding, shapes_judges
+        from sqdf_fast.shapes import load_judge
+
+        networks = load_judge()
+        own: list[Judge]
+        embedding: Embedding
+        own, embedding = shapes_judges(networks), ShapesEmbedding(networks)
+    else:
+        own, embedding = [EmbeddingDiversity(), Vendi(), VendiOfAll()], embedding_of(reward)
     more = [find_judge(name).load(dtype=dtype, **given.get(name, {})) for name in names]
     rewards = [held_out_judge(spec, dtype=dtype, **given.get(spec, {})) for spec in held_out]
     return Judges([*own, KernelDistance(), *more, *rewards], embedding)
-
-
-def _of_model(model: str, reward: Reward) -> tuple[list[Judge], Embedding]:
-    if model != "shapes":
-        return [EmbeddingDiversity(), Vendi(), VendiOfAll()], embedding_of(reward)
-    from sqdf_fast.evaluate.shapes import ShapesEmbedding, shapes_judges
-    from sqdf_fast.shapes import load_judge
-
-    networks = load_judge()
-    return shapes_judges(networks), ShapesEmbedding(networks)
 
 
 def find_judge(name: str) -> type[Judge]:

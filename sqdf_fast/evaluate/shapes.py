@@ -66,16 +66,14 @@ class AttributeAccuracy(_NetworkJudge):
     name = "attribute_accuracy"
 
     def measure(self, image_set: ImageSet) -> Measurement:
-        from sqdf_fast.shapes.prompts import parse
-        from sqdf_fast.shapes.render import COLORS, SHAPES
+        from sqdf_fast.shapes.prompts import indices
 
         seen = image_set.scores(self._seen)
-        named = [parse(prompt) for prompt in image_set.prompts]
-        shares = (seen[:, 0] == torch.tensor([SHAPES.index(name.shape) for name in named])).double()
+        shapes, colors = map(torch.from_numpy, indices(image_set.prompts))
+        shares = (seen[:, 0] == shapes).double()
         resampled = resampled_means(shares.tolist(), image_set.prompts)
-        colored = torch.tensor([name.color is not None for name in named])
+        colored = colors >= 0
         if colored.any():
-            colors = torch.tensor([list(COLORS).index(name.color) if name.color else -1 for name in named])
             right = (seen[:, 1] == colors).double()
             means = resampled_means(right.tolist(), image_set.prompts, colored.double().tolist())
             # Each image's share of the mean of the two fractions. That of colors is a ratio, since not all prompts

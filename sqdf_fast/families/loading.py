@@ -76,12 +76,8 @@ def load_family(
         UserError: no such model, a damaged file, a pipeline of another family, or an impossible quantization or
             resolution.
     """
-    options: dict[str, Any] = {"resolution": resolution}
-    source = KNOWN_MODELS.get(model, model)
-    if model == "shapes":
-        source = str(shapes.pipeline_folder())
-        options["consistency_lora"] = str(shapes.consistency_lora_folder())
     refuse_unknown_model(model)
+    source = str(shapes.pipeline_folder()) if model == "shapes" else KNOWN_MODELS.get(model, model)
     # The index is one small file: a pipeline of another family is refused before its gigabytes are fetched.
     index = _index(model, source)
     family = _family_class(model, index)
@@ -98,7 +94,7 @@ def load_family(
         raise UserError(
             f"model {model!r} cannot be loaded ({first_line(error)}); check the folder or id, and the network"
         ) from None
-    return family(pipeline, **options)
+    return family(pipeline, resolution=resolution, **_own_options(model))
 
 
 def known_model(name: str) -> Path | None:
@@ -132,9 +128,8 @@ def family_from_configs(
             f"{', '.join(map(repr, KNOWN_MODELS))}, their hub ids, or a diffusers folder"
         )
     family = _family_class(model, _index(model, str(folder)))
-    options = {"consistency_lora": str(shapes.consistency_lora_folder())} if model == "shapes" else {}
     try:
-        return family.from_configs(folder, dtype=dtype, device=device, resolution=resolution, **options)
+        return family.from_configs(folder, dtype=dtype, device=device, resolution=resolution, **_own_options(model))
     except _UNREADABLE as error:
         raise UserError(f"model {model!r} has a configuration that cannot be read ({first_line(error)})") from None
 
@@ -182,6 +177,10 @@ def _quantization_config(
         raise UserError(
             f"{given} needs bitsandbytes ({first_line(error)}); pip install bitsandbytes, or use none"
         ) from None
+
+
+def _own_options(model: str) -> dict[str, str]:
+    return {"consistency_lora": str(shapes.consistency_lora_folder())} if model == "shapes" else {}
 
 
 def _index(model: str, source: str) -> dict[str, Any]:

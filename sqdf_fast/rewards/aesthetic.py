@@ -39,8 +39,7 @@ class AestheticReward(HeadReward):
 
         Args:
             clip: folder or hub id of the CLIP model in transformers' format.
-            head: the published ``.pth``, the same tensors as ``.safetensors``, a folder that holds the file, or the id
-                of a hub repository.
+            head: the published ``.pth``, its tensors as ``.safetensors``, a folder with it, or a hub id.
             head_file: the file's name in that folder or repository.
             dtype: of the vision network; the head and the score are float32 (float64 with float64).
 

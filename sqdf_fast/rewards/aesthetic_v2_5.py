@@ -36,8 +36,7 @@ class AestheticV25Reward(HeadReward):
 
         Args:
             siglip: folder or hub id of the SigLIP model in transformers' format.
-            head: the published ``.pth``, the same tensors as ``.safetensors``, a folder that holds the file, the id of
-                a hub repository, or its address.
+            head: the published ``.pth``, its tensors as ``.safetensors``, a folder with it, a hub id, or its address.
             dtype: of the vision network; the head and the score are float32 (float64 with float64).
 
         Raises:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 class Reward(nn.Module):
     """A score r(image, prompt), the higher the better. Subclasses implement ``forward``.
 
-    A subclass may have two more constructors: ``load(**options)``, then used in place of the ordinary one to load it,
-    and ``from_config(*, device, dtype)``, which builds the same modules without weights, network or tokenizer, so that
-    its memory can be simulated. Both are class methods.
+    A subclass may have two more constructors, class methods: ``load(**options)``, used in place of the ordinary one,
+    and ``from_config(*, device, dtype)``, which builds the same modules without weights, for simulating its memory.
 
     Attributes:
         name: name in reports.

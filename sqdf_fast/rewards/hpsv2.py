@@ -43,8 +43,7 @@ class HPSv2Reward(CosineReward):
         """The published weights.
 
         Args:
-            weights: the published ``.pt``, the same tensors as ``.safetensors``, a folder that holds the published
-                file, or the id of a hub repository.
+            weights: the published ``.pt``, its tensors as ``.safetensors``, a folder with it, or a hub id.
             version: "v2.1" or "v2.0"; names the file in a folder or repository.
             tokenizer: folder or hub id of CLIP's tokenizer.
             dtype: of the vision network; text features and score are float32 (float64 with float64).

@@ -68,8 +68,7 @@ class ImageReward(Reward):
         """The published weights.
 
         Args:
-            weights: the published ``.pt``, the same tensors as ``.safetensors``, a folder that holds the published
-                file, or the id of a hub repository.
+            weights: the published ``.pt``, its tensors as ``.safetensors``, a folder with it, or a hub id.
             tokenizer: folder or hub id of bert-base-uncased's tokenizer.
             dtype: of BLIP; head and score are float32 (float64 with float64).
 

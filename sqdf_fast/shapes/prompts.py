@@ -55,15 +55,15 @@ TRAIN_PROMPTS: tuple[str, ...] = tuple(named.prompt() for named in _ALL if not _
 HELD_OUT_PROMPTS: tuple[str, ...] = tuple(named.prompt() for named in _ALL if _is_held_out(named))
 
 
+def indices(prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """What prompts name, int64 [N] into ``SHAPES`` and into ``COLORS``, -1 for a free color."""
+    named, colors = [parse(prompt) for prompt in prompts], list(COLORS)
+    shape = np.array([SHAPES.index(name.shape) for name in named])
+    return shape, np.array([colors.index(name.color) if name.color else -1 for name in named])
+
+
 def attributes_for(prompts: Sequence[str], rng: np.random.Generator) -> Attributes:
     """One image's attributes for every prompt: what it names is kept, the rest is drawn."""
-    named = [parse(prompt) for prompt in prompts]
-    colors = list(COLORS)
-    ranges = np.array([SIZES[name.size] if name.size else SIZE_RANGE for name in named]).reshape(-1, 2)
-    return sample_attributes(
-        len(named),
-        rng,
-        shape=np.array([SHAPES.index(name.shape) for name in named]),
-        color=np.array([colors.index(name.color) if name.color else -1 for name in named]),
-        size_range=(ranges[:, 0], ranges[:, 1]),
-    )
+    sizes = [parse(prompt).size for prompt in prompts]
+    ranges = np.array([SIZES[size] if size else SIZE_RANGE for size in sizes]).reshape(-1, 2)
+    return sample_attributes(len(prompts), rng, *indices(prompts), size_range=(ranges[:, 0], ranges[:, 1]))
