@@ -66,10 +66,10 @@ class AttributeAccuracy(_NetworkJudge):
     name = "attribute_accuracy"
 
     def measure(self, image_set: ImageSet) -> Measurement:
-        from sqdf_fast.shapes.prompts import indices
+        from sqdf_fast.shapes.prompts import named_indices
 
         seen = image_set.scores(self._seen)
-        shapes, colors = map(torch.from_numpy, indices(image_set.prompts))
+        shapes, colors = map(torch.from_numpy, named_indices(image_set.prompts))
         shares = (seen[:, 0] == shapes).double()
         resampled = resampled_means(shares.tolist(), image_set.prompts)
         colored = colors >= 0

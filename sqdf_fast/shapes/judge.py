@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from sqdf_fast.shapes.prompts import WORDS, indices, parse
+from sqdf_fast.shapes.prompts import WORDS, named_indices, parse
 from sqdf_fast.shapes.render import (
     COLORS,
     LIGHTNESS_RANGE,
@@ -150,7 +150,7 @@ class Judge(nn.Module):
     def attribute_accuracy(self, images: torch.Tensor, prompts: Sequence[str]) -> AttributeAccuracy:
         """How often the shape and the color are those named; NaN color where no prompt names one."""
         shape, color, _ = self.attributes(images.float())
-        shapes, colors = map(torch.from_numpy, indices(prompts))
+        shapes, colors = map(torch.from_numpy, named_indices(prompts))
         right_shape = (shape.argmax(dim=1) == shapes).float()
         right_color = (color.argmax(dim=1) == colors)[colors >= 0].float()
         return AttributeAccuracy(float(right_shape.mean()), float(right_color.mean()))

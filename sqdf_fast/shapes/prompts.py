@@ -55,7 +55,7 @@ TRAIN_PROMPTS: tuple[str, ...] = tuple(named.prompt() for named in _ALL if not _
 HELD_OUT_PROMPTS: tuple[str, ...] = tuple(named.prompt() for named in _ALL if _is_held_out(named))
 
 
-def indices(prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def named_indices(prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """What prompts name, int64 [N] into ``SHAPES`` and into ``COLORS``, -1 for a free color."""
     named, colors = [parse(prompt) for prompt in prompts], list(COLORS)
     shape = np.array([SHAPES.index(name.shape) for name in named])
@@ -66,4 +66,4 @@ def attributes_for(prompts: Sequence[str], rng: np.random.Generator) -> Attribut
     """One image's attributes for every prompt: what it names is kept, the rest is drawn."""
     sizes = [parse(prompt).size for prompt in prompts]
     ranges = np.array([SIZES[size] if size else SIZE_RANGE for size in sizes]).reshape(-1, 2)
-    return sample_attributes(len(prompts), rng, *indices(prompts), size_range=(ranges[:, 0], ranges[:, 1]))
+    return sample_attributes(len(prompts), rng, *named_indices(prompts), size_range=(ranges[:, 0], ranges[:, 1]))

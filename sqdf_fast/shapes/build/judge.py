@@ -14,7 +14,7 @@ from torch import nn
 
 from sqdf_fast.shapes.build.unet import captions
 from sqdf_fast.shapes.judge import LEARNED_MEASURES, Judge, learned_measures
-from sqdf_fast.shapes.prompts import indices, parse
+from sqdf_fast.shapes.prompts import named_indices, parse
 from sqdf_fast.shapes.render import SIZES, Attributes, render, sample_attributes
 
 LEARNING_RATE = 2e-3
@@ -31,7 +31,7 @@ def save_half(module: nn.Module, path: Path) -> None:
 def fits(attributes: Attributes, prompts: list[str]) -> torch.Tensor:
     """Whether image i shows what prompt j names, bool [N, M]."""
     named = [parse(prompt) for prompt in prompts]
-    shape, color = indices(prompts)
+    shape, color = named_indices(prompts)
     low = np.array([SIZES[name.size][0] if name.size else 0.0 for name in named])
     high = np.array([SIZES[name.size][1] if name.size else 1.0 for name in named])
     size = attributes.size[:, None]
