@@ -63,8 +63,8 @@ def checkpoint_blocks(
         module: searched, itself included.
         reenter: called when a block runs; returns the context in which it has to run again (the network's role).
     """
-    found = CheckpointedBlocks(reenter)
+    blocks = CheckpointedBlocks(reenter)
     for block in module.modules():
         if type(block).__name__ in kinds:
-            found.wrap(block)
-    return found
+            blocks.wrap(block)
+    return blocks

@@ -144,7 +144,7 @@ class _Guidance:
         evaluations, scored = self.backbone.evaluations, runtime.reward_evaluations
         self.unet_backward_rows = self.reward_backward_images = 0
         runtime.begin("guided sampling", *ALL_GROUPS)
-        starts, found = range(0, len(prompts), size), []
+        starts, samples = range(0, len(prompts), size), []
         for number, start in enumerate(starts):
             part = slice(start, start + size)
             transition = partial(self._transition, prompts=list(prompts[part]))
@@ -152,14 +152,14 @@ class _Guidance:
                 runtime.check_stop()
                 runtime.progress.phase("sampling", number * steps + i, len(starts) * steps)
                 x0 = x
-            found.append(x0)
+            samples.append(x0)
         spent = Cost(
             self.backbone.evaluations - evaluations,
             self.unet_backward_rows,
             runtime.reward_evaluations - scored,
             self.reward_backward_images,
         )
-        return TrainingFree(torch.cat(found), spent)
+        return TrainingFree(torch.cat(samples), spent)
 
     def _transition(self, step: Step, prompts: list[str]) -> Tensor:
         return self.sampler.add_noise(self._guided_mean(step, prompts), step)

@@ -94,8 +94,8 @@ def check(evaluations: Sequence[Record]) -> Alarm | None:
     Args:
         evaluations: records of kind "evaluation" in order, of the same prompts and seeds, the first the base model's.
     """
-    found = [turn for key in watched(evaluations) if (turn := _turn(evaluations, key)) is not None]
-    if not found:
+    turns = [turn for key in watched(evaluations) if (turn := _turn(evaluations, key)) is not None]
+    if not turns:
         return None
     last = evaluations[-1]
     # The first evaluation is its own best.
@@ -107,7 +107,7 @@ def check(evaluations: Sequence[Record]) -> Alarm | None:
         best_step=int(best["step"]),
         proxy=(best[PROXY], last[PROXY]),
         kl=None if kl[0] is None or kl[1] is None else (kl[0], kl[1]),
-        turns=tuple(found),
+        turns=tuple(turns),
     )
 
 

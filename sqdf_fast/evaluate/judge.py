@@ -144,7 +144,7 @@ class Judge:
         images = image_set.images
         try:
             with self.at(images.device):
-                found = self.measure(image_set)
+                measurement = self.measure(image_set)
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -153,9 +153,9 @@ class Judge:
                 f"judge {self.name!r} raised {type(error).__name__}: {lines[0] if lines else ''}; it was given "
                 f"{len(images)} images {list(images.shape[1:])} on {images.device}"
             ) from error
-        if found is not None and not math.isfinite(found.value):
-            raise UserError(f"judge {self.name!r} returned {found.value}; a judgement must be finite")
-        return found
+        if measurement is not None and not math.isfinite(measurement.value):
+            raise UserError(f"judge {self.name!r} returned {measurement.value}; a judgement must be finite")
+        return measurement
 
 
 class ImageJudge(Judge):

@@ -132,14 +132,14 @@ def find_judge(name: str) -> type[Judge]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        judge = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"judge {name!r} cannot be imported ({error}); put {module_name.replace('.', '/')}.py in the current "
             "folder and check the name after the colon"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Judge)):
+    if not (isinstance(judge, type) and issubclass(judge, Judge)):
         raise UserError(
             f"judge {name!r} is not a subclass of sqdf_fast.evaluate.Judge; write one, see docs/evaluation.md"
         )
-    return found
+    return judge

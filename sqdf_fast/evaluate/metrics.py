@@ -46,18 +46,18 @@ def evaluate_images(
     image_set = ImageSet(images, prompts, judges.embedding, batch_size, base)
     proxy = RewardJudge("proxy_reward", reward, owns_reward=False)
     scores = image_set.scores(proxy.score)
-    found: dict[str, float | None] = {"eval_proxy_reward_std": float(scores.std()) if len(scores) > 1 else 0.0}
+    record: dict[str, float | None] = {"eval_proxy_reward_std": float(scores.std()) if len(scores) > 1 else 0.0}
     measured: dict[str, Measurement | None] = {proxy.name: proxy(image_set)}
     measured |= dict.fromkeys(ALWAYS)
     measured |= {name: judge(image_set) for name, judge in judges.by_name.items()}
     for name, one in measured.items():
         measurement = (None, None, None) if one is None else (one.value, one.low, one.high)
         keys = (f"eval_{name}", f"eval_{name}_low", f"eval_{name}_high")
-        found |= dict(zip(keys, measurement, strict=True))
+        record |= dict(zip(keys, measurement, strict=True))
         if by_prompt is not None and one is not None and one.by_prompt is not None:
             by_prompt[name] = list(one.by_prompt.values())
-    found["eval_alignment_shuffled"] = _shuffled_alignment(image_set, judges)
-    return found
+    record["eval_alignment_shuffled"] = _shuffled_alignment(image_set, judges)
+    return record
 
 
 def _shuffled_alignment(image_set: ImageSet, judges: Judges) -> float | None:

@@ -133,8 +133,8 @@ class Tokens(PromptTensors):
         self.tokenizer = tokenizer
 
     def compute(self, prompts: Sequence[str]) -> Tensor:
-        found = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-        return torch.stack([found.input_ids, found.attention_mask], dim=1)
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        return torch.stack([tokens.input_ids, tokens.attention_mask], dim=1)
 
 
 class ConstantTokens(PromptTensors):

@@ -64,22 +64,22 @@ class PublishedFile:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        found: Any
+        loaded: Any
         try:
             if path.suffix == ".safetensors":
-                found = load_file(path)
+                loaded = load_file(path)
             else:
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise UserError(
                 f"{self.reward} reward: {path} cannot be read ({first_line(error)}); "
                 f"download it again from {self.source}"
             ) from None
-        if isinstance(found, dict):
-            found = found.get("state_dict", found)
-        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        if isinstance(loaded, dict):
+            loaded = loaded.get("state_dict", loaded)
+        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
             raise UserError(
                 f"{self.reward} reward: {path} does not hold named tensors; "
                 f"give {self.filename} from {self.source} as the option {self.option}"
             )
-        return dict(found)
+        return dict(loaded)

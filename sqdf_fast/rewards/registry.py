@@ -110,8 +110,8 @@ def find_reward(spec: str) -> Any:
 
 
 def _class_method(target: Any, name: str) -> Callable[..., Reward] | None:
-    found = getattr(target, name, None)
-    return found if inspect.isclass(target) and inspect.ismethod(found) else None
+    method = getattr(target, name, None)
+    return method if inspect.isclass(target) and inspect.ismethod(method) else None
 
 
 def _make(spec: str, constructor: Callable[..., Reward], options: dict[str, Any]) -> Reward:

@@ -38,14 +38,14 @@ def parse_sum(spec: str) -> list[Term]:
     terms: list[Term] = []
     position, more = 0, True
     while more:
-        found = _TERM.match(spec, position)
-        if found is None:
+        match = _TERM.match(spec, position)
+        if match is None:
             raise UserError(
                 f"reward {spec!r}: cannot read {spec[position:].strip() or 'what follows the last +'!r}; "
                 f"write NAME*WEIGHT + NAME*WEIGHT, e.g. {_EXAMPLE} (a weight may be negative, or left out for 1)"
             )
-        terms.append(Term(found["name"], float(found["weight"] or 1)))
-        position, more = found.end(), bool(found["end"])
+        terms.append(Term(match["name"], float(match["weight"] or 1)))
+        position, more = match.end(), bool(match["end"])
     for index, term in enumerate(terms):
         if not term.weight or not math.isfinite(term.weight):
             raise UserError(
@@ -67,19 +67,19 @@ def options_of(terms: Sequence[Term], options: Mapping[str, Any]) -> list[dict[s
     Raises:
         UserError: an option that belongs to no term.
     """
-    found: list[dict[str, Any]] = [{} for _ in terms]
+    own: list[dict[str, Any]] = [{} for _ in terms]
     for key, value in options.items():
         owners = [index for index, term in enumerate(terms) if key.startswith(f"{term.name}.")]
         if owners:
             # The longest name: my.module:score before a reward "my".
             owner = max(owners, key=lambda index: len(terms[index].name))
-            found[owner][key.removeprefix(f"{terms[owner].name}.")] = value
+            own[owner][key.removeprefix(f"{terms[owner].name}.")] = value
         elif len(terms) == 1:
-            found[0][key] = value
+            own[0][key] = value
         else:
             named = " or ".join(f"{term.name}.{key}" for term in terms)
             raise UserError(f"reward option {key!r}: say whose it is in the sum, {named}")
-    return found
+    return own
 
 
 class WeightedSum(Reward):
@@ -111,8 +111,8 @@ class WeightedSum(Reward):
 
     def features(self, images: Tensor) -> Tensor | None:
         for part in self.parts():
-            if (found := part.features(images)) is not None:
-                return found
+            if (features := part.features(images)) is not None:
+                return features
         return None
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
