@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 from plan.write_golden import BUDGETS, FAMILIES, FOLDER, PAGE, TITLES, golden_plans, lines, made
+from pydantic import TypeAdapter
 
 from sqdf_fast.plan import Plan, find_device, parse_memory, reserve_bytes
 from sqdf_fast.plan.device import GIB
@@ -35,7 +36,7 @@ def plain(values):
 
 def golden(family):
     found = golden_file(family)
-    profiles = {name: Profile.from_values(values) for name, values in found["profiles"].items()}
+    profiles = {name: TypeAdapter(Profile).validate_python(values) for name, values in found["profiles"].items()}
     plans = {budget: Plan.from_json(json.dumps(plan)) for budget, plan in found["plans"].items()}
     return profiles, plans
 

@@ -36,7 +36,7 @@ def golden_plans(family: str, budgets: Iterable[str] = BUDGETS) -> dict[str, Any
         for budget in budgets:
             vram = parse_memory(budget)
             plans[budget] = json.loads(planner.plan(vram, find_device(None, vram)).as_json())
-    profiles = {name: planner.profile(name).as_values() for name in planner.quantizations}
+    profiles = {name: asdict(planner.profile(name)) for name in planner.quantizations}
     return {"profiles": profiles, "plans": plans}
 
 
