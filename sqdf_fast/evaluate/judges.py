@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +15,7 @@ from sqdf_fast.evaluate.embedding import Embedding, embedding_of
 from sqdf_fast.evaluate.judge import Better, ImageJudge, Judge
 from sqdf_fast.evaluate.reward_judges import held_out_judge
 from sqdf_fast.rewards import Reward
+from sqdf_fast.rewards.registry import import_attribute
 
 _REGISTERED = {
     "clip": "sqdf_fast.evaluate.reward_judges:ClipAlignment",
@@ -123,21 +121,12 @@ def load_judges(
 def find_judge(name: str) -> type[Judge]:
     """The class that ``name`` means; no weights are read. Raises UserError if unknown."""
     address = _REGISTERED.get(name, name)
-    module_name, colon, attribute = address.partition(":")
-    if not colon:
+    if ":" not in address:
         raise UserError(
             f"judge {name!r} is unknown; {did_you_mean(name, _REGISTERED)}allowed: {', '.join(_REGISTERED)}, "
             "or module:Class of your own"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        judge = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"judge {name!r} cannot be imported ({error}); put {module_name.replace('.', '/')}.py in the current "
-            "folder and check the name after the colon"
-        ) from error
+    judge = import_attribute(address, "judge")
     if not (isinstance(judge, type) and issubclass(judge, Judge)):
         raise UserError(
             f"judge {name!r} is not a subclass of sqdf_fast.evaluate.Judge; write one, see docs/evaluation.md"

@@ -100,9 +100,9 @@ def reward_from_config(name: str, *, device: torch.device | str = "cpu", dtype: 
 def find_reward(spec: str) -> Any:
     """The function or class that ``spec`` names, not a sum; no weights are read. Raises UserError if unknown."""
     if spec in CATALOGUE:
-        return _resolve(CATALOGUE[spec].address)
+        return import_attribute(CATALOGUE[spec].address)
     if ":" in spec:
-        return _resolve(spec)
+        return import_attribute(spec)
     raise UserError(
         f"reward {spec!r} is unknown; {did_you_mean(spec, CATALOGUE)}allowed: {', '.join(CATALOGUE)}, module:function "
         "of your own, or a sum such as aesthetic*1.0 + clip*0.5"
@@ -123,29 +123,27 @@ def _make(spec: str, constructor: Callable[..., Reward], options: dict[str, Any]
         raise UserError(f"reward {spec!r} cannot be made ({type(error).__name__}: {error})") from error
 
 
-def _resolve(address: str) -> Any:
-    module_name, _, attribute = address.partition(":")
-    module = _import(module_name)
-    try:
-        return getattr(module, attribute)
-    except AttributeError:
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        hint = did_you_mean(attribute, names).strip() or "check the name after the colon"
-        raise UserError(f"reward {address!r}: module {module_name} has no {attribute!r}; {hint}") from None
+def import_attribute(address: str, kind: str = "reward") -> Any:
+    """``module:attribute``, from the current folder if it is not installed; ``kind`` is for messages.
 
-
-def _import(name: str) -> Any:
-    """Import ``name``, from the current folder where it is not installed."""
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
+    Raises:
+        UserError: a module that cannot be imported, or one without the attribute.
+    """
+    name, _, attribute = address.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except Exception as error:
         raise UserError(
-            f"reward module {name!r} cannot be imported ({type(error).__name__}: {error}); "
+            f"{kind} module {name!r} cannot be imported ({type(error).__name__}: {error}); "
             f"put {name.replace('.', '/')}.py in the current folder or install it"
         ) from error
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        hint = did_you_mean(attribute, names).strip() or "check the name after the colon"
+        raise UserError(f"{kind} {address!r}: module {name} has no {attribute!r}; {hint}")
+    return getattr(module, attribute)
 
 
 def _check_options(spec: str, target: Any, positional: tuple[str, ...], options: dict[str, Any]) -> None:

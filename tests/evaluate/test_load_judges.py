@@ -182,7 +182,7 @@ def test_the_documented_judge_works(monkeypatch, tmp_path, images):
     [
         ("lpip", "did you mean 'lpips'.*allowed: clip, lpips, dreamsim, frechet"),
         ("absent:Judge", "cannot be imported.*put absent.py in the current folder"),
-        ("mine:Absent", "cannot be imported"),
+        ("mine:Absent", "module mine has no 'Absent'; check the name after the colon"),
         ("mine:constant", "is not a subclass of sqdf_fast.evaluate.Judge"),
     ],
 )
