@@ -754,5 +754,5 @@ def test_metrics_and_images_reach_tensorboard(model, folder):
     (found,) = (log for log in (EventAccumulator(str(path)).Reload() for path in folders) if log.Tags()["scalars"])
     rewards = [(event.step, event.value) for event in found.Scalars("train/reward_mean")]
     assert rewards == [(line["step"], pytest.approx(line["reward_mean"], rel=1e-6)) for line in steps]
-    assert [event.step for event in found.Scalars("evaluation/eval_proxy_reward")] == [0, 2]
+    assert [event.step for event in found.Scalars("evaluation/proxy_reward")] == [0, 2]
     assert len([tag for tag in found.Tags()["images"] if tag.startswith("samples/")]) == 3
