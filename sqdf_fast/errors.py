@@ -26,3 +26,9 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What went wrong, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def describe(error: BaseException) -> str:
+    """The error's type and the first line of its message, if any."""
+    message = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__

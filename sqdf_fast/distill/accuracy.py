@@ -89,13 +89,16 @@ def measure_accuracy(
         for name, who, lookahead, scale in kinds:
             x0_hat = _foresee(backbone, who, reached.states[:, state], state, prompts, lookahead, scale, batch_size)
             own_sharpness, own_rewards = _sharpness_and_rewards(backbone, x0_hat, prompts, batch_size, reward)
+            both = torch.stack([own_rewards, rewards])
             table.append(
                 Accuracy(
                     name,
                     timestep=float(lookahead.timesteps[state, 0]),
                     error=float((x0_hat.double() - x0).square().mean() / x0.square().mean()),
                     sharpness=own_sharpness / sharpness,
-                    correlation=float(torch.corrcoef(torch.stack([own_rewards, rewards]))[0, 1]) if reward else None,
+                    correlation=float(torch.corrcoef(torch.stack([own_rewards, rewards]))[0, 1])
+                    if reward is not None
+                    else None,
                 )
             )
     return table
@@ -125,21 +128,16 @@ def _foresee(
     family = backbone.family
     lookahead = lookahead.to(family.device, family.precision)
     unconditional = family.unconditional(guidance_scale)
-    parts = []
+    estimates = []
     with backbone.role(role):
         for start in range(0, len(x), batch_size):
-            part = x[start : start + batch_size].to(family.device, family.precision)
-            conditioning = family.encode(prompts[start : start + batch_size])
-            parts.append(
-                look_ahead(
-                    part,
-                    torch.full((len(part),), state, device=family.device),
-                    lookahead,
-                    partial(backbone.predict, conditioning=conditioning, unconditional=unconditional),
-                    guidance_scale=guidance_scale,
-                ).cpu()
-            )
-    return torch.cat(parts)
+            part = slice(start, start + batch_size)
+            states = x[part].to(family.device, family.precision)
+            index = torch.full((len(states),), state, device=family.device)
+            conditioning = family.encode(prompts[part])
+            network = partial(backbone.predict, conditioning=conditioning, unconditional=unconditional)
+            estimates.append(look_ahead(states, index, lookahead, network, guidance_scale=guidance_scale).cpu())
+    return torch.cat(estimates)
 
 
 def _sharpness_and_rewards(

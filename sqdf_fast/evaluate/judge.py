@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import UserError, describe
 from sqdf_fast.evaluate.bootstrap import bootstrap_interval
 from sqdf_fast.evaluate.embedding import Embedding
 
@@ -148,10 +148,9 @@ class Judge:
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines()
             raise UserError(
-                f"judge {self.name!r} raised {type(error).__name__}: {lines[0] if lines else ''}; it was given "
-                f"{len(images)} images {list(images.shape[1:])} on {images.device}"
+                f"judge {self.name!r} raised {describe(error)}; it was given {len(images)} images "
+                f"{list(images.shape[1:])} on {images.device}"
             ) from error
         if measurement is not None and not math.isfinite(measurement.value):
             raise UserError(f"judge {self.name!r} returned {measurement.value}; a judgement must be finite")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import UserError, describe
 from sqdf_fast.rewards.base import Reward, exact
 
 _GRADIENT_FREE = "use an objective that needs no gradient, --set algorithm=ddpo (or dpok, awm)"
@@ -50,7 +50,7 @@ def called(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     except Exception as error:
         dtype = str(images.dtype).removeprefix("torch.")
         raise UserError(
-            f"reward {reward.name!r} raised {_described(error)}; it was given images {dtype} {list(images.shape)} "
+            f"reward {reward.name!r} raised {describe(error)}; it was given images {dtype} {list(images.shape)} "
             f"in [0, 1] on {images.device} and {len(images)} prompts"
         ) from error
     if not isinstance(scores, Tensor):
@@ -111,7 +111,7 @@ def preflight(reward: Reward, images: Tensor, prompts: Sequence[str], *, needs_g
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise UserError(f"reward {reward.name!r} raised {_described(error)} in its backward pass") from error
+            raise UserError(f"reward {reward.name!r} raised {describe(error)} in its backward pass") from error
     if gradient is None:
         raise UserError(
             f"reward {reward.name!r} has a gradient, but not with respect to the images: "
@@ -127,8 +127,3 @@ def preflight(reward: Reward, images: Tensor, prompts: Sequence[str], *, needs_g
             f"reward {reward.name!r} has a gradient of zero at every pixel: training would change nothing; "
             f"replace rounding, comparisons, argmax and hard clamps by smooth operations, or {_GRADIENT_FREE}"
         )
-
-
-def _described(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
