@@ -96,9 +96,7 @@ def measure_accuracy(
                     timestep=float(lookahead.timesteps[state, 0]),
                     error=float((x0_hat.double() - x0).square().mean() / x0.square().mean()),
                     sharpness=own_sharpness / sharpness,
-                    correlation=float(torch.corrcoef(torch.stack([own_rewards, rewards]))[0, 1])
-                    if reward is not None
-                    else None,
+                    correlation=None if reward is None else float(torch.corrcoef(both)[0, 1]),
                 )
             )
     return table
