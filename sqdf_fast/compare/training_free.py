@@ -1,4 +1,4 @@
-"""Runs that train nothing: better sampling of the base model, one evaluation for each strength."""
+"""Runs without training: better sampling of the base model, one evaluation per strength."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from sqdf_fast.runs.folder import RunFolder
 from sqdf_fast.runs.metrics import Record
 from sqdf_fast.training.evaluator import Evaluator, HeldOut
 
-# At this strength each of them is plain sampling.
+# Strength of plain sampling.
 PLAIN = {"best-of-n": 1.0, "guided": 0.0}
 
 
 def sample_training_free(job: Job, spec: TrainingFreeSpec, stop: threading.Event) -> None:
-    """Evaluate each strength that the run folder has no record of. Costs are those of one image.
+    """Evaluate each strength that the run folder has no record of. Costs are per image.
 
     Raises:
-        UserError: the folder is of other settings; what the sampling refuses. Interrupted: strengths that are
-            evaluated stay.
+        UserError: the folder has other settings, or the sampling refuses them.
+        Interrupted: the user stopped it; evaluated strengths stay.
     """
     run, config = RunFolder(job.folder), job.config
     if run.config.exists() and run.metrics.exists():
@@ -45,7 +45,7 @@ def sample_training_free(job: Job, spec: TrainingFreeSpec, stop: threading.Event
 
 
 class _Sampled:
-    """The base model with all that judges it, loaded once for all strengths."""
+    """The base model and its judges, loaded once for all strengths."""
 
     def __init__(self, job: Job, spec: TrainingFreeSpec, stop: threading.Event) -> None:
         config = job.config
@@ -56,14 +56,14 @@ class _Sampled:
         self.evaluator = Evaluator(config, reward, held_out)
 
     def evaluate(self, number: int) -> Record:
-        """The record of one strength, its images saved."""
+        """Save the images of one strength and return its record."""
         started = time.monotonic()
         evaluator, strength = self.evaluator, self.spec.sweep[number]
         sampled = self._sample(strength)
         seconds, count = time.monotonic() - started, len(evaluator.held_out.prompts)
         images = self.runtime.decode(sampled.x0)
         if evaluator.base is None and strength != PLAIN[self.spec.kind]:
-            # Distances are measured from the base model's own images.
+            # Distances are measured from the base model's images.
             self._judge(self.runtime.decode(self._sample(PLAIN[self.spec.kind]).x0), is_base=True)
         scores = self._judge(images, is_base=evaluator.base is None)
         evaluator.keep_samples(self.job.folder, number, images)

@@ -1,4 +1,4 @@
-"""Plots by matplotlib: inline in a page, where they follow its light or dark colours, or as SVG and PNG files."""
+"""Plots by matplotlib: inline in a page, where they follow its light or dark colors, or as SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sqdf_fast.files import disk_errors
 
 Point = tuple[float, float]
 
-# The colours of twelve series, then of text, rules and paper: on light, on dark.
+# The colors of twelve series, then of text, rules and paper: on light, on dark.
 PALETTE = {
     "c1": ("#2457c5", "#7ba7f7"),
     "c2": ("#c2571a", "#f0995a"),
@@ -56,7 +56,7 @@ class Line:
     Attributes:
         label: its entry in the legend; empty for none.
         points: (x, y), x rising.
-        colour: 1 to 12, a colour of the palette.
+        color: 1 to 12, a color of the palette.
         band: (low, high) around each point, or None.
         faint: thin and pale, for raw values under a smoothed curve.
         dashed: for baselines.
@@ -65,7 +65,7 @@ class Line:
 
     label: str
     points: Sequence[Point]
-    colour: int = 1
+    color: int = 1
     band: Sequence[Point] | None = None
     faint: bool = False
     dashed: bool = False
@@ -150,7 +150,7 @@ def make_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def colour_of(number: int) -> str:
+def color_of(number: int) -> str:
     return PALETTE[f"c{number}"][0]
 
 
@@ -183,9 +183,9 @@ def line_chart(
             axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND))
             _fit(axes)
         if right is not left:
-            colour = colour_of(next(line.colour for line in lines if line.right))
+            color = color_of(next(line.color for line in lines if line.right))
             right.set_ylabel(right_label)
-            right.tick_params(axis="y", labelcolor=colour)
+            right.tick_params(axis="y", labelcolor=color)
             right.grid(visible=False)
         _legend(figure)
     return Chart(title, figure)
@@ -208,20 +208,20 @@ def _finite(line: Line) -> Line:
 
 
 def _draw(axes: Axes, line: Line) -> None:
-    colour, (x, y) = colour_of(line.colour), zip(*line.points, strict=True)
+    color, (x, y) = color_of(line.color), zip(*line.points, strict=True)
     if line.band is not None:
         low, high = zip(*line.band, strict=True)
-        axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0, clip_on=False)
+        axes.fill_between(x, low, high, color=color, alpha=0.14, linewidth=0, clip_on=False)
     style: dict[str, Any] = {"linewidth": 1, "alpha": 0.4} if line.faint else {"linewidth": 2}
-    axes.plot(x, y, "--" if line.dashed else "-", color=colour, label=line.label, clip_on=False, **style)
+    axes.plot(x, y, "--" if line.dashed else "-", color=color, label=line.label, clip_on=False, **style)
     if len(line.points) <= MARKED and not line.faint:
         for point in line.points:
-            add_mark(axes, point, f"{line.label or 'value'} {point[1]:.4g} at {point[0]:g}", colour, 6, clip_on=False)
+            add_mark(axes, point, f"{line.label or 'value'} {point[1]:.4g} at {point[0]:g}", color, 6, clip_on=False)
 
 
-def add_mark(axes: Axes, point: Point, tip: str, colour: str, size: float, marker: str = "o", **style: Any) -> None:
+def add_mark(axes: Axes, point: Point, tip: str, color: str, size: float, marker: str = "o", **style: Any) -> None:
     """A marker that says ``tip`` under a mouse."""
-    axes.plot(*point, marker, color=colour, markersize=size, markeredgewidth=0, gid=_TIP + tip, **style)
+    axes.plot(*point, marker, color=color, markersize=size, markeredgewidth=0, gid=_TIP + tip, **style)
 
 
 def _fit(axes: Axes) -> None:
@@ -241,7 +241,7 @@ def _legend(figure: Figure) -> None:
         figure.legend(shown.values(), shown.keys(), loc="outside lower left", ncols=columns, handlelength=1.6)
 
 
-def bar_chart(title: str, names: Sequence[str], groups: Sequence[Bars], unit: str, colour: int = 1) -> Chart | None:
+def bar_chart(title: str, names: Sequence[str], groups: Sequence[Bars], unit: str, color: int = 1) -> Chart | None:
     """Horizontal bars, a row a name; None when no value is above 0.
 
     Args:
@@ -259,7 +259,7 @@ def bar_chart(title: str, names: Sequence[str], groups: Sequence[Bars], unit: st
         for place, (group, values) in enumerate(shown):
             rows = np.arange(len(names)) + (place - (len(shown) - 1) / 2) * height
             alpha = 0.35 if group.faint else 1.0
-            bars = axes.barh(rows, values, height, color=colour_of(colour), alpha=alpha, label=group.label)
+            bars = axes.barh(rows, values, height, color=color_of(color), alpha=alpha, label=group.label)
             axes.bar_label(bars, fmt="%.3g", padding=4, color=PALETTE["soft"][0])
         axes.set(xlabel=unit, yticks=range(len(names)), yticklabels=names)
         axes.invert_yaxis()

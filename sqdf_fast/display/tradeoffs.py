@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from sqdf_fast.display.plots import PALETTE, ROUND, STYLE, Chart, Point, add_mark, colour_of, make_figure
+from sqdf_fast.display.plots import PALETTE, ROUND, STYLE, Chart, Point, add_mark, color_of, make_figure
 from sqdf_fast.display.units import MINUS
 
 SERIES = 12
@@ -21,17 +21,19 @@ FAR = 2.5
 
 @dataclass(frozen=True)
 class Series:
-    """One method's curve, a point an evaluation; ``colour`` counts from 1, ``marker`` is matplotlib's."""
+    """One method's curve, a point per evaluation; its position, from 0, selects color and marker."""
 
     name: str
     points: Sequence[Point]
-    colour: int
-    marker: str
+    position: int
 
-    @staticmethod
-    def of(name: str, points: Sequence[Point], position: int) -> Series:
-        """With the colour and marker of the ``position``-th series, from 0."""
-        return Series(name, points, position % SERIES + 1, MARKERS[position % len(MARKERS)])
+    @property
+    def color(self) -> str:
+        return color_of(self.position % SERIES + 1)
+
+    @property
+    def marker(self) -> str:
+        return MARKERS[self.position % len(MARKERS)]
 
 
 def tradeoff_chart(
@@ -79,15 +81,15 @@ def tradeoff_chart(
 
 def _draw(axes: Axes, one: Series) -> None:
     """A curve with its marks."""
-    (low, high), colour = axes.get_ylim(), colour_of(one.colour)
-    axes.plot(*zip(*one.points, strict=True), color=colour, linewidth=1.8)
+    low, high = axes.get_ylim()
+    axes.plot(*zip(*one.points, strict=True), color=one.color, linewidth=1.8)
     *before, last = one.points
     end, name = _end(one, low, high)
     shown = [(point, point, 5.2) for point in before if low <= point[1] <= high]
     for place, point, size in [*shown, (end, last, 9)]:
         tip = f"{one.name}: {axes.get_xlabel()} {point[0]:.4g}, {axes.get_ylabel()} {point[1]:.4g}"
         label = name if point is last else ""
-        add_mark(axes, place, tip, colour, size, one.marker, clip_on=False, zorder=3, label=label)
+        add_mark(axes, place, tip, one.color, size, one.marker, clip_on=False, zorder=3, label=label)
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

@@ -35,10 +35,10 @@ def training_charts(steps: Sequence[Record]) -> list[Chart]:
     """Reward, KL, loss and gradient norm of each step, and their moving average."""
     return _drawn(
         _smoothed(steps, "Reward of the step's samples", "reward_mean", spread="reward_std"),
-        _smoothed(steps, "KL from the reference", "kl_mean", colour=4),
+        _smoothed(steps, "KL from the reference", "kl_mean", color=4),
         _kl_by_index(steps),
         _smoothed(steps, "Loss", "loss"),
-        _smoothed(steps, "Gradient norm before clipping", "grad_norm", colour=3),
+        _smoothed(steps, "Gradient norm before clipping", "grad_norm", color=3),
     )
 
 
@@ -47,7 +47,7 @@ def monitor_charts(evaluations: Sequence[Record], alarms: Sequence[Record]) -> l
     held_out = [key for key in watched(evaluations) if key.startswith(HELD_OUT)]
     # Rewards have scales of their own: gains are in the width of the interval at the start.
     rewards = {PROXY: "trained on", **{key: _held_out(key) for key in held_out[:3]}}
-    gains = [Line(label, _gain(evaluations, key), colour) for colour, (key, label) in enumerate(rewards.items(), 1)]
+    gains = [Line(label, _gain(evaluations, key), color) for color, (key, label) in enumerate(rewards.items(), 1)]
     retained = [
         Line(key.removeprefix("eval_").replace("_", " "), [(step, value / points[0][1]) for step, value in points], at)
         for at, key in enumerate(TOLERANCE, 2)
@@ -67,7 +67,7 @@ def stage_charts(found: Comparison) -> list[Chart]:
     memory, seconds = [stage.memory for stage in found.stages], [stage.seconds for stage in found.stages]
     return _drawn(
         bar_chart("Peak memory of a stage", names, _bars(memory, GIB), "GiB"),
-        bar_chart("Time of a stage in a step", names, _bars(seconds), "seconds", colour=2),
+        bar_chart("Time of a stage in a step", names, _bars(seconds), "seconds", color=2),
     )
 
 
@@ -90,19 +90,19 @@ def _points(records: Sequence[Record], key: str) -> list[Point]:
 
 
 def _smoothed(
-    records: Sequence[Record], title: str, key: str, colour: int = 1, spread: str | None = None
+    records: Sequence[Record], title: str, key: str, color: int = 1, spread: str | None = None
 ) -> Chart | None:
     raw = _points(records, key)
     window = len(raw) // 10 | 1
     if window < 3:
-        return line_chart(title, [Line("", raw, colour)])
+        return line_chart(title, [Line("", raw, color)])
     mean = moving_average(raw, window)
     label, band = f"mean of {window} steps", None
     widths = moving_average(_points(records, spread), window) if spread else []
     if len(widths) == len(mean):
         band = [(y - width, y + width) for (_, y), (_, width) in zip(mean, widths, strict=True)]
         label += " \N{PLUS-MINUS SIGN} standard deviation of a batch"
-    return line_chart(title, [Line("", raw, colour, faint=True), Line(label, mean, colour, band=band)])
+    return line_chart(title, [Line("", raw, color, faint=True), Line(label, mean, color, band=band)])
 
 
 def _with_interval(evaluations: Sequence[Record], key: str, line: Line) -> Line:

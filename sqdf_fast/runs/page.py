@@ -13,7 +13,7 @@ from sqdf_fast.files import write_text
 from sqdf_fast.monitor import watched
 from sqdf_fast.runs.charts import evaluation_charts, monitor_charts, stage_charts, training_charts
 from sqdf_fast.runs.comparison import Comparison, Measure
-from sqdf_fast.runs.run import Run, cost, read_run, summarise
+from sqdf_fast.runs.run import Run, Summary, cost, read_run
 from sqdf_fast.runs.samples import Samples
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ def render_report(run: Run) -> str:
         title=f"{_name(run.config.get('model'))} fine-tuned towards {_name(run.config.get('reward'))}",
         origin=run.folder.resolve().name,
         facts=_facts(run),
-        summary=summarise(run.judged),
+        summary=Summary(run.judged),
         samples=run.samples,
         sample_command=_sample_command(run),
         film=_film(run.samples),

@@ -12,8 +12,8 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 LEFT = NAME_WIDTH + GAP
 
 
-def flat(colour, size=(64, 64)):
-    return Image.new("RGB", size, colour)
+def flat(color, size=(64, 64)):
+    return Image.new("RGB", size, color)
 
 
 def centres(sheet: Image.Image, tile: int, places: list[tuple[int, int]]) -> list[tuple[int, int, int]]:

@@ -22,7 +22,7 @@ from sqdf_fast.runs import (
     write_environment,
     write_report,
 )
-from sqdf_fast.runs.run import summarise
+from sqdf_fast.runs.run import Summary
 
 PROMPTS = ["a red star", "<script>alert('x')</script> & \"more\""]
 CONFIG = {
@@ -259,19 +259,19 @@ def test_world_without_a_true_reward(run_folder):
     ],
 )
 def test_verdict(after, sentence):
-    assert re.search(sentence, summarise([evaluation(0, 0.25, -1.0), evaluation(9, *after)]).verdict)
+    assert re.search(sentence, Summary([evaluation(0, 0.25, -1.0), evaluation(9, *after)]).verdict)
 
 
 def test_summary_compares_last_with_first():
-    found = summarise([evaluation(0, 0.25, -1.0), evaluation(20, 9.0, 9.0), evaluation(40, 0.75, 0.5)])
+    found = Summary([evaluation(0, 0.25, -1.0), evaluation(20, 9.0, 9.0), evaluation(40, 0.75, 0.5)])
     assert found.proxy_gain == pytest.approx(1.0)
     assert found.true_gain == pytest.approx(1.5)
     assert found.accuracy_kept == pytest.approx(0.86 / 0.9)
     assert found.diversity_kept == pytest.approx(0.8)
     assert found.shuffled == 0.1
-    assert summarise([]).proxy_gain is None
-    assert summarise([evaluation(0, 0.25, -1.0)]).proxy_gain is None
-    assert summarise([evaluation(0, 1.0, 0.0, eval_proxy_reward_std=0.0), evaluation(1, 2.0, 0.0)]).proxy_gain is None
+    assert Summary([]).proxy_gain is None
+    assert Summary([evaluation(0, 0.25, -1.0)]).proxy_gain is None
+    assert Summary([evaluation(0, 1.0, 0.0, eval_proxy_reward_std=0.0), evaluation(1, 2.0, 0.0)]).proxy_gain is None
 
 
 def test_summary_lines(run_folder):
