@@ -104,9 +104,7 @@ class Comparison:
                 progress.message(f"Comparing in {self.folder}")
                 progress.known([job for job in trials if job.ended])
                 failed = run_jobs(trials, started, progress)
-                choices = self._choices(failed)
-                variants = self._variants(choices)
-                wanted = [job for variant in variants for job in self._jobs(variant)]
+                wanted = [job for variant in self._variants(self._choices(failed)) for job in self._jobs(variant)]
                 # Seed by seed, so that the finished runs can be compared at any time.
                 seeds = (*self.protocol.seeds, *(self.protocol.ablate_seeds or ()))
                 wanted.sort(key=lambda job: seeds.index(job.seed))
@@ -116,15 +114,12 @@ class Comparison:
                     if job.ended:
                         check_settings(job)
                 failed |= run_jobs(wanted, started, progress)
-            return self._report(variants, choices, failed), failed
+            return self.report(failed), failed
 
-    def report(self) -> Results:
-        """Write results and report of the finished runs. Raises UserError."""
-        choices = self._choices({})
-        return self._report(self._variants(choices), choices, {})
-
-    def _report(self, variants: list[Variant], choices: dict[str, Choice], failed: dict[str, str]) -> Results:
-        runs = [self._read(variant, failed) for variant in variants]
+    def report(self, failed: Mapping[str, str] = MappingProxyType({})) -> Results:
+        """Write results and report of the finished runs, with the reasons of those that failed. Raises UserError."""
+        choices = self._choices(failed)
+        runs = [self._read(variant, failed) for variant in self._variants(choices)]
         results = make_results(self.protocol, runs, choices, environment())
         write_results(results, self.folder)
         write_page(results, self.folder)

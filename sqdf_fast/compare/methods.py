@@ -34,7 +34,7 @@ METHODS: dict[str, Settings] = {
     "awm": {**_ON_POLICY, "algorithm": "awm"},
 }
 
-# Methods that train nothing, with the values that make their curve; the first value is plain sampling.
+# Methods without training and the values of their curves; the first value is plain sampling.
 TRAINING_FREE: dict[str, tuple[float, ...]] = {
     "best-of-n": (1, 2, 4, 8),
     "guided": (0.0, 1.0, 4.0, 16.0),

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk, and how it is read back: folder, checkpoints, metrics, samples, its page."""
+"""The files of a run, written and read back: folder, checkpoints, metrics, samples, its page."""
 
 from __future__ import annotations
 

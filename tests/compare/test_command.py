@@ -180,7 +180,7 @@ def test_guided_sampling_follows_the_reward_more_at_a_larger_scale(model, folder
     assert main(arguments(model, "--protocol", "protocol.yaml", *IN_PROCESS)) == 0
     found = evaluations(folder / "out" / "runs" / "guided" / "seed-0")
     assert [record["strength"] for record in found] == [2.0, 8.0]
-    # Four guided steps of each picture.
+    # Four guided steps of each image.
     assert [record["spent_unet_evaluations"] for record in found] == [8.0, 8.0]
     low, high = (record["eval_proxy_reward"] for record in found)
     assert low < high

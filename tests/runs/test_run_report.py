@@ -189,8 +189,8 @@ def test_a_run_that_its_limit_ended_says_so(run_folder):
 
 def test_images_are_the_samples_in_order(run_folder):
     source = write_report(run_folder).read_text(encoding="utf-8")
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', source)
-    levels = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0))[0] for data in pictures]
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', source)
+    levels = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0))[0] for data in images]
     assert levels == [0, 255, 128, 128, 0, 128, 255, 128, 128, 128]
 
 
@@ -204,8 +204,8 @@ def test_large_images_are_scaled_down(run_folder):
 def test_interrupted_run_without_evaluation(run_folder):
     lines = [json.dumps(step_record(step)) for step in (1, 2, 3)]
     (run_folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "step", "st')
-    for picture in (run_folder / "samples").glob("step_0000[24]0/*"):
-        picture.unlink()
+    for image in (run_folder / "samples").glob("step_0000[24]0/*"):
+        image.unlink()
     (run_folder / "samples/step_000020").rmdir()
     (run_folder / "samples/step_000040").rmdir()
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
