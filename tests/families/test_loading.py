@@ -7,17 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
-from support.tiny import write_pipeline
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture
@@ -106,7 +100,7 @@ def test_faults_are_one_line(copy, tmp_path):
     assert "KolorsPipeline; allowed: StableDiffusionPipeline" in refused(str(copy))
 
 
-def test_pictures_of_a_half_precision_model_are_float32(model):
+def test_images_of_a_half_precision_model_are_float32(model):
     family = load_family(str(model), device=CPU, dtype=torch.bfloat16)
     assert family.decode(torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)).dtype == torch.float32
 
