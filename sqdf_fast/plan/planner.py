@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -32,13 +32,11 @@ T = TypeVar("T")
 ALLOWED = ("nf4", "int8")
 """Quantizations change the result, so they are tried only when allowed."""
 
-PLANNED = frozenset(
-    {
-        *(f"execution.{name}" for name in Execution.model_fields),
-        *(f"sampling.{name}" for name in ("batch_size", "merge_lora", "channels_last", "compile")),
-        "optimizer.states",
-    }
-)
+PLANNED = {
+    *(f"execution.{name}" for name in Execution.model_fields),
+    *(f"sampling.{name}" for name in ("batch_size", "merge_lora", "channels_last", "compile")),
+    "optimizer.states",
+}
 """Settings that a plan chooses."""
 
 _RENAMED_STAGES = {"sampled pictures": "sampled images"}
@@ -91,7 +89,7 @@ class Plan:
     predicted_seconds: float
     advice: str = ""
     replay_ratio: int = 1
-    switches: tuple[Switch, ...] = field(default=())
+    switches: tuple[Switch, ...] = ()
 
     def as_json(self) -> str:
         """The plan as JSON, for `from_json`."""
@@ -111,25 +109,21 @@ class Plan:
         """A table for people."""
         rows = [[s.name, f"{s.live_gib:.2f}", f"{s.flops / 1e12:.1f}", f"{s.seconds:.2f}", s.note] for s in self.stages]
         table = text_table(("stage", "live GiB", "TFLOP", "seconds", "traded"), rows, left=(0, 4))
-        verdict = "fits" if self.fits else "does NOT fit"
+        sampling = sum(stage.seconds for stage in self.stages if stage.name == "sampling")
+        rest, ratio = self.predicted_seconds - sampling, self.replay_ratio
+        others = ", ".join(f"{r}: {format_duration(rest + sampling * ratio / r)}" for r in (1, 4, 8) if r != ratio)
         lines = [
             table,
             "",
-            f"{self.model} {verdict} {self.vram_gib:.2f} GiB: "
+            f"{self.model} {'fits' if self.fits else 'does NOT fit'} {self.vram_gib:.2f} GiB: "
             f"peak {self.peak_gib:.2f} + reserve {self.reserve_gib:.2f} GiB",
             f"a step: {self.flops_per_step / 1e12:.0f} TFLOP, about {format_duration(self.predicted_seconds)} on a "
             f"{self.device} (a model of the card, not a measurement)",
-            self._replay_line(),
+            f"replay.steps_per_refill is {ratio} and yours to set, it changes the result; a step at {others}",
             "settings: " + " ".join(f"{key}={_shown(value)}" for key, value in self.settings.items()),
             *(f"{s.key}={_shown(s.value)}: {s.reason}" for s in self.switches),
         ]
         return "\n".join(lines + ([self.advice] if self.advice else []))
-
-    def _replay_line(self) -> str:
-        sampling = sum(stage.seconds for stage in self.stages if stage.name == "sampling")
-        rest, ratio = self.predicted_seconds - sampling, self.replay_ratio
-        others = ", ".join(f"{r}: {format_duration(rest + sampling * ratio / r)}" for r in (1, 4, 8) if r != ratio)
-        return f"replay.steps_per_refill is {ratio} and yours to set, it changes the result; a step at {others}"
 
 
 def make_plan(
@@ -243,15 +237,9 @@ class Planner:
             dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
             family = family_from_configs(config.model, device=DEVICE, dtype=dtype, resolution=config.resolution)
             reward = reward_from_config(config.reward, device="meta", dtype=dtype)
-            where: dict[str, Any] = {"workspace": on_cpu, "granularity": 1} if self.on_cpu else {}
-            self._simulations[quantization] = Simulation(
-                config,
-                family,
-                reward,
-                quantization=quantization,
-                consistency=consistency_source(config, family),
-                **where,
-            )
+            options: dict[str, Any] = {"workspace": on_cpu, "granularity": 1} if self.on_cpu else {}
+            options |= {"quantization": quantization, "consistency": consistency_source(config, family)}
+            self._simulations[quantization] = Simulation(config, family, reward, **options)
         return self._simulations[quantization]
 
     def _smallest(self, device: Device) -> tuple[Choice, Steps]:
@@ -299,7 +287,6 @@ class Planner:
         )
 
     def _advice(self, steps: Steps, budget: int) -> str:
-        missing = (steps.peak_bytes - budget) / GIB
         worst = max(steps.stages, key=lambda name: steps.stages[name].peak_bytes)
         ideas = [f"leaving out {self._kept_settings()}"] if self.keep else []
         if self.config.policy.kind == "full":
@@ -309,7 +296,8 @@ class Planner:
         if self.config.dtype in ("float32", "float64"):
             ideas.append("dtype=bfloat16")
         ideas += ["a smaller model or resolution", "a card with more memory"]
-        return f"short by {missing:.2f} GiB in the stage '{worst}' even so; what would help: {', '.join(ideas)}"
+        missing = f"short by {(steps.peak_bytes - budget) / GIB:.2f} GiB in the stage '{worst}' even so"
+        return f"{missing}; what would help: {', '.join(ideas)}"
 
     def _kept_settings(self) -> str:
         return ", ".join(f"{key}={_shown(value)}" for key, value in self.keep.items())

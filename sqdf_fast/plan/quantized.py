@@ -23,10 +23,8 @@ class Nf4Linear(nn.Linear):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         device, numbers = linear.weight.device, linear.weight.numel()
-        self.bias = linear.bias
-        self.weight = nn.Parameter(
-            torch.empty((numbers + 1) // 2, 1, dtype=torch.uint8, device=device), requires_grad=False
-        )
+        packed = torch.empty((numbers + 1) // 2, 1, dtype=torch.uint8, device=device)
+        self.bias, self.weight = linear.bias, nn.Parameter(packed, requires_grad=False)
         self.register_buffer("scales", torch.empty(-(-numbers // BLOCK), device=device, dtype=torch.float32))
         self.register_buffer("code", torch.empty(16, device=device, dtype=torch.float32))
 

@@ -162,7 +162,7 @@ class Simulation:
             self._groups.counted_by(count)
             # With states on the CPU nothing stays on the device; that step copies values and is not run.
             on_device = optimizer if optimizer is not None and optimizer.states == "device" else None
-            update = on_device and _optimizer(parameters, on_device, count)
+            update = None if on_device is None else _optimizer(parameters, on_device, count)
             if sampled:
                 self._sample(runtime, sampled, count)
             runtime.gradient(batch, seeds)

@@ -90,19 +90,15 @@ def simulated(row: Row, use_cache: bool = True) -> Line:
 
 def memory_table(lines: Sequence[Line]) -> str:
     """Markdown table of ROWS: the smallest plan, and the fastest for 24 GB."""
-    head = [
+    head = (
         "| | smallest: optimizer step | with sampling | goal | 64 samples over 1 | s a step | fastest in 24 GB: peak | "
-        "s a step | executor |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*head, *(_markdown(*pair) for pair in zip(ROWS, lines, strict=True))]) + "\n"
-
-
-def _markdown(row: Row, line: Line) -> str:
-    return (
+        "s a step | executor |\n|---|---|---|---|---|---|---|---|---|\n"
+    )
+    return head + "".join(
         f"| {row.title} | {line.step_gib:.2f} GiB | {line.peak_gib:.2f} GiB | {row.target_gib:g} | "
-        f"{line.batch_bytes / 2**20:.0f} MiB | {line.seconds:.0f} | "
-        f"{line.fast_gib:.2f} GiB{'' if line.fits else ' (does not fit)'} | {line.fast_seconds:.0f} | {line.executor} |"
+        f"{line.batch_bytes / 2**20:.0f} MiB | {line.seconds:.0f} | {line.fast_gib:.2f} GiB"
+        f"{'' if line.fits else ' (does not fit)'} | {line.fast_seconds:.0f} | {line.executor} |\n"
+        for row, line in zip(ROWS, lines, strict=True)
     )
 
 
