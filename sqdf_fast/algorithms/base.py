@@ -1,4 +1,4 @@
-"""What every fine-tuning algorithm answers: which samples it needs, and the gradient of its loss."""
+"""The interface of a fine-tuning algorithm: the samples it needs, and the gradient of its loss."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from sqdf_fast.families import Conditioning
 
 
 class Algorithm(ABC):
-    """One way to fine-tune the policy. The trainer samples, steps, logs and saves alike for all of them.
+    """One way to fine-tune the policy. An optimizer step is ``collect`` and then ``accumulate``.
 
-    An optimizer step is ``collect`` and then ``accumulate``. Every random number derives from the run's seed and the
-    numbers of step and collection, so that a step that is tried again, or a run that is resumed, repeats itself.
+    Every random number derives from the run's seed and the numbers of step and collection, so that a retried step or a
+    resumed run repeats itself.
 
     Args:
         config: of the run; runtime: samples and scores of the model as it is now; prompts: those it trains on.
 
     Class attributes:
         needs_gradient: whether the reward has to be differentiable.
-        can_fall_back_to_staged: whether the staged executor may compute its gradient; else it is one joint graph,
-            whatever ``execution.executor`` says.
+        can_fall_back_to_staged: whether the staged executor can compute its gradient; else it is one joint graph.
     """
 
     needs_gradient: ClassVar[bool] = True
@@ -44,7 +43,7 @@ class Algorithm(ABC):
             runtime.use(runtime.execution.model_copy(update={"executor": "joint"}))
 
     def draw_prompts(self, number: int, count: int, *, each: int = 1) -> tuple[list[str], Tensor]:
-        """Prompts and seeds of the run's collection ``number``: the same whenever they are asked for.
+        """Prompts and seeds of the run's collection ``number``, a function of the run's seed.
 
         Args:
             count: samples; each: consecutive samples that share a prompt, for advantages within a group.
@@ -78,11 +77,10 @@ class Algorithm(ABC):
     def accumulate(self, step: int) -> StepResult:
         """Add the gradient of step ``step`` to the policy's parameters.
 
-        It may be called again for the same step, with gradients cleared and a smaller ``runtime.execution``, and gives
-        the same gradient beyond rounding.
+        A retry with gradients cleared and a smaller ``runtime.execution`` gives the same gradient up to rounding.
 
         Raises:
-            UserError: the reward returned something that is no reward.
+            UserError: invalid rewards.
         """
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -56,6 +56,11 @@ class Objective(Section):
     )
     mask_nonpositive: bool = Field(False, description="samples with r <= 0 give neither reward nor KL (published: on)")
 
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """Keywords of :func:`sqdf_fast.objective.sqdf_loss` and ``credited_loss``."""
+        return self.model_dump(include={"alpha", "gamma", "credit", "mask_nonpositive"})
+
 
 class Policy(Section):
     """What is trained."""
