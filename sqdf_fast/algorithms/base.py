@@ -9,12 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sqdf_fast.backbone import Role
 from sqdf_fast.config import Config
 from sqdf_fast.engine import StepResult
 from sqdf_fast.engine.noise import Stream, generator, sample_seeds
 from sqdf_fast.engine.runtime import Runtime
-from sqdf_fast.families import Conditioning
 
 
 class Algorithm(ABC):
@@ -36,9 +34,8 @@ class Algorithm(ABC):
 
     def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
         self.config, self.runtime, self.prompts = config, runtime, list(prompts)
-        self.backbone, self.family, self.schedule = runtime.backbone, runtime.family, runtime.sampler.schedule
-        self.tables = runtime.sampler.tables
-        self.guidance_scale = runtime.guidance_scale
+        self.backbone, self.family, self.guidance_scale = runtime.backbone, runtime.family, runtime.guidance_scale
+        self.schedule, self.tables = runtime.sampler.schedule, runtime.sampler.tables
         if not self.can_fall_back_to_staged:
             runtime.use(runtime.execution.model_copy(update={"executor": "joint"}))
 
@@ -55,19 +52,6 @@ class Algorithm(ABC):
         choice = torch.randint(len(self.prompts), (-(-count // each),), generator=source)
         prompts = [self.prompts[i] for i in choice.tolist() for _ in range(each)][:count]
         return prompts, sample_seeds(self.config.seed, Stream.REFILL, number, count)
-
-    def output(self, role: Role, x: Tensor, index: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output in a role at x_t, with the graph of what it depends on.
-
-        Args:
-            x: [B, ...]; index: [B] int64, positions in the schedule; both on the device.
-
-        Returns:
-            [2B, ...] ordered [unconditional; conditional], or [B, ...] without guidance: what the kernels take.
-        """
-        unconditional = self.family.unconditional(self.guidance_scale)
-        with self.backbone.role(role):
-            return self.backbone.predict(x, self.tables.timesteps[index], conditioning, unconditional)
 
     @abstractmethod
     def collect(self, step: int) -> None:

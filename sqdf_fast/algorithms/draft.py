@@ -125,12 +125,12 @@ class DirectReward(Algorithm):
         kls, indices = [], []
 
         def transition(step: Step) -> Tensor:
-            m = self.output("policy", step.x, step.index, step.conditioning)
+            m = self.runtime.output("policy", step.x, step.index, step.conditioning)
             if not (with_kl and trainable[step.i]):
                 return sampler.add_noise(sampler.mean(step, m), step)
             # No gradient through the reference, nor through its x: as in NVIDIA's DRaFT+.
             with torch.no_grad():
-                reference = self.output("reference", step.x, step.index, step.conditioning)
+                reference = self.runtime.output("reference", step.x, step.index, step.conditioning)
             x, kl = denoise_step(
                 step.x,
                 m,
@@ -151,7 +151,7 @@ class DirectReward(Algorithm):
 
     def predicted(self, x: Tensor, index: Tensor, prompts: list[str]) -> Tensor:
         """x0_hat = a x + b m(x) of the policy, [B, ...] with its graph; x: [B, ...], index: [B] int64."""
-        m = self.output("policy", x, index, self.family.encode(prompts))
+        m = self.runtime.output("policy", x, index, self.family.encode(prompts))
         scale, impl = self.guidance_scale, self.config.impl
         return posterior_mean(x, m, self.tables.posterior, index, guidance_scale=scale, impl=impl)
 

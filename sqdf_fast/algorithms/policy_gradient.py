@@ -178,11 +178,11 @@ class PolicyGradient(Algorithm):
         conditioning = self.family.encode([self._collected.prompts[i] for i in pairs.trajectory.tolist()])
         scale, impl = self.guidance_scale, self.config.impl
         if not regularize:
-            policy = self.output("policy", x, index, conditioning)
+            policy = self.runtime.output("policy", x, index, conditioning)
             return posterior_mean(x, policy, rows[:, :2], index, guidance_scale=scale, impl=impl), None
         with torch.no_grad():
-            reference = self.output("reference", x, index, conditioning)
-        policy = self.output("policy", x, index, conditioning)
+            reference = self.runtime.output("reference", x, index, conditioning)
+        policy = self.runtime.output("policy", x, index, conditioning)
         # Without noise the step is its mean.
         options = {"noise": torch.zeros_like(x), "kl_scale": kl_scale, "impl": impl}
         return denoise_step(x, policy, reference, rows, index, guidance_scale=scale, **options)
