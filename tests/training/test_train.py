@@ -533,7 +533,7 @@ def test_a_run_and_its_continuation_are_held_to_their_budget(model, folder, held
     (begun,) = held.begun
     assert (begun[0].execution.executor, begun[0].execution.backward_batch_rows) == ("staged", 1)
     assert begun[1] == 14 * GIB
-    said = "cuda:0: 10.0 of 24.0 GiB free; 1 other process holds 1.0 GiB"
+    said = "cuda:0: 10.0 of 24.0 GiB free; 1 other process uses 1.0 GiB"
     assert said in capsys.readouterr().err
     continue_run(run)
     assert len(held.asked) == 1
