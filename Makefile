@@ -1,4 +1,5 @@
 # Two commands do the work, from a bare clone: `make train` and `make test`. ARGS="..." is passed on.
+# `make test` leaves out what is marked slow; `make test-all` is what CI runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --d
 INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/*.cpp kernels/*.h kernels/*/*.cpp kernels/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench gate lint format native-asan clean
+.PHONY: help train test test-all bench gate lint format native-asan clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,14 +19,17 @@ help:  ## Show this list
 train: $(VENV)/.installed  ## Fine-tune; without a GPU on the embedded world. ARGS="--steps 50"
 	$(BIN)/sqdf-fast train $(ARGS)
 
-test: $(VENV)/.installed-test  ## Run the tests. ARGS="tests/kernels -q"
+test: $(VENV)/.installed-test  ## Run the fast tests. ARGS="tests/kernels -q"
+	$(TESTS) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.installed-test  ## Run every test
 	$(TESTS) $(ARGS)
 
 bench: $(VENV)/.installed-test  ## Time the fused ops, record the results, draw them
 	mkdir -p build
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=build/bench.json
-	$(BIN)/python bench/record.py build/bench.json
-	$(BIN)/python bench/plots.py bench/results/*.json
+	$(BIN)/python bench record build/bench.json
+	$(BIN)/python bench pages
 
 gate: $(VENV)/.installed-test  ## Compile every Triton kernel for every GPU generation; no GPU needed. ARGS="--write"
 	$(BIN)/python tests/kernels/gate.py $(ARGS)
@@ -54,8 +58,9 @@ clean:  ## Remove the environment and everything built
 # The package as it is once installed, with kernels/ inside, for tools that read folders and run no import hooks.
 .PHONY: build/package
 build/package:
-	rm -rf $@ && mkdir -p $@/sqdf_fast
-	ln -s $(filter-out %/__pycache__,$(wildcard $(CURDIR)/sqdf_fast/*)) $(CURDIR)/kernels $@/sqdf_fast/
+	rm -rf $@ && mkdir -p $@/sqdf_fast/kernels
+	ln -s $(filter-out %/__pycache__ %/kernels,$(wildcard $(CURDIR)/sqdf_fast/*)) $@/sqdf_fast/
+	ln -s $(filter-out %/__pycache__,$(wildcard $(CURDIR)/sqdf_fast/kernels/* $(CURDIR)/kernels/*)) $@/sqdf_fast/kernels/
 
 # Each stamp says which extra is installed; a larger installation makes the smaller stamps too.
 $(VENV)/.installed: $(INPUTS)

@@ -1,28 +1,36 @@
-"""The benchmarks of the fused ops: `pytest bench/ --benchmark-only`, see docs/benchmarks.md."""
+"""`pytest bench/ --benchmark-only`: options, cases, tables and JSON; see docs/benchmarks.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
-from fused_ops import machine, summary
-from fused_ops.cases import Case, absent, cases, devices, implementations
-from fused_ops.measure import Measurements
-from fused_ops.timing import play, playback_time
+import registry
+from cases import ops
+from cases.training_step.problem import MODELS
+from harness import machine
+from harness.benchmark import Benchmark, Choice, Group, Measured, Row, measure, noise
+from harness.timing import playback_time
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.dispatch import IMPLEMENTATIONS
 
-OPS = ("denoise_step", "posterior_mean", "discounted_loss", "philox")
-
-_rows = pytest.StashKey[list[summary.Row]]()
+_rows = pytest.StashKey[list[Row]]()
+_measured = lru_cache(maxsize=1)(measure)  # the contenders of a group follow each other
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fused ops")
+    group = parser.getgroup("sqdf-fast")
     group.addoption("--toy", action="store_true", help="tiny sizes and few rounds: does it run, not how fast")
     group.addoption("--bench-device", default="all", metavar="DEVICE", help="all (default), cpu or cuda")
+    group.addoption(
+        "--bench-models",
+        metavar="NAMES",
+        default="",
+        help=f"models of the training step: {','.join(MODELS)} (default: shapes on a CPU, the others on CUDA)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,61 +38,56 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" not in metafunc.fixturenames:
-        return
-    op = metafunc.module.OP
+    choices = _choices(metafunc.config)
     metafunc.parametrize(
-        "case", [_parameter(case) for case in cases(op, _devices(metafunc.config), _toy(metafunc.config))]
+        ("benchmarked", "group", "contender"),
+        [
+            _parameter(benchmarked, group, contender)
+            for benchmarked in registry.BENCHMARKS
+            for choice in choices
+            for group in benchmarked.groups(choice)
+            for contender in group.contenders
+        ],
     )
 
 
-def _parameter(case: Case) -> Any:
-    group = f"{case.problem.op}-{case.row}"
-    return pytest.param(case, id=case.id, marks=pytest.mark.benchmark(timer=playback_time, group=group))
+def _parameter(benchmarked: Benchmark, group: Group, contender: str) -> Any:
+    name = f"{benchmarked.name}-{group.name}"
+    mark = pytest.mark.benchmark(timer=playback_time, group=name)
+    return pytest.param(benchmarked, group, contender, id=f"{name}-{contender}", marks=mark)
 
 
-def _devices(config: pytest.Config) -> list[str]:
+def _choices(config: pytest.Config) -> list[Choice]:
+    models = tuple(filter(None, config.getoption("bench_models").split(",")))
+    if unknown := set(models) - set(MODELS):
+        raise pytest.UsageError(f"model {min(unknown)} is not measured; allowed: {', '.join(MODELS)}")
     try:
-        return devices(config.getoption("bench_device"))
+        devices = machine.devices(config.getoption("bench_device"))
     except UserError as error:
         raise pytest.UsageError(str(error)) from None
-
-
-def _toy(config: pytest.Config) -> bool:
-    toy: bool = config.getoption("toy")
-    return toy
+    return [Choice(device, config.getoption("toy"), models) for device in devices]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    lines = ["toy sizes: no figure below means anything"] if _toy(config) else []
-    for device in _devices(config):
-        for op in OPS:
-            reasons = ((name, absent(op, name, device)) for name in IMPLEMENTATIONS)
+    lines = ["toy sizes: no figure below means anything"] if config.getoption("toy") else []
+    for device in (choice.device for choice in _choices(config)):
+        for op in ops.OPS:
+            reasons = ((name, ops.absent(op, name, device)) for name in IMPLEMENTATIONS)
             missing = "".join(f"; no {name}: {reason}" for name, reason in reasons if reason)
-            lines.append(f"{op} on {device}: {', '.join(implementations(op, device))}{missing}")
+            lines.append(f"{op} on {device}: {', '.join(ops.implementations(op, device))}{missing}")
     return lines
 
 
-@pytest.fixture(scope="session")
-def measurements(pytestconfig: pytest.Config) -> Measurements:
-    return Measurements(_toy(pytestconfig))
+@pytest.fixture
+def measured(benchmarked: Benchmark, group: Group, pytestconfig: pytest.Config) -> Measured:
+    """What was measured of the whole group."""
+    return _measured(benchmarked, group, pytestconfig.getoption("toy"))
 
 
 @pytest.fixture
-def report(benchmark: Any, measurements: Measurements, pytestconfig: pytest.Config) -> Callable[[Case], None]:
-    """Measure a case and hand its samples to pytest-benchmark; without parity it fails and there is no number."""
-
-    def measure(case: Case) -> None:
-        measured = measurements.row(case)
-        if case.implementation in measured.faults:
-            pytest.fail(f"no parity, no number: {measured.faults[case.implementation]}", pytrace=False)
-        samples = measured.samples[case.implementation]
-        row = summary.row(case, measured, _toy(pytestconfig))
-        benchmark.extra_info.update(row)
-        benchmark.pedantic(play(samples), rounds=len(samples))
-        pytestconfig.stash[_rows].append(row)
-
-    return measure
+def keep(pytestconfig: pytest.Config) -> Callable[[Row], None]:
+    """Keeps a row for the tables below the run."""
+    return pytestconfig.stash[_rows].append
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
@@ -102,20 +105,20 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
         kept = ("min", "max", "median", "iqr", "rounds")
         benchmark["stats"] = {name: benchmark["stats"][name] for name in kept}
         del benchmark["params"], benchmark["options"]
-    found = summary.verdicts(benchmark["extra_info"] for benchmark in output_json["benchmarks"])
-    output_json["targets"] = [{"text": str(verdict), "met": verdict.met} for verdict in found]
+    found = registry.verdicts([benchmark["extra_info"] for benchmark in output_json["benchmarks"]])
+    output_json["targets"] = [verdict._asdict() for verdict in found]
 
 
 @pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = config.stash[_rows]
-    for (op, device), group in summary.by_op(rows).items():
-        terminalreporter.section(f"{op} on {device}, medians")
-        for line in summary.table(group):
+    for title, lines in registry.report(rows):
+        terminalreporter.section(title)
+        for line in lines:
             terminalreporter.write_line(line)
-    if not rows or _toy(config):
+    if not rows or config.getoption("toy"):
         return
     terminalreporter.section("targets")
-    for verdict in summary.verdicts(rows):
-        terminalreporter.write_line(str(verdict), green=verdict.met, red=not verdict.met)
-    terminalreporter.write_line(summary.noise(rows))
+    for verdict in registry.verdicts(rows):
+        terminalreporter.write_line(verdict.text, green=verdict.met, red=not verdict.met)
+    terminalreporter.write_line(noise(rows))

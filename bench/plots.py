@@ -1,17 +1,12 @@
-"""Draws recorded benchmark results and writes their tables into docs/benchmarks.md and the pages of `pages.PAGES`.
+"""Plots: what is recorded of the fused ops, and curves of runs.
 
-    python bench/plots.py bench/results/*.json
-
-For every device: bench_<device>_bandwidth.png, achieved bandwidth under the ceiling that a plain copy of as many
-bytes sets in the same run, and bench_<device>_time_<dtype>.png, time relative to eager PyTorch.
+For every device: bench_<device>_bandwidth.png, achieved bandwidth beside that of a plain copy of as many bytes in the
+same run, and bench_<device>_time_<dtype>.png, time relative to eager PyTorch.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +15,16 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from fused_ops.page import MARKS, results_section
-from fused_ops.summary import Row
+from harness.benchmark import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
-from pages import write_pages
-
-DOCS = Path(__file__).parents[1] / "docs"
 
 COLOURS = {"eager": "#8c8c8c", "compile": "#e08a1e", "native": "#1f6fb4", "triton": "#1f6fb4"}
 NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "native": "native", "triton": "Triton"}
 SIZES = {"sd15": "SD1.5", "sdxl": "SDXL", "video": "video", "beyond-cache": "beyond\ncache"}
 PANELS = (("denoise_step", "given"), ("denoise_step", "drawn"), ("posterior_mean", ""))
+DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 DTYPES = ("float32", "bfloat16")
 STYLE = {
     "font.size": 11,
@@ -47,97 +39,95 @@ STYLE = {
 
 
 def draw(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
-    """The pictures of one recorded file; `name` is the device's in their file names."""
-    rows = [row for row in result["rows"] if row["size"] in SIZES]
+    """Draw one recorded file; `name` is the device's in the images' file names. A file without fused ops has none."""
+    rows = [row for row in result["rows"] if row["size"] in SIZES and row["op"] in dict(PANELS)]
     dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
-    device = _device(result)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    machine = result["machine"]
+    threads = f"{machine['torch_threads']} thread{'s' * (machine['torch_threads'] > 1)}"
+    device = machine["gpu"] if result["device"] == "cuda" else f"{machine['cpu']}, {threads}"
+    figures = {}
     with plt.rc_context(STYLE):
-        pictures = {f"bench_{name}_bandwidth.png": _bandwidth(rows, dtypes, device)}
+        if dtypes:
+            lines = {f", {dtype}": {"direction": "both", "dtype": dtype} for dtype in dtypes}
+            title = f"Achieved bandwidth, forward + backward, {device}"
+            height = 1.2 + 4.2 * len(dtypes)
+            figures["bandwidth"] = _panels(rows, lines, title, "GB/s", height, _bandwidth, sharey="row")
         for dtype in dtypes:
-            own = [row for row in rows if row["dtype"] == dtype]
-            pictures[f"bench_{name}_time_{dtype}.png"] = _time(own, f"{device}, {dtype}")
-        for file, figure in pictures.items():
-            figure.savefig(folder / file)
-            plt.close(figure)
-            written.append(folder / file)
-    return written
+            lines = {f": {spoken}": {"direction": way, "dtype": dtype} for way, spoken in DIRECTIONS.items()}
+            title = f"Time relative to eager PyTorch (shorter is better), {device}, {dtype}"
+            figures[f"time_{dtype}"] = _panels(rows, lines, title, "time / eager", 10.5, _times)
+        return [_save(figure, folder / f"bench_{name}_{kind}.png") for kind, figure in figures.items()]
 
 
-def _bandwidth(rows: list[Row], dtypes: list[str], device: str) -> Figure:
-    """A panel an op and dtype: bytes moved forward + backward on x, GB/s on y, the copy as the ceiling."""
+def draw_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str, labels: tuple[str, str]
+) -> Path:
+    """Points by the name of their curve, as one image; `labels` of x and y."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+        for index, (name, points) in enumerate(curves.items()):
+            axes.plot(*zip(*points, strict=True), marker="osD^vX"[index % 6], markersize=4, label=name)
+        axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
+        axes.legend(frameon=False, fontsize=9)
+        return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def _panels(
+    rows: list[Row],
+    lines: Mapping[str, Mapping[str, str]],
+    heading: str,
+    ylabel: str,
+    height: float,
+    draw: Callable[[Axes, list[Row]], None],
+    sharey: str = "none",
+) -> Figure:
+    """A panel an op; `lines`: the fields of the rows of each line of panels, by what its titles end with."""
     figure, axes = plt.subplots(
-        len(dtypes),
-        len(PANELS),
-        figsize=(13, 1.2 + 4.2 * len(dtypes)),
-        squeeze=False,
-        sharey="row",
-        layout="constrained",
+        len(lines), len(PANELS), figsize=(13, height), squeeze=False, sharey=sharey, layout="constrained"
     )
-    figure.suptitle(f"Achieved bandwidth, forward + backward, {device}", fontsize=14)
-    for line, dtype in zip(axes, dtypes, strict=True):
+    figure.suptitle(heading, fontsize=14)
+    for line, (title, fields) in zip(axes, lines.items(), strict=True):
         for panel, (op, noise) in zip(line, PANELS, strict=True):
-            own = list(_select(rows, op=op, noise=noise, direction="both", dtype=dtype))
-            if not own:
+            own = list(_select(rows, op=op, noise=noise, **fields))
+            if own:
+                draw(panel, own)
+                panel.set_title(f"{op}, noise {noise}{title}" if noise else op + title)
+            else:
                 panel.set_axis_off()
-                continue
-            _ceiling(panel, own)
-            for implementation in _implementations(own):
-                points = sorted(
-                    (row["bytes_moved"] / 1e6, row["gb_per_second"])
-                    for row in _select(own, implementation=implementation)
-                )
-                panel.plot(
-                    *zip(*points, strict=True),
-                    marker="o",
-                    linewidth=2,
-                    color=COLOURS[implementation],
-                    label=NAMES[implementation],
-                )
-            panel.set_title(f"{_title(op, noise)}, {dtype}")
-            panel.set_xlabel("size and megabytes moved")
-            panel.margins(x=0.12)
-            panel.set_yscale("log")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            panel.yaxis.set_minor_locator(NullLocator())
-        line[0].set_ylabel("GB/s")
+        line[0].set_ylabel(ylabel)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 
-def _ceiling(panel: Axes, rows: list[Row]) -> None:
-    points = sorted({(row["bytes_moved"] / 1e6, row["copy_gb_per_second"], SIZES[row["size"]]) for row in rows})
-    moved, speed, names = zip(*points, strict=True)
+def _bandwidth(panel: Axes, rows: list[Row]) -> None:
+    """Bytes moved forward + backward on x, GB/s on y, the copy as the ceiling."""
+    copies = sorted({(row["bytes_moved"] / 1e6, row["copy_gb_per_second"], SIZES[row["size"]]) for row in rows})
+    moved, speed, names = zip(*copies, strict=True)
     panel.plot(moved, speed, color="black", linestyle="--", marker="_", markersize=14, linewidth=1.5, label="copy")
     panel.set_xscale("log")
     panel.set_xticks(moved, [f"{name}\n{value:.0f} MB" for name, value in zip(names, moved, strict=True)])
     panel.xaxis.set_minor_locator(NullLocator())
+    for name in _implementations(rows):
+        points = sorted((r["bytes_moved"] / 1e6, r["gb_per_second"]) for r in _select(rows, implementation=name))
+        panel.plot(*zip(*points, strict=True), marker="o", linewidth=2, color=COLOURS[name], label=NAMES[name])
+    panel.set_xlabel("size and megabytes moved")
+    panel.margins(x=0.12)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    panel.yaxis.set_minor_locator(NullLocator())
 
 
-def _time(rows: list[Row], device: str) -> Figure:
-    """A panel an op and direction: bars of time relative to eager, a group a size."""
-    directions = ("forward", "backward", "both")
-    figure, axes = plt.subplots(len(directions), len(PANELS), figsize=(13, 10.5), layout="constrained")
-    figure.suptitle(f"Time relative to eager PyTorch (shorter is better), {device}", fontsize=14)
-    for line, direction in zip(axes, directions, strict=True):
-        for panel, (op, noise) in zip(line, PANELS, strict=True):
-            own = list(_select(rows, op=op, noise=noise, direction=direction))
-            if not own:
-                panel.set_axis_off()
-                continue
-            _bars(panel, own)
-            spoken = "forward + backward" if direction == "both" else direction
-            panel.set_title(f"{_title(op, noise)}: {spoken}")
-        line[0].set_ylabel("time / eager")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    return figure
-
-
-def _bars(panel: Axes, rows: list[Row]) -> None:
+def _times(panel: Axes, rows: list[Row]) -> None:
+    """Bars of time relative to eager, a group a size."""
     sizes = [size for size in SIZES if any(row["size"] == size for row in rows)]
     names = [name for name in _implementations(rows) if name != "eager"]
     width = 0.8 / len(names)
@@ -160,35 +150,3 @@ def _select(rows: list[Row], **fields: str) -> Iterator[Row]:
 
 def _implementations(rows: list[Row]) -> list[str]:
     return [name for name in COLOURS if any(row["implementation"] == name for row in rows)]
-
-
-def _title(op: str, noise: str) -> str:
-    return f"{op}, noise {noise}" if noise else op
-
-
-def _device(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    if result["device"] == "cuda":
-        return str(machine["gpu"])
-    return f"{machine['cpu']}, {machine['torch_threads']} thread{'s' * (machine['torch_threads'] > 1)}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="recorded results, bench/results/<device>.json")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in given.files}
-    pictures = {name: draw(result, name, given.docs / "images") for name, result in results.items()}
-    page = given.docs / "benchmarks.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    page.write_text(before + results_section(results, pictures) + after, encoding="utf-8")
-    pages = [page, *write_pages(results, given.docs)]
-    for path in (*(path for drawn in pictures.values() for path in drawn), *pages):
-        print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

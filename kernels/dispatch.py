@@ -1,8 +1,8 @@
 """Which implementation of an op runs.
 
-An implementation of the op OP is the module `sqdf_fast.kernels.OP.NAME`, NAME one of `IMPLEMENTATIONS`. A
-module other than the reference defines `unavailable(device, dtype) -> str | None`: the reason why it cannot
-run there, or None. Adding an implementation means adding that module; nothing here and no caller changes.
+An implementation of the op OP is the module `sqdf_fast.kernels.OP.NAME`, NAME one of `IMPLEMENTATIONS`. A module other
+than the reference defines `unavailable(device, dtype) -> str | None`: why it cannot run there, or None. Adding an
+implementation means adding that module: nothing here changes, and no caller.
 """
 
 from __future__ import annotations
@@ -28,21 +28,34 @@ def reason_against(op: str, name: str, device: torch.device, dtype: torch.dtype)
     if name == "reference":
         return None
     if importlib.util.find_spec(f"sqdf_fast.kernels.{op}.{name}") is None:
-        return "not part of this version"
+        return f"{op} has no such implementation"
     reason: str | None = module(op, name).unavailable(device, dtype)
     return reason
 
 
 @torch.compiler.assume_constant_result  # chosen once, while tracing: the graph holds the chosen op only
 def resolve(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation of `op` that `impl` means for tensors on `device` with a math precision of `dtype`.
+    """The implementation of `op` that `impl` selects for tensors on `device` with a math precision of `dtype`.
 
-    "auto" takes the first that can run and logs once why it passed over the others.
+    "auto" takes the first that can run and logs once why it skipped the others.
 
     Raises:
         UserError: unknown `impl`, or an explicit choice that cannot run here.
     """
     return _resolve(op, impl, device.type, dtype)
+
+
+@cache
+def fused(op: str, device_type: str) -> str:
+    """The fused implementation of `op` on a device, the one kernel that its PyTorch operators have there.
+
+    Raises:
+        UserError: none runs there.
+    """
+    name = _first_that_runs(_reasons(op, device_type, torch.float32))
+    if name == "reference":
+        raise UserError(f"{op} has no fused kernel that runs on {device_type}; use impl='reference'")
+    return name
 
 
 @cache
@@ -55,24 +68,27 @@ def module(op: str, name: str) -> ModuleType:
 def _resolve(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
     if impl not in CHOICES:
         raise UserError(f"impl={impl!r} is not an implementation of {op}: choose one of {', '.join(CHOICES)}")
-    device = torch.device(device_type)
+    reasons = _reasons(op, device_type, dtype)
+    name = _first_that_runs(reasons)
     if impl == "auto":
-        return _first_that_runs(op, device, dtype)
-    reason = reason_against(op, impl, device, dtype)
+        if skipped := [f"{other}: {reasons[other]}" for other in IMPLEMENTATIONS[: IMPLEMENTATIONS.index(name)]]:
+            # on a GPU the reference is several times slower than what was skipped
+            level = logging.WARNING if device_type == "cuda" and name == "reference" else logging.INFO
+            _log.log(level, "%s on %s takes %s (%s)", op, device_type, name, "; ".join(skipped))
+        return name
+    reason = reasons.get(impl)
+    if reason is None and impl not in (name, "reference"):
+        reason = f"{name} takes its place"  # under Triton's interpreter, which runs on the CPU
     if reason is not None:
         raise UserError(f"impl={impl!r} of {op} cannot run here: {reason}; use impl='auto'")
     return impl
 
 
-def _first_that_runs(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    passed_over = []
-    for name in IMPLEMENTATIONS:
-        reason = reason_against(op, name, device, dtype)
-        if reason is None:
-            break
-        passed_over.append(f"{name}: {reason}")
-    if passed_over:
-        # on a GPU the reference is several times slower than what was passed over
-        level = logging.WARNING if device.type == "cuda" and name == "reference" else logging.INFO
-        _log.log(level, "%s on %s takes %s (%s)", op, device.type, name, "; ".join(passed_over))
-    return name
+def _reasons(op: str, device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
+    """Of the fused implementations; the reference runs everywhere."""
+    device = torch.device(device_type)
+    return {name: reason_against(op, name, device, dtype) for name in IMPLEMENTATIONS if name != "reference"}
+
+
+def _first_that_runs(reasons: dict[str, str | None]) -> str:
+    return next((name for name, reason in reasons.items() if reason is None), "reference")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def guide(output: Tensor, guidance_scale: float) -> Tensor:
-    """[2B, ...] ordered [uncond; cond] -> m_uncond + g (m_cond - m_uncond), [B, ...]; as it is for g = 1."""
+    """[2B, ...] ordered [uncond; cond] -> m_uncond + g (m_cond - m_uncond), [B, ...]; unchanged for g = 1."""
     if guidance_scale == 1:
         return output
     unconditional, conditional = output.chunk(2)
@@ -15,7 +15,7 @@ def guide(output: Tensor, guidance_scale: float) -> Tensor:
 
 
 def guide_vjp(grad: Tensor, guidance_scale: float) -> Tensor:
-    """The backward of `guide`: [B, ...] -> [2B, ...]; as it is for g = 1."""
+    """The backward of `guide`: [B, ...] -> [2B, ...]; unchanged for g = 1."""
     if guidance_scale == 1:
         return grad
     return torch.cat([(1.0 - guidance_scale) * grad, guidance_scale * grad])
@@ -34,7 +34,7 @@ def empty_gradients(
     need_x: bool,
     need_output: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Where a backward of `grad` [B, ...] writes: for x [B, ...], for the network output [2B, ...] ([B, ...] if g = 1).
+    """Uninitialised results of a backward: for x [B, ...], for the network output [2B, ...] ([B, ...] if g = 1).
 
     The one that is not needed is [0].
     """

@@ -42,10 +42,10 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_max_threads() {
 #endif
 }
 
-// What the inner loops run with, a sqdf_fast::InstructionSet.
+// Instruction set of the inner loops, a sqdf_fast::InstructionSet.
 SQDF_FAST_EXPORT int32_t sqdf_fast_instruction_set() { return sqdf_fast::instruction_set(); }
 
-// From now on the inner loops use the best that the processor has and that is not above `limit`.
+// Makes the inner loops use the best instruction set of the processor up to `limit`.
 SQDF_FAST_EXPORT void sqdf_fast_limit_instruction_set(int32_t limit) {
     sqdf_fast::in_use = std::min(sqdf_fast::supported(), static_cast<sqdf_fast::InstructionSet>(limit));
 }

@@ -18,7 +18,7 @@ namespace sqdf_fast {
 
 enum InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// The best one that this processor has and nobody has ruled out.
+// The best one that this processor has, up to the limit set.
 InstructionSet instruction_set();
 
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-"""The native library: found, loaded once through ctypes, checked. Importing this module does none of it."""
+"""Find the native library, load it once through ctypes, check its version. Importing this module does nothing."""
 
 from __future__ import annotations
 
@@ -59,26 +59,26 @@ def library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """What the inner loops run with: "AVX-512", "AVX2" or "baseline"."""
+    """Instruction set of the inner loops: "AVX-512", "AVX2" or "baseline"."""
     return _INSTRUCTION_SETS[function("sqdf_fast_instruction_set", "", "i")()]
 
 
 def limit_instruction_set(limit: str) -> None:
-    """From now on the inner loops use the best instruction set here that is not above `limit`; results are the same."""
+    """Make the inner loops use the best instruction set of this processor up to `limit`; results stay the same."""
     function("sqdf_fast_limit_instruction_set", "i")(_INSTRUCTION_SETS.index(limit))
 
 
 def limit_cached_traffic(traffic: int | None) -> None:
-    """From now on calls that move more than so many bytes write past the cache; None: what suits this processor.
+    """Make calls that move more bytes than `traffic` write past the cache; None: the default of this processor.
 
-    Results are the same.
+    Results stay the same.
     """
     function("sqdf_fast_limit_cached_traffic", "l")(-1 if traffic is None else traffic)
 
 
 @functools.cache
 def function(name: str, arguments: str, result: str = "") -> Callable[..., Any]:
-    """An exported function; a letter an argument: p(ointer), i(nt32), l (int64), d(ouble); result "" is void."""
+    """An exported function. One letter per argument: p(ointer), i(nt32), l (int64), d(ouble); result "" is void."""
     found = getattr(library(), name)
     found.argtypes = [_ARGUMENTS[letter] for letter in arguments]
     found.restype = _ARGUMENTS[result] if result else None
@@ -95,7 +95,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def dtype_number(dtype: torch.dtype) -> int:
-    """What the library calls `dtype`.
+    """The library's number for `dtype`.
 
     Raises:
         UserError: a dtype that native ops neither read nor write.
@@ -108,23 +108,48 @@ def dtype_number(dtype: torch.dtype) -> int:
     return number
 
 
-def coefficients(table: Tensor) -> Tensor:
-    """A coefficient table as native ops read it: float32, contiguous."""
-    return (table if table.dtype == torch.float32 else table.to(torch.float32)).contiguous()
+def address(tensor: Tensor | None) -> int | None:
+    """Address of the values; null for no tensor."""
+    return None if tensor is None else tensor.data_ptr()
 
 
-def check_index(outside: int, steps: int) -> None:
-    """What a native op that met an index outside its table raises, as PyTorch's indexing does.
+def typed(tensor: Tensor | None) -> tuple[int | None, int]:
+    """Address and dtype number as ops take a tensor of any dtype; null and 0 for no tensor."""
+    if tensor is None:
+        return None, 0
+    number = _DTYPES.get(tensor.dtype)
+    return tensor.data_ptr(), dtype_number(tensor.dtype) if number is None else number
+
+
+def run_rows(
+    name: str,
+    letters: str,
+    inputs: tuple[Any, ...],
+    table: Tensor,
+    index: Tensor,
+    scales: tuple[float, ...],
+    x: Tensor,
+    outputs: tuple[Any, ...],
+) -> None:
+    """Call an exported function that computes every sample of x [B, ...] from its row of a coefficient table.
+
+    Its arguments are inputs, table, steps, index, scales, B, elements of a sample, outputs, threads.
 
     Raises:
-        IndexError: `outside` is not 0.
+        IndexError: an index outside the table, as PyTorch's indexing raises it.
     """
+    table = (table if table.dtype == torch.float32 else table.to(torch.float32)).contiguous()
+    index, steps, batch = index.contiguous(), table.shape[0], x.shape[0]
+    rows = table.data_ptr(), steps, index.data_ptr()
+    outside = function(name, letters, "i")(
+        *inputs, *rows, *scales, batch, x.numel() // batch, *outputs, torch.get_num_threads()
+    )
     if outside:
         raise IndexError(f"index holds a position outside a schedule of {steps} steps")
 
 
 def threads() -> int:
-    """The `threads` argument of every native op: as many as PyTorch uses for its own operators."""
+    """The `threads` argument of every native op: the number that PyTorch uses for its own operators."""
     return torch.get_num_threads()
 
 
@@ -138,9 +163,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def find() -> Path | None:
-    """The library file, or None. A wheel and an editable install keep it in different places.
+    """The library file, or None. A wheel and an editable installation keep it in different folders.
 
-    The environment variable SQDF_FAST_NATIVE_LIBRARY names another build of it, one with sanitizers, say.
+    The environment variable SQDF_FAST_NATIVE_LIBRARY names another build, such as one with sanitizers.
     """
     import sqdf_fast.kernels
 

@@ -43,7 +43,7 @@ SQDF_FAST_INLINE float from_float16(uint16_t value) {
     const uint32_t magnitude = (value & 0x7fffu) << 13;
     const uint32_t exponent = magnitude & kLargest;
     const uint32_t normal = magnitude + kRebias + (exponent == kLargest ? kRebias : 0);  // twice: infinity and NaN
-    // A subnormal gets the exponent of 2^-14 and with it a leading one, which is taken off again.
+    // A subnormal gets the exponent of 2^-14 and with it a leading one, which is subtracted again.
     const uint32_t subnormal = bits_of(float_of(magnitude + kSmallestNormal) - float_of(kSmallestNormal));
     return float_of((exponent == 0 ? subnormal : normal) | (value & 0x8000u) << 16);
 }
@@ -54,7 +54,7 @@ SQDF_FAST_INLINE uint16_t to_float16(float value) {
     const uint32_t bits = bits_of(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
     const uint32_t normal = (magnitude - kRebias + 0xfffu + ((magnitude >> 13) & 1)) >> 13;  // to nearest, ties to even
-    // Next to 1/2 a float's last bit is worth 2^-24, a subnormal's: the addition rounds.
+    // Near 1/2 the last bit of a float is 2^-24, that of a subnormal: the addition rounds.
     const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
     const uint32_t special = magnitude > kInfinity ? 0x7e00u | ((magnitude >> 13) & 0x3ffu) : 0x7c00u;
     const uint32_t finite = magnitude < kSmallestNormal ? subnormal : normal;
@@ -95,19 +95,19 @@ __attribute__((target("avx,f16c"))) void write_float16(const float* values, int 
 
 #endif
 
-// Bytes of the last-level cache as Linux describes it: what sysconf says of a virtual machine is often the whole host's.
+// Bytes of the last-level cache according to Linux; on a virtual machine sysconf often reports the whole host's.
 int64_t last_level_cache() {
     long kibibytes = 0;
     for (const char* level : {"2", "3"}) {
         const std::string path = std::string("/sys/devices/system/cpu/cpu0/cache/index") + level + "/size";
-        std::ifstream(path) >> kibibytes;  // "32768K"; what cannot be read leaves the level before
+        std::ifstream(path) >> kibibytes;  // "32768K"; a file that cannot be read leaves the previous level
     }
     return int64_t{kibibytes > 0 ? kibibytes : 32768} << 10;
 }
 
-// Bytes of cache that a call may count on for each core. A virtual machine sees the whole cache of a processor that it
-// has a few cores of. The third level of Intel's servers is filled by what falls out of the second and lies behind a
-// mesh: on Sapphire Rapids, streaming was faster from 2 MiB of traffic on (bench/, SD1.5: by an eighth, SDXL: a quarter).
+// Bytes of cache that a call may use per core. A virtual machine with a few cores reports the whole cache of its
+// processor. The third level of Intel's servers holds what the second evicts and lies behind a mesh: on Sapphire
+// Rapids, streaming was faster from 2 MiB of traffic on (bench/, SD1.5: by an eighth, SDXL: by a quarter).
 int64_t cache_of_a_core() {
 #if defined(__x86_64__)
     if (__builtin_cpu_is("intel")) return int64_t{512} << 10;
@@ -160,7 +160,7 @@ void expect_writes(Output& output, int64_t rows, int64_t numel, int64_t traffic)
 
 }  // namespace sqdf_fast
 
-// From now on calls that move more than so many bytes write past the cache; negative: what suits this processor.
+// Makes calls that move more than `bytes` write past the cache; negative: the default of this processor.
 SQDF_FAST_EXPORT void sqdf_fast_limit_cached_traffic(int64_t bytes) {
     sqdf_fast::most_traffic_in_cache = bytes < 0 ? sqdf_fast::cached_traffic() : bytes;
 }

@@ -17,10 +17,10 @@ namespace sqdf_fast {
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };  // kernels/native.py has the same numbers
 
-constexpr int kBlock = 256;              // elements of a stream that are handled at once; more leave the L1 cache
-constexpr int kTile = 64;                // of them computed before their results are streamed: long bursts stall reads
+constexpr int kBlock = 256;              // elements of a stream handled at once; more would not stay in the L1 cache
+constexpr int kTile = 64;                // elements computed before their results are streamed: long bursts stall reads
 constexpr int64_t kPiece = 32 * kBlock;  // elements that one thread takes at a time
-constexpr int64_t kSerial = 4 * kPiece;  // a batch of at most so many elements is not worth waking threads for
+constexpr int64_t kSerial = 4 * kPiece;  // elements of a batch up to which one thread computes it
 
 struct Input {
     const void* data;
@@ -43,7 +43,7 @@ int64_t bytes(const Tensor& tensor, int64_t count) {
 
 // Classifier-free guidance, m_uncond + g (m_cond - m_uncond).
 struct Guidance {
-    bool on;                  // two rows a sample, all unconditional ones first; g = 1 has one
+    bool on;                  // two rows per sample, all unconditional ones first; one for g = 1
     float scale, complement;  // g, 1 - g
 
     int64_t rows(int64_t batch) const { return on ? 2 * batch : batch; }
@@ -57,12 +57,12 @@ inline Guidance guidance(double scale) {
 void read_halves(const uint16_t* source, int32_t dtype, int n, float* values);
 void write_halves(const float* values, int n, uint16_t* destination, int32_t dtype);
 
-// Asks for the block that follows the one at `at`: six streams at once are more than a processor follows by itself.
+// Prefetches the block after the one at `at`: a processor does not track six streams by itself.
 SQDF_FAST_INLINE void prefetch_next(const Input& input, int64_t at) {
     constexpr int64_t kLine = 64;
     const int64_t size = kBlock * element_size(input.dtype);
     const char* next = static_cast<const char*>(input.data) + at * element_size(input.dtype) + size;
-    for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(next + i);  // past the end it is no access
+    for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(next + i);  // harmless past the end
 }
 
 // The float32 values of n <= kBlock elements from `at` on: in place, or converted into `scratch`.
@@ -73,14 +73,14 @@ SQDF_FAST_INLINE const float* load(const Input& input, int64_t at, int n, float*
     return scratch;
 }
 
-// Where the float32 results for `at` on go, before `stream` and `store`: to their place, or into `scratch`.
+// Where to write the float32 results from `at` on, before `stream` and `store`: to the output, or into `scratch`.
 SQDF_FAST_INLINE float* place(const Output& output, int64_t at, float* scratch) {
     const bool direct = output.data != nullptr && output.dtype == kFloat32 && !output.streamed;
     return direct ? static_cast<float*>(output.data) + at : scratch;
 }
 
-// Brings n results of a streamed output past the cache: a store that fetches no line first saves a third of an output's
-// traffic.
+// Writes n results of a streamed output past the cache: a store that does not fetch the line first saves a third of an
+// output's traffic.
 SQDF_FAST_INLINE void stream(const Output& output, int64_t at, int n, const float* values) {
     if (!output.streamed) return;
 #if defined(__x86_64__)
@@ -91,7 +91,7 @@ SQDF_FAST_INLINE void stream(const Output& output, int64_t at, int n, const floa
 #endif
 }
 
-// Brings n results of a half precision home.
+// Writes n results of a half-precision output.
 SQDF_FAST_INLINE void store(const Output& output, int64_t at, int n, const float* values) {
     if (output.data == nullptr || output.dtype == kFloat32) return;
     write_halves(values, n, static_cast<uint16_t*>(output.data) + at, output.dtype);
@@ -105,9 +105,9 @@ SQDF_FAST_INLINE void for_each_tile(int n, Tile tile) {
     if (first < n) tile(first, n - first);
 }
 
-// Prepares an output of `rows` rows that is about to be written whole, by a call that reads and writes `traffic` bytes
-// in all: huge pages for what is large in it, since a fresh output is mapped page by page and at 4 KiB a page that takes
-// several times as long as the op; and streaming where the cache could not keep it.
+// Prepares an output of `rows` rows for a call that writes all of it and moves `traffic` bytes in all: huge pages for
+// large outputs, since mapping a new output in pages of 4 KiB takes several times as long as the op; streaming where
+// the cache could not hold it.
 void expect_writes(Output& output, int64_t rows, int64_t numel, int64_t traffic);
 
 SQDF_FAST_INLINE int64_t pieces_of(int64_t numel) { return (numel + kPiece - 1) / kPiece; }
@@ -130,7 +130,7 @@ void for_each_piece(int64_t batch, int64_t numel, int32_t threads, Piece piece, 
     (void)threads, (void)streamed;
 }
 
-// A table of coefficients, float32 [steps, columns]; an index counts from the end when it is negative, as in PyTorch.
+// A table of coefficients, float32 [steps, columns]; a negative index counts from the end, as in PyTorch.
 struct Table {
     const float* data;
     int64_t steps, columns;

@@ -1,8 +1,8 @@
 """What the Triton implementations share: availability, the block of a program, how a tensor enters a kernel.
 
-Importing this module works without Triton. `BLOCK` and `WARPS` are all there is of a configuration: every kernel that
-streams samples takes them as they are, whatever the GPU. They were chosen by the code that the compiler makes of them
-(docs/kernel_registers.md), not by time on a GPU.
+Importing this module works without Triton. `BLOCK` and `WARPS` are the whole configuration: every kernel that streams
+samples uses them on every GPU. They were chosen by the compiled code (bench/results/kernel_registers.md), not by timing
+on a GPU.
 """
 
 # A kernel's arguments have no Python types.
@@ -28,6 +28,7 @@ __all__ = [
     "BLOCK",
     "aligned",
     "jit",
+    "layout",
     "on",
     "piece_of_row",
     "pieces",
@@ -38,16 +39,16 @@ __all__ = [
 ]
 
 BLOCK = 1024
-"""Elements of one row that a program handles: with four warps a thread holds 16 bytes of a 16-bit tensor, or twice 16
-bytes of a float32 one."""
+"""Elements of one row that a program handles: with four warps a thread holds 16 bytes of a 16-bit tensor, or two times
+16 bytes of a float32 one."""
 
 WARPS = {"aligned": 4, "ragged": 8}
-"""Of a program, for rows of a multiple of 16 elements and for others: those are read element by element, which takes
-registers, so that each thread gets fewer."""
+"""Warps of a program, for rows of a multiple of 16 elements and for others. The latter are read element by element,
+which takes registers: more threads then handle fewer elements each."""
 
 
 def jit(function: Any = None, **options: Any) -> Any:
-    """`triton.jit`; without Triton the function as it is, which is then never called."""
+    """`triton.jit`; without Triton the function itself, which is then never called."""
     if triton is not None:
         return triton.jit(function, **options)
     return function or (lambda decorated: decorated)
@@ -64,15 +65,15 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return "needs a CUDA device"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "triton calls a C compiler, and there is none: install gcc or set CC"
+        return "triton needs a C compiler: install gcc or set CC"
     return None
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor as a kernel reads it: contiguous, at most 32 bits an element, at a multiple of 16 bytes.
+    """The tensor as a kernel reads it, copied if necessary: contiguous, at most 32 bits per element, 16-byte aligned.
 
-    What is not so is copied. Where a tensor starts decides how a compiled kernel deals a block out to its
-    threads, thus the order in which a KL is summed, and a row's bits must not depend on that.
+    The alignment of a tensor decides how a compiled kernel distributes a block over its threads, and so the order in
+    which a KL is summed. A row's bits must not depend on it.
     """
     if tensor.dtype == torch.float64:
         tensor = tensor.float()
@@ -81,17 +82,29 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def pieces(elements: int) -> int:
-    """Programs that share a row, by its length alone."""
+    """Number of programs that share a row, from its length alone."""
     return -(-elements // BLOCK)
 
 
 def warps(elements: int) -> int:
-    """Warps of a program that handles rows of so many elements."""
+    """Warps of a program, from the length of a row alone."""
     return WARPS["aligned" if elements % 16 == 0 else "ragged"]
 
 
+def layout(x: Tensor, table: Tensor) -> tuple[tuple[int, ...], tuple[int], int]:
+    """Sizes, grid and warps of a kernel that computes every sample of x [B, ...] from its row of a table.
+
+    The sizes are samples, elements per sample, programs per sample, steps and strides of the table.
+    """
+    rows = len(x)
+    elements = x.numel() // rows
+    n_pieces = pieces(elements)
+    sizes = rows, elements, n_pieces, len(table), *table.stride()
+    return sizes, (rows * n_pieces,), warps(elements)
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device; this makes `device` it."""
+    """Make `device` the current one, on which Triton launches."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -123,5 +136,5 @@ def table_row(table, index, i_row, n_steps, stride):
 
 @jit
 def coefficient(p_row, m_row, offset):
-    """One of them; NaN for an index outside, since a kernel cannot raise and must not read there."""
+    """One coefficient; NaN for an index outside the table: a kernel cannot raise and must not read outside."""
     return tl.load(p_row + offset, mask=m_row, other=float("nan"))

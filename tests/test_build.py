@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 import sqdf_fast
 from sqdf_fast.kernels import native
@@ -37,13 +40,78 @@ def test_every_public_name_resolves() -> None:
         sqdf_fast.no_such_name  # noqa: B018
 
 
-def test_kernels_is_a_part_of_the_package_and_not_a_distribution() -> None:
-    """transformers probes for a distribution called kernels; ours must not be taken for it."""
-    code = (
-        "from transformers.utils import is_kernels_available; import sqdf_fast.kernels; "
-        "print(sqdf_fast.kernels.__name__, is_kernels_available())"
-    )
-    assert run(code) == "sqdf_fast.kernels False"
+PROBE = """
+import os, sys
+sys.path += filter(None, [os.environ.get("STAND_IN")])
+leave = sys.exit
+
+def probe(status=None):
+    import kernels
+    print(getattr(kernels, "__file__", None))
+    if "PROBE_LIBRARIES" in os.environ:
+        import bitsandbytes, diffusers.utils, sqdf_fast.kernels, transformers.utils
+        print(transformers.utils.is_kernels_available(), diffusers.utils.is_kernels_available())
+        print(sqdf_fast.kernels.__name__)
+    leave(status)
+
+sys.exit = probe
+"""
+
+
+@pytest.fixture
+def probing(tmp_path: Path) -> Callable[..., tuple[list[str], str]]:
+    """Start Python in the checkout or through the installed script; at its end it prints what `kernels` is to it."""
+    (tmp_path / "sitecustomize.py").write_text(PROBE)
+
+    def start(started: str, **environment: str) -> tuple[list[str], str]:
+        script = Path(sysconfig.get_path("scripts")) / "sqdf-fast"
+        command, folder = {
+            "in the checkout": ([sys.executable, "-c", "import sys; print(); sys.exit()"], ROOT),
+            "through the script": ([script, "--version"], tmp_path),
+        }[started]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), **environment}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=environment)
+        return done.stdout.splitlines()[1:], done.stderr
+
+    return start
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A folder with a distribution called kernels, of the oldest version that transformers takes."""
+    folder = tmp_path / "stand_in"
+    for name in ("kernels", f"kernels-{KERNELS_MIN_VERSION}.dist-info"):
+        (folder / name).mkdir(parents=True)
+    (folder / "kernels" / "__init__.py").write_text("")
+    metadata = f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
+    (folder / f"kernels-{KERNELS_MIN_VERSION}.dist-info" / "METADATA").write_text(metadata)
+    return folder
+
+
+STARTED = pytest.mark.parametrize("started", ["in the checkout", "through the script"])
+
+
+@STARTED
+def test_the_kernels_distribution_is_imported_and_not_our_folder(probing, stand_in: Path, started: str) -> None:
+    lines, _ = probing(started, STAND_IN=str(stand_in))
+    assert lines == [f"{stand_in}/kernels/__init__.py"]
+
+
+@pytest.mark.parametrize("started", ["in the checkout", pytest.param("through the script", marks=pytest.mark.slow)])
+def test_other_libraries_do_not_take_our_folder_for_the_kernels_distribution(probing, started: str) -> None:
+    lines, printed = probing(started, PROBE_LIBRARIES="1")
+    assert lines == ["None", "False False", "sqdf_fast.kernels"]
+    # With AVX512-BF16 bitsandbytes always recommends the distribution and says why its import failed.
+    assert str(ROOT) not in printed
+    own = "Failed to load CPU gemm_4bit_forward from kernels-community"
+    assert not [line for line in printed.splitlines() if "kernels" in line and not line.startswith(own)]
+
+
+@pytest.mark.slow
+@STARTED
+def test_other_libraries_see_the_kernels_distribution(probing, stand_in: Path, started: str) -> None:
+    lines, _ = probing(started, STAND_IN=str(stand_in), PROBE_LIBRARIES="1")
+    assert lines == [f"{stand_in}/kernels/__init__.py", "True True", "sqdf_fast.kernels"]
 
 
 def test_the_entry_point_is_the_command_line() -> None:
@@ -82,7 +150,8 @@ def test_without_a_compiler_the_package_builds_without_its_native_library(tmp_pa
     wheel = build_wheel(tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
     names = wheel.namelist()
     assert str(wheel.filename).endswith("-py3-none-any.whl")
-    assert "sqdf_fast/kernels/native.py" in names
+    assert {"sqdf_fast/kernels/__init__.py", "sqdf_fast/kernels/native.py"} <= set(names)
+    assert not [name for name in names if name.startswith("kernels/")]
     assert not [name for name in names if name.endswith(".so")]
     data = ("display/templates/page.html", "display/templates/page.css", "display/templates/macros.html")
     data += ("display/templates/plots.mplstyle", "runs/report.html", "compare/report.html", "commands/verdict.html")
@@ -93,7 +162,6 @@ RESULTS = """
 import hashlib, itertools, torch
 from sqdf_fast.kernels import native
 from sqdf_fast.kernels.denoise_step.native import backward, forward
-from sqdf_fast.kernels.discounted_loss import native as discounted_loss
 from sqdf_fast.kernels.posterior_mean import native as posterior_mean
 
 torch.manual_seed(0)
@@ -109,12 +177,12 @@ for dtype, g, (numel, traffic) in itertools.product(dtypes, (1.0, 7.5), ((8200, 
     results += backward(grad, torch.randn(2), results[-1], table, index, g, 0.5, dtype, dtype, True, True)
     results += [posterior_mean.forward(x, policy, table[:, :2], index, g, dtype)]
     results += posterior_mean.backward(grad, table[:, :2], index, g, dtype, dtype, True, True)
-results += discounted_loss.forward(torch.randn(4), torch.rand(4), torch.arange(4), 0.97, 0.1, True, 3.0)
 assert all(torch.isfinite(result).all() for result in results)
 print(hashlib.sha256(b"".join(result.double().numpy().tobytes() for result in results)).hexdigest())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
 def test_every_compiler_builds_without_a_warning_a_library_with_the_same_results(
     compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -341,6 +341,7 @@ def test_what_cannot_be_distilled_is_refused(model, tmp_path, prompts, dtype, me
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_shipped_lora_foresees_the_shipped_model():
     """The LoRA and the pipeline of the embedded world belong together: retraining one alone shows here."""
     folder = shapes.consistency_lora_folder()

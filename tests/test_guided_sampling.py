@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from support.direct_reward import BATCH, STEPS, Published, make, settings, write_model
+from support.direct_reward import BATCH, STEPS, Published, make, settings
 
 from sqdf_fast.engine.noise import Stream
 from sqdf_fast.engine.runtime import Runtime
@@ -19,8 +19,8 @@ SCALE = 3.0
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+def model(low_contrast_model) -> Path:
+    return low_contrast_model
 
 
 @pytest.fixture(scope="module")

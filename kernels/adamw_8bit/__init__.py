@@ -1,9 +1,9 @@
-"""AdamW steps whose moments take a byte each, for parameters in float32 and bfloat16.
+"""AdamW steps with moments of one byte each, for parameters in float32 and bfloat16.
 
-Moments are quantised in blocks of 256 elements: a float32 absmax a block, a code an element, an index into the signed
-dynamic map (first moment) or the unsigned one (second moment). Maps and layout are those of bitsandbytes' AdamW8bit, so
-states can be exchanged. bfloat16 parameters are rounded stochastically: a step much smaller than the last bit is not
-lost, it moves the parameter now and then. Nothing depends on the number of threads.
+Moments are quantised in blocks of 256 elements. Each block has a float32 absmax; each element has a code, an index into
+the signed dynamic map (first moment) or the unsigned one (second moment). Maps and layout are those of bitsandbytes'
+AdamW8bit, so states can be exchanged. bfloat16 parameters are rounded stochastically: a step much smaller than the last
+bit still moves the parameter now and then. Nothing depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def adamw_8bit(
 
     Args:
         parameter: float32 or bfloat16, contiguous, n elements.
-        gradient: float32, bfloat16 or float16, contiguous, n elements; not changed.
+        gradient: float32, bfloat16 or float16, contiguous, n elements; left unchanged.
         state1, state2: codes of the first and second moment, uint8, contiguous, n elements.
         absmax1, absmax2: float32 [ceil(n / 256)]; zeros before the first step.
         coefficients: `Coefficients.of` the step.
-        seed: of the rounding of a bfloat16 parameter: one a tensor and step.
+        seed: Seed for stochastic rounding of a bfloat16 parameter, a new one for every tensor and step.
         impl: "auto", "native" (CPU) or "reference".
 
     Raises:
@@ -67,7 +67,7 @@ def adamw_8bit(
         if absmax.dtype != torch.float32 or tuple(absmax.shape) != (blocks,) or absmax.device != parameter.device:
             raise UserError(
                 f"adamw_8bit: {name} is {absmax.dtype} {tuple(absmax.shape)} on {absmax.device}; "
-                f"it must be float32 [{blocks}] on {parameter.device}, one a block of {BLOCK} elements"
+                f"it must be float32 [{blocks}] on {parameter.device}, one per block of {BLOCK} elements"
             )
     impl = resolve("adamw_8bit", impl, parameter.device, torch.float32)
     states = state1.view(-1), state2.view(-1), absmax1, absmax2
@@ -84,7 +84,7 @@ def adamw_32bit(
     seed: int = 0,
     impl: str = "auto",
 ) -> None:
-    """`adamw_8bit` with the moments themselves: state1 and state2 float32, contiguous, n elements."""
+    """`adamw_8bit` with moments that are not quantised: state1 and state2 float32, contiguous, n elements."""
     _check("adamw_32bit", parameter, gradient, torch.float32, state1=state1, state2=state2)
     impl = resolve("adamw_8bit", impl, parameter.device, torch.float32)
     states = state1.view(-1), state2.view(-1)

@@ -1,4 +1,4 @@
-"""The dynamic maps that codes index, how a code is found, and what a step is given."""
+"""The dynamic maps that codes index, the search for a code, and the arguments of a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DECADES = 7
 
 
 class Coefficients(NamedTuple):
-    """Factors of one step, rounded to float32 where they are used; g the gradient, p the parameter.
+    """Factors of one step, rounded to float32 where they are used; g is the gradient, p the parameter.
 
     m <- beta1 m + complement1 (gradient_scale g)
     v <- beta2 v + complement2 (gradient_scale g)^2
@@ -44,7 +44,7 @@ class Coefficients(NamedTuple):
     def of(
         step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, gradient_scale: float
     ) -> Coefficients:
-        """Those of step 1, 2, ... with bias correction (Kingma, Ba, ICLR 2015) and decoupled weight decay
+        """Factors of step 1, 2, ... with bias correction (Kingma, Ba, ICLR 2015) and decoupled weight decay
         (Loshchilov, Hutter, ICLR 2019)."""
         return Coefficients(
             gradient_scale=gradient_scale,
@@ -60,11 +60,11 @@ class Coefficients(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one step of a parameter is given; parameter, states and absmax are updated in place, all [n], contiguous.
+    """Arguments of one step of a parameter; parameter, states and absmax are updated in place, all [n], contiguous.
 
     Attributes:
-        state1, state2: moments float32, or their codes uint8 where there is an absmax1, absmax2 [ceil(n / 256)].
-        seed: of the rounding of a bfloat16 parameter.
+        state1, state2: moments in float32; with absmax1 and absmax2 [ceil(n / 256)] their codes in uint8.
+        seed: seed for stochastic rounding of a bfloat16 parameter.
     """
 
     parameter: Tensor
@@ -79,10 +79,10 @@ class Step(NamedTuple):
 
 @cache
 def dynamic_map(signed: bool) -> Tensor:
-    """The 256 values of codes 0 .. 255, float32, ascending: a decade a bit of exponent, the larger the finer.
+    """The 256 values of codes 0 .. 255, float32, ascending: the larger the decade, the finer.
 
-    Decade d = -6 .. 0 is cut into 2^(d + 6) equal parts (unsigned: twice as many), whose middles are values; 0 and 1
-    come on top. The values are those of bitsandbytes (`functional.create_dynamic_map`).
+    Decade d = -6 .. 0 is cut into 2^(d + 6) equal parts (unsigned: twice as many) whose midpoints are values; 0 and 1
+    are added. The values are those of bitsandbytes (`functional.create_dynamic_map`).
     """
     magnitudes = []
     for decade in range(_DECADES):
@@ -95,7 +95,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 @cache
 def boundaries(signed: bool) -> Tensor:
-    """Between which magnitudes of the map the nearest changes: their midpoints, float32, ascending."""
+    """Midpoints between neighbouring magnitudes of the map, float32, ascending."""
     magnitudes = dynamic_map(signed)[ZERO_CODE if signed else 0 :]
     return (magnitudes[:-1] + magnitudes[1:]) / 2
 
@@ -104,8 +104,8 @@ def boundaries(signed: bool) -> Tensor:
 def lookup(signed: bool) -> Tensor:
     """The search among `boundaries` as a table for the library, int32 [cells].
 
-    A cell is all floats with one upper half word, `FIRST_CELL` and up, and at most one boundary lies in it. Its entry
-    has in the upper half the magnitude nearest to its lowest float, in the lower half the boundary's lower half word.
+    A cell is all floats with one upper half word, `FIRST_CELL` and up; at most one boundary lies in it. The upper half
+    of its entry is the magnitude nearest to its lowest float, the lower half the lower half word of the boundary.
     """
     words = torch.arange(FIRST_CELL, FIRST_CELL + _CELLS, dtype=torch.int32, device="cpu") << 16
     lowest, highest = words.view(torch.float32), (words | 0xFFFF).view(torch.float32)

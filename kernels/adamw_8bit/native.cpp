@@ -55,14 +55,14 @@ SQDF_FAST_INLINE float float_of(int32_t bits) {
     return value;
 }
 
-// found[i] = table[indices[i]]. Compilers take elements out of vectors one by one here; gathers are twice as fast.
+// found[i] = table[indices[i]]. Compilers extract vector elements one by one here; gathers are twice as fast.
 #if defined(__x86_64__)
 __attribute__((target("avx512f"))) void look_up_avx512(
     const int32_t* table, const int32_t* indices, int n, int32_t* found) {
     int i = 0;
     for (; i + 16 <= n; i += 16) {
         const __m512i index = _mm512_loadu_si512(indices + i);
-        // Masked by nothing: GCC 12 warns of its own header in the plain one.
+        // The mask selects every lane: for the unmasked form GCC 12 warns about its own header.
         const __m512i values = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, index, table, 4);
         _mm512_storeu_si512(found + i, values);
     }
@@ -98,8 +98,8 @@ SQDF_FAST_INLINE void dequantise(
     for (int i = 0; i < n; ++i) moments[i] = float_of(values[i]) * scale;
 }
 
-// The scale of a block: its largest magnitude, 0 where the reciprocal would overflow. As integers magnitudes are ordered
-// like the floats, and a NaN is the largest.
+// The scale of a block: its largest magnitude, 0 where the reciprocal would overflow. As integers magnitudes have the
+// order of the floats, and a NaN is the largest.
 SQDF_FAST_INLINE float largest(const float* moments, int n) {
     int32_t bits = 0;
 #pragma omp simd reduction(max : bits)
@@ -150,7 +150,7 @@ SQDF_FAST_INLINE void update(
     }
 }
 
-// Of the two bfloat16 neighbours one, the nearer with the higher probability: 16 random bits carry, or do not.
+// Rounds to one of the two bfloat16 neighbours, the nearer with the higher probability: 16 random bits may carry.
 SQDF_FAST_INLINE void round_stochastically(
     const float* __restrict values, const uint32_t* __restrict words, int shift, int n, uint16_t* __restrict rounded) {
 #pragma omp simd
@@ -184,7 +184,7 @@ SQDF_FAST_INLINE void step_piece(const Step& op, int64_t begin, int64_t end) {
             op.scales2[block] = quantise<false>(moments2, op.map2, n, op.codes2 + at);
         }
         if (full) continue;
-        if (block % 2 == 0) {  // two blocks share the words of a Philox block, half a word an element
+        if (block % 2 == 0) {  // two blocks share the words of a Philox block, half a word per element
             philox_block(op.seed, static_cast<uint32_t>(block / 2 * kPhiloxCounters), drawn);
             std::memcpy(words, drawn, sizeof words);
         }
@@ -233,8 +233,9 @@ Coefficients coefficients(const double* given) {
 }  // namespace
 
 // One step of one tensor of numel elements. parameter: float32 or bfloat16, the latter rounded stochastically with the
-// words of `seed`; codes: uint8 [numel]; scales: float32 [ceil(numel / 256)]; values: the bits of float32 [256]; lookup: int32
-// [cells], the entry for upper half words up to `first` first; coefficients: nine float64, in the order of the struct.
+// words of `seed`; codes: uint8 [numel]; scales: float32 [ceil(numel / 256)]; values: the bits of float32 [256];
+// lookup: int32 [cells], the entry for upper half words up to `first` first; coefficients: nine float64, in the order
+// of the struct.
 SQDF_FAST_EXPORT void sqdf_fast_adamw_8bit(
     void* parameter, int32_t parameter_dtype, const void* gradient, int32_t gradient_dtype, uint8_t* codes1,
     uint8_t* codes2, float* scales1, float* scales2, const int32_t* values1, const int32_t* lookup1,

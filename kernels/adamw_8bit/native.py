@@ -1,4 +1,4 @@
-"""The AdamW steps on the CPU through the native library; the arguments and results of reference.py."""
+"""The AdamW steps on the CPU through the native library, with the arguments and results of reference.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["sum_of_squares", "unavailable", "update"]
 
 
 def update(step: Step) -> None:
-    """One step, with 8-bit states where it has their scales."""
+    """One step; 8-bit states come with absmax1 and absmax2."""
     tensors = (
         step.parameter.data_ptr(),
         dtype_number(step.parameter.dtype),
@@ -43,7 +43,7 @@ def update(step: Step) -> None:
 
 
 def sum_of_squares(tensors: list[Tensor]) -> float:
-    """Of all elements, in float64; tensors are contiguous [n]. The number of threads changes no bit of it."""
+    """Sum over all elements, in float64; tensors are contiguous [n]. Threads do not change the bits."""
     table = torch.tensor(
         [[t.data_ptr() for t in tensors], [dtype_number(t.dtype) for t in tensors], [t.numel() for t in tensors]],
         dtype=torch.int64,

@@ -16,7 +16,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def update(step: Step) -> None:
-    """One step, with 8-bit states where it has their scales."""
+    """One step; 8-bit states come with absmax1 and absmax2."""
     if step.absmax1 is None or step.absmax2 is None:
         _update(step)
         return
@@ -33,12 +33,12 @@ def update(step: Step) -> None:
 
 
 def _update(step: Step) -> None:
-    """With moments in float32."""
+    """One step with moments in float32."""
     c, parameter, state1, state2 = step.coefficients, step.parameter, step.state1, step.state2
     scaled = step.gradient.to(torch.float32) * c.gradient_scale
     state1.copy_(state1 * c.beta1 + scaled * c.complement1)
     state2.copy_(state2 * c.beta2 + (scaled * scaled) * c.complement2)
-    # PyTorch's own float32 square root is off by a bit now and then on a CPU; float64's, rounded, is the right one.
+    # PyTorch's float32 square root on a CPU is sometimes off by one bit; the rounded float64 root is exact.
     root = state2.to(torch.float64).sqrt().to(torch.float32)
     ratio = state1 / (root * c.root + c.eps)
     updated = parameter.to(torch.float32) * c.decay - ratio * c.step_size
@@ -46,7 +46,7 @@ def _update(step: Step) -> None:
 
 
 def sum_of_squares(tensors: list[Tensor]) -> float:
-    """Of all elements, in float64."""
+    """Sum over all elements, in float64."""
     return sum(tensor.to(torch.float64).square().sum().item() for tensor in tensors)
 
 
@@ -76,7 +76,7 @@ def quantise(moments: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def round_stochastically(values: Tensor, seed: int) -> Tensor:
-    """float32 [n] -> bfloat16 [n]: of the two neighbours one, the mean being the value.
+    """float32 [n] -> bfloat16 [n]: one of the two neighbours, so that the mean is the value.
 
     16 random bits are added below the bits that stay. Element e takes the half word e // 256 % 2 (low, high) of word
     e // 64 % 4 of the Philox block at counter 64 (e // 512) + e % 64, under the key `seed`.
@@ -86,6 +86,6 @@ def round_stochastically(values: Tensor, seed: int) -> Tensor:
     words = philox_uint32(seeds, -(-numel // 512) * 256).to(torch.int32)
     drawn = words.view(-1, 64, 4).transpose(1, 2).reshape(-1, 1, BLOCK)
     random = torch.cat([drawn & 0xFFFF, (drawn >> 16) & 0xFFFF], dim=1).flatten()[:numel]
-    # Only a NaN's bits can overflow.
+    # Only the bits of a NaN can overflow.
     rounded = ((values.view(torch.int32) + random) >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(values.isnan(), values.to(torch.bfloat16), rounded)

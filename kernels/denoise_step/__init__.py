@@ -1,4 +1,4 @@
-"""One denoising step of the policy, and what it costs in KL to the reference."""
+"""One denoising step of the policy and its KL to the reference."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def denoise_step(
         x_prev = p x + q m + sigma z,     z ~ N(0, I)
         kl     = kl_scale * mean over the elements of a sample of (q (m - m_ref) / sigma)^2
 
-    The published programs use kl_scale = 1; 0.5 is the Gaussian KL per element. The KL of equal outputs is
-    exactly 0 and so is its gradient. Where sigma = 0 (a deterministic step) the KL of different outputs is
-    what it is, infinite: draw only the schedule's trainable indices. Gradients flow to `x` and `policy`,
-    to nothing else. Arithmetic is float32, or float64 when an input is float64.
+    The published programs use kl_scale = 1; 0.5 is the Gaussian KL per element. The KL of equal outputs is exactly 0,
+    and so is its gradient. Where sigma = 0 (a deterministic step) the KL of different outputs is infinite: draw only
+    the schedule's trainable indices. Gradients flow to `x` and `policy` only. Arithmetic is float32, or float64 when an
+    input is float64.
 
     Args:
         x: [B, ...] latents at the step's level, any float dtype, any strides.
@@ -53,7 +53,7 @@ def denoise_step(
         index: [B] int64, positions in the schedule, 0 = noisiest.
         guidance_scale: g.
         noise: z, shaped like x; exactly one of `noise` and `seed`.
-        seed: [B] int64, one a sample; z is then counter-based and independent of the sample's neighbours.
+        seed: [B] int64, one per sample; z is then counter-based and independent of the sample's neighbours.
         kl_scale: factor of the KL.
         impl: "auto", "triton", "native" or "reference".
 
@@ -61,8 +61,8 @@ def denoise_step(
         x_prev in the shape and dtype of x; kl [B] float32 (float64 when an input is float64).
 
     Raises:
-        UserError: shapes, dtypes or devices that do not fit, both or none of noise and seed, an `impl` that
-            cannot run.
+        UserError: shapes, dtypes or devices that do not fit, both or neither of noise and seed, an `impl` that cannot
+            run.
     """
     # the backward needs delta, and only for the policy
     with_delta = policy.requires_grad and torch.is_grad_enabled()
@@ -84,7 +84,7 @@ def denoise_step_staged(
     kl_scale: float = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`denoise_step` that also returns delta = m - m_ref, all its backward needs: see `denoise_step_vjp`.
+    """`denoise_step` that also returns delta = m - m_ref, which is all its backward needs: see `denoise_step_vjp`.
 
     Returns:
         x_prev, kl as `denoise_step`; delta shaped like x, in the dtype of `policy`, carrying no gradient.
@@ -118,8 +118,8 @@ def denoise_step_vjp(
         transition, index, guidance_scale, kl_scale, impl: as given to `denoise_step_staged`.
 
     Returns:
-        [2B, ...] or [B, ...], float32 (float64 when an input is float64): scale it before a cast to float16. It
-        carries no gradient itself.
+        [2B, ...] or [B, ...], float32 (float64 when an input is float64), without a graph. Scale it before a cast to
+        float16.
     """
     op = "denoise_step_vjp"
     check_batch(op, delta=delta)
@@ -136,8 +136,9 @@ def denoise_step_vjp(
         if name == "reference":
             return unfused.denoise_step_vjp(grad_x_prev, grad_kl, delta, transition, index, *settings)
         dtypes = grad_x_prev.dtype, torch.float32
-        arguments = (grad_x_prev, grad_kl, delta, transition, index, *settings, *dtypes, False, True, name)
-        return fused.denoise_step_backward(*arguments)[1]
+        arguments = (grad_x_prev, grad_kl, delta, transition, index, *settings, *dtypes, False, True)
+        grad_policy: Tensor = fused.denoise_step_backward(*arguments)[1]
+        return grad_policy
 
 
 def _step(
@@ -166,7 +167,7 @@ def _step(
     arguments = (x, policy, constant(reference), constant(transition), index, *settings)
     if name == "reference":
         return unfused.denoise_step_staged(*arguments)
-    x_prev, kl, delta = fused.denoise_step(*arguments, with_delta, name)
+    x_prev, kl, delta = fused.denoise_step(*arguments, with_delta)
     return x_prev, kl, delta
 
 
@@ -175,7 +176,7 @@ def _check_noise(x: Tensor, noise: Tensor | None, seed: Tensor | None) -> None:
         given = "neither" if noise is None else "both"
         raise UserError(f"denoise_step: exactly one of noise and seed must be given, got {given}")
     if seed is not None and x[0].numel() > MAX_ELEMENTS:
-        raise UserError(f"denoise_step: a sample of {x[0].numel()} elements is more than seed can draw; give noise")
+        raise UserError(f"denoise_step: a sample of {x[0].numel()} elements is more than a seed can draw; pass noise")
     if noise is not None and noise.shape != x.shape:
         raise UserError(f"denoise_step: noise has shape {tuple(noise.shape)}; it must be {tuple(x.shape)}, like x")
     if seed is not None and (

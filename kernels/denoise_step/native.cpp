@@ -197,7 +197,7 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_backward(
     expect_writes(op.grad_policy, rows, numel, traffic);
     const auto step = [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         const float* coefficients = table.row(index[row]);
-        // 0 * inf: where sigma is 0 and the KL not part of the loss
+        // 0 * inf: where sigma is 0 and the KL is not part of the loss
         const double weight = grad_kl[row] == 0 ? 0.0 : grad_kl[row] * kl_weight(coefficients, kl_scale);
         const double pull = weight * 2 / static_cast<double>(numel);
         dispatch<step_gradient_piece>(op, coefficients, static_cast<float>(pull), row, begin, end);

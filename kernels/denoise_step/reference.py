@@ -55,7 +55,7 @@ def denoise_step_vjp(
     elements = delta[0].numel()
     weight = kl_weight(transition, index, kl_scale, dtype)
     grad_kl, difference = grad_kl.to(dtype), delta.to(dtype)
-    # 0 * inf twice: a KL that is not in the loss pulls nowhere, equal outputs are not pulled
+    # 0 * inf twice: neither a KL that is not in the loss nor equal outputs give a gradient
     pull = torch.where(grad_kl == 0, torch.zeros_like(weight), grad_kl * weight * (2.0 / elements))
     pull = torch.where(difference == 0, torch.zeros_like(difference), per_sample(pull, delta) * difference)
     grad = per_sample(transition[index, 1].to(dtype), delta) * grad_x_prev.to(dtype) + pull
@@ -63,6 +63,6 @@ def denoise_step_vjp(
 
 
 def kl_weight(transition: Tensor, index: Tensor, kl_scale: float, dtype: torch.dtype) -> Tensor:
-    """kl_scale q^2 / sigma^2 a sample, [B]; 0 where q = 0, infinite where only sigma = 0."""
+    """kl_scale q^2 / sigma^2 per sample, [B]; 0 where q = 0, infinite where only sigma = 0."""
     _, q, sigma = transition[index].to(dtype).unbind(1)
     return torch.where(q == 0, torch.zeros_like(q), kl_scale * (q / sigma).square())

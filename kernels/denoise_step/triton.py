@@ -1,4 +1,4 @@
-"""denoise_step on CUDA: one pass over the latents each way, and a few numbers a row for the KL's second stage."""
+"""denoise_step on CUDA: one pass over the latents each way, and a few numbers per row for the KL's second stage."""
 
 # A kernel's arguments have no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -15,13 +15,12 @@ from sqdf_fast.kernels.triton import (
     aligned,
     coefficient,
     jit,
+    layout,
     on,
     piece_of_row,
-    pieces,
     table_row,
     tl,
     unavailable,
-    warps,
 )
 
 __all__ = ["backward", "forward", "unavailable"]
@@ -136,7 +135,7 @@ def backward_kernel(
         b_delta = tl.load(delta + i_x + o_n, mask=m_n, other=0).to(tl.float32)
         q, sigma = coefficient(p_row, m_row, column_stride), coefficient(p_row, m_row, 2 * column_stride)
         g_kl = tl.load(grad_kl + i_row * kl_stride).to(tl.float32)
-        # 0 * inf: a KL that is not in the loss pulls nowhere
+        # 0 * inf: a KL that is not in the loss gives no gradient
         pull = tl.where(g_kl == 0, 0.0, g_kl * kl_weight(q, sigma, kl_scale) * mean_scale)
         # 0 * inf again, element by element
         b_grad = q * b_grad + tl.where(b_delta == 0, 0.0, pull * b_delta)
@@ -161,49 +160,20 @@ def forward(
     with_delta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_prev like x, kl float32 [B], delta [B, ...] in the dtype of policy ([0] unless with_delta)."""
-    x, policy, reference, index = aligned(x), aligned(policy), aligned(reference), index.contiguous()
-    transition = transition.float()
-    rows, elements = x.shape[0], x.numel() // x.shape[0]
-    n_pieces = pieces(elements)
+    x, transition, index = aligned(x), transition.float(), index.contiguous()
+    sizes, grid, n_warps = layout(x, transition)
+    _, elements, n_pieces, *table_sizes = sizes
     x_prev = x.new_empty(x.shape)
     delta = torch.empty(x.shape if with_delta else 0, dtype=policy.dtype, device=x.device)
-    partial = torch.empty(rows, n_pieces, dtype=torch.float32, device=x.device)
-    kl = torch.empty(rows, dtype=torch.float32, device=x.device)
+    partial = torch.empty(len(x), n_pieces, dtype=torch.float32, device=x.device)
+    kl = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    given = None if noise is None else aligned(noise), None if seed is None else seed.contiguous()
+    inputs = x, aligned(policy), aligned(reference), *given, transition, index
+    outputs = x_prev, delta if with_delta else None, partial
     with on(x.device):
-        forward_kernel[(rows * n_pieces,)](
-            x,
-            policy,
-            reference,
-            None if noise is None else aligned(noise),
-            None if seed is None else seed.contiguous(),
-            transition,
-            index,
-            x_prev,
-            delta if with_delta else None,
-            partial,
-            guidance_scale,
-            rows,
-            elements,
-            n_pieces,
-            len(transition),
-            *transition.stride(),
-            guidance_scale != 1,
-            BLOCK,
-            num_warps=warps(elements),
-        )
-        kl_kernel[(rows,)](
-            partial,
-            transition,
-            index,
-            kl,
-            kl_scale,
-            elements,
-            n_pieces,
-            len(transition),
-            *transition.stride(),
-            BLOCK,
-            num_warps=warps(elements),
-        )
+        forward_kernel[grid](*inputs, *outputs, guidance_scale, *sizes, guidance_scale != 1, BLOCK, num_warps=n_warps)
+        rest = kl_scale, elements, n_pieces, *table_sizes, BLOCK
+        kl_kernel[(len(x),)](partial, transition, index, kl, *rest, num_warps=n_warps)
     return x_prev, kl, delta
 
 
@@ -221,36 +191,14 @@ def backward(
     need_policy: bool,
 ) -> tuple[Tensor, Tensor]:
     """grad_x [B, ...] in x_dtype, grad_policy [B or 2B, ...] in policy_dtype; [0] where not needed."""
-    grad_x_prev = aligned(grad_x_prev)
-    transition = transition.float()
-    rows = len(grad_x_prev)
-    elements = grad_x_prev.numel() // rows
-    n_pieces = pieces(elements)
-    guided = guidance_scale != 1
-    needs = x_dtype, policy_dtype, need_x, need_policy
-    grad_x, grad_policy = empty_gradients(grad_x_prev, guidance_scale, *needs)
+    grad_x_prev, transition = aligned(grad_x_prev), transition.float()
+    sizes, grid, n_warps = layout(grad_x_prev, transition)
+    grads = empty_gradients(grad_x_prev, guidance_scale, x_dtype, policy_dtype, need_x, need_policy)
+    inputs = grad_x_prev, grad_kl, aligned(delta) if need_policy else None, transition, index.contiguous()
+    outputs = grads[0] if need_x else None, grads[1] if need_policy else None
+    scales = guidance_scale, 1.0 - guidance_scale, kl_scale, 2.0 / sizes[1]
+    settings = guidance_scale != 1, BLOCK
     if need_x or need_policy:
         with on(grad_x_prev.device):
-            backward_kernel[(rows * n_pieces,)](
-                grad_x_prev,
-                grad_kl,
-                aligned(delta) if need_policy else None,
-                transition,
-                index.contiguous(),
-                grad_x if need_x else None,
-                grad_policy if need_policy else None,
-                guidance_scale,
-                1.0 - guidance_scale,
-                kl_scale,
-                2.0 / elements,
-                rows,
-                elements,
-                n_pieces,
-                len(transition),
-                *transition.stride(),
-                grad_kl.stride(0),
-                guided,
-                BLOCK,
-                num_warps=warps(elements),
-            )
-    return grad_x, grad_policy
+            backward_kernel[grid](*inputs, *outputs, *scales, *sizes, grad_kl.stride(0), *settings, num_warps=n_warps)
+    return grads

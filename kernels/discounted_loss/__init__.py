@@ -30,7 +30,7 @@ def discounted_loss(
     SQDF (arXiv 2512.04559): the soft Q-function is approximated by the discounted reward of the look-ahead.
 
     Args:
-        reward: r, [B], or [K, B] for K timesteps a sample; any float dtype.
+        reward: r, [B], or [K, B] for K timesteps per sample; any float dtype.
         kl: shaped like reward.
         remaining: k, int64, shaped like reward: steps that follow the one taken, 0 for the last.
         gamma: discount in (0, 1].
@@ -38,8 +38,9 @@ def discounted_loss(
         mask_nonpositive: samples with r <= 0 contribute neither reward nor KL (the published text-to-image
             program).
         denominator: divisor of the sum; None: the number of samples, masked ones included. Give the size of
-            the whole batch to every micro-batch, and their losses and gradients add up to those of the batch.
-        impl: "auto", "triton", "native" or "reference".
+            the whole batch to every micro-batch: their losses and gradients then add up to those of the batch.
+        impl: "auto", "triton", "native" or "reference". A C++ version of so few numbers would gain nothing: on the CPU
+            "native" is the reference.
 
     Returns:
         Scalar float32 (float64 when reward or kl is float64), differentiable with respect to reward and kl.
@@ -67,10 +68,12 @@ def discounted_loss(
             f"{op}: remaining is {remaining.dtype} on {remaining.device}; "
             f"it must be int64, and reward ({reward.device}) and kl ({kl.device}) on the same device"
         )
+    if impl == "native" and reward.device.type == "cpu":
+        impl = "reference"
     name = resolve(op, impl, reward.device, math_dtype(reward, kl))
     total = float(reward.numel() if denominator is None else denominator)
     arguments = (reward, kl, remaining, float(gamma), float(alpha), bool(mask_nonpositive), total)
     if name == "reference":
         return unfused.discounted_loss(*arguments)
-    loss: Tensor = fused.discounted_loss(*arguments, name)[0]
+    loss: Tensor = fused.discounted_loss(*arguments)[0]
     return loss

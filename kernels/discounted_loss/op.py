@@ -1,4 +1,4 @@
-"""discounted_loss as a PyTorch operator: what fake tensors see, what autograd does, around a fused implementation."""
+"""discounted_loss as a PyTorch operator: schema, fake tensors and autograd of the fused implementation."""
 
 from __future__ import annotations
 
@@ -7,32 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqdf_fast.kernels.autograd import differentiable
-from sqdf_fast.kernels.dispatch import module
+from sqdf_fast.kernels.operators import Operator
 
 
-def _forward(
-    reward: Tensor,
-    kl: Tensor,
-    remaining: Tensor,
-    gamma: float,
-    alpha: float,
-    mask_nonpositive: bool,
-    denominator: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, grad_reward, grad_kl = module("discounted_loss", impl).forward(
-        reward, kl, remaining, gamma, alpha, mask_nonpositive, denominator
-    )
-    return loss, grad_reward, grad_kl
-
-
-_forward_op = torch.library.custom_op("sqdf_fast::discounted_loss", _forward, mutates_args=())
-
-
-@_forward_op.register_fake
-def _(reward: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake(reward: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(reward.new_empty(shape, dtype=torch.float32) for shape in ((), reward.shape, reward.shape))
+
+
+discounted_loss = Operator(
+    "discounted_loss",
+    "forward",
+    "discounted_loss",
+    "(Tensor reward, Tensor kl, Tensor remaining, float gamma, float alpha, bool mask_nonpositive, float denominator) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -41,15 +30,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.dtypes = reward.dtype, kl.dtype
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if grad_loss is None:
-        return (None,) * 8
+        return (None,) * 7
     # the forward's launch left the gradients of the loss; only the chain rule's factor is missing
     grads = [
         (grad_loss * grad).to(dtype) if needed else None
         for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
     ]
-    return (*grads, *(None,) * 6)
+    return (*grads, *(None,) * 5)
 
 
-discounted_loss = differentiable(_forward_op, _forward, _setup_context, _autograd)
+discounted_loss.register_backward(_setup_context, _backward)

@@ -17,10 +17,12 @@ def discounted_loss(
     mask_nonpositive: bool,
     denominator: float,
 ) -> Tensor:
-    """reward, kl, remaining [B] or [K, B] -> scalar, differentiable with respect to reward and kl."""
-    dtype = math_dtype(reward, kl)
-    weight = torch.pow(gamma, remaining.to(dtype))
-    loss = alpha * kl.to(dtype) - weight * reward.to(dtype)
+    """reward, kl, remaining [B] or [K, B] -> scalar, differentiable with respect to reward and kl.
+
+    In float64, which costs nothing for so few numbers; float32 (float64 when an input is float64) is the result.
+    """
+    reward_scale = torch.pow(gamma, remaining.double()) / denominator
+    loss = (alpha / denominator) * kl.double() - reward_scale * reward
     if mask_nonpositive:
         loss = torch.where(reward <= 0, torch.zeros_like(loss), loss)
-    return loss.sum() / denominator
+    return loss.sum().to(math_dtype(reward, kl))

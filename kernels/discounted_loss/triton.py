@@ -64,20 +64,8 @@ def forward(
     reward, kl, remaining = reward.contiguous(), kl.contiguous(), remaining.contiguous()
     loss = torch.empty((), dtype=torch.float32, device=reward.device)
     grad_reward, grad_kl = (reward.new_empty(reward.shape, dtype=torch.float32) for _ in range(2))
+    tensors = reward, kl, remaining, loss, grad_reward, grad_kl
+    numbers = math.log2(gamma), alpha, 1.0 / denominator, reward.numel()
     with on(reward.device):
-        forward_kernel[(1,)](
-            reward,
-            kl,
-            remaining,
-            loss,
-            grad_reward,
-            grad_kl,
-            math.log2(gamma),
-            alpha,
-            1.0 / denominator,
-            reward.numel(),
-            mask_nonpositive,
-            BLOCK,
-            num_warps=4,
-        )
+        forward_kernel[(1,)](*tensors, *numbers, mask_nonpositive, BLOCK, num_warps=4)
     return loss, grad_reward, grad_kl

@@ -1,8 +1,8 @@
-"""Counter-based noise: element e of a sample is a function of the sample's seed and of e alone.
+"""Counter-based noise: element e of a sample depends on the sample's seed and on e alone.
 
-So chunking, neighbours and batch size never change a sample's noise. Word 4 c + lane of a sample is lane
-`lane` of Philox-4x32-10 at counter (c, 0, 0, 0) under the key (seed's low half, seed's high half): what
-Triton's `randint4x(seed, c)` and `randn4x(seed, c)` draw with a 32-bit offset c.
+Chunking, neighbours and batch size therefore never change a sample's noise. Word 4 c + lane of a sample is lane `lane`
+of Philox-4x32-10 at counter (c, 0, 0, 0) under the key (seed's low half, seed's high half): what Triton's
+`randint4x(seed, c)` and `randn4x(seed, c)` draw with a 32-bit offset c.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.dispatch import module, resolve
+from sqdf_fast.kernels.operators import Operator
+from sqdf_fast.kernels.philox import reference
 
 __all__ = ["MAX_ELEMENTS", "derive_seed", "derive_seeds", "philox_normal", "philox_uint32"]
 
 MAX_ELEMENTS = 4 * 2**32
-"""Elements of one sample: four a counter, counters of 32 bits."""
+"""Largest number of elements of a sample: four per counter, 32-bit counters."""
 
 
 def philox_normal(
@@ -29,14 +31,14 @@ def philox_normal(
     device: torch.device | str | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Standard normal noise, one seed a sample.
+    """Standard normal noise from one seed per sample.
 
     Args:
         seed: int64 [B].
         shape: the shape of one sample, without B; at most 2^34 elements.
-        dtype: of the result. The noise is drawn in float32 and then converted.
-        device: of the result; the seed's device by default.
-        impl: "auto" or the name of an implementation.
+        dtype: Dtype of the result. The noise is drawn in float32 and then converted.
+        device: Device of the result; None: that of the seed.
+        impl: "auto", "triton", "native" or "reference".
 
     Returns:
         [B, *shape]. Two implementations differ by at most 2e-6.
@@ -44,11 +46,12 @@ def philox_normal(
     Raises:
         UserError: the seed is not int64 [B], a sample is too large, or impl cannot run here.
     """
-    shape = list(shape)
-    _check(seed, math.prod(shape))
+    numel = math.prod(shape)
+    _check(seed, numel)
     seed = seed if device is None else seed.to(device)
-    impl = resolve("philox", impl, seed.device, torch.float32)
-    return torch.ops.sqdf_fast.philox_normal(seed, shape, impl).to(dtype)
+    name = resolve("philox", impl, seed.device, torch.float32)
+    noise: torch.Tensor = (_reference if name == "reference" else _fused)(seed, numel)
+    return noise.view(len(seed), *shape).to(dtype)
 
 
 def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torch.Tensor:
@@ -57,7 +60,7 @@ def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torc
     Args:
         seed: int64 [B].
         numel: elements of one sample, at most 2^34.
-        impl: "auto" or the name of an implementation.
+        impl: "auto", "triton", "native" or "reference".
 
     Returns:
         int64 [B, 4 * ceil(numel / 4)], values in 0 .. 2^32 - 1, the same in every implementation.
@@ -89,19 +92,24 @@ def derive_seeds(*base: int, ids: torch.Tensor) -> torch.Tensor:
     return _mix_tensor(ids.to(torch.int64) ^ prefix)
 
 
-@torch.library.custom_op("sqdf_fast::philox_normal", mutates_args=())
-def _philox_normal(seed: torch.Tensor, shape: Sequence[int], impl: str) -> torch.Tensor:
-    return module("philox", impl).normal(seed, math.prod(shape)).view(len(seed), *shape)
+_SCHEMA = "(Tensor seed, SymInt numel) -> Tensor"
 
 
-@_philox_normal.register_fake
-def _(seed: torch.Tensor, shape: Sequence[int], impl: str) -> torch.Tensor:
-    return seed.new_empty((len(seed), *shape), dtype=torch.float32)
+def _fake(seed: torch.Tensor, numel: int) -> torch.Tensor:
+    return seed.new_empty((len(seed), numel), dtype=torch.float32)
+
+
+_fused = Operator("philox", "normal", "philox_normal", _SCHEMA, _fake)
+# The reference is an operator too: a memory simulation must not count its integers, which no fused kernel has.
+_reference = torch.library.custom_op(
+    "sqdf_fast::philox_normal_reference", reference.normal, mutates_args=(), schema=_SCHEMA
+)
+_reference.register_fake(_fake)
 
 
 def _check(seed: torch.Tensor, numel: int) -> None:
     if seed.dtype != torch.int64 or seed.dim() != 1:
-        raise UserError(f"philox: seed must be int64 [B], one a sample, not {seed.dtype} {list(seed.shape)}")
+        raise UserError(f"philox: seed must be int64 [B], one per sample, not {seed.dtype} {list(seed.shape)}")
     if not 0 <= numel <= MAX_ELEMENTS:
         raise UserError(f"philox: a sample has 0 to {MAX_ELEMENTS} elements (32-bit counters), not {numel}")
 

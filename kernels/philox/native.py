@@ -1,4 +1,4 @@
-"""Philox on the CPU through the native library; the arguments and results of reference.py."""
+"""Philox on the CPU through the native library, with the arguments and results of reference.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import math
 import torch
 
 from sqdf_fast.kernels import native
+from sqdf_fast.kernels.native import unavailable
 
-
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this implementation cannot run there, or None."""
-    return "runs on the CPU only" if device.type != "cpu" else native.unavailable_reason()
+__all__ = ["normal", "unavailable", "words"]
 
 
 def words(seed: torch.Tensor, numel: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ SQDF_FAST_INLINE void philox_block(int64_t seed, uint32_t first, uint32_t words[
     constexpr uint64_t kWord = 0xffffffff;
     const uint64_t low = static_cast<uint64_t>(seed) & kWord, high = static_cast<uint64_t>(seed) >> 32;
     for (int i = 0; i < kPhiloxCounters; ++i) {
-        // Words live in 64 bits, the upper half whatever a product left there, so that a vector holds one type alone.
+        // Words are kept in 64 bits, with leftovers in the upper half, so that all vectors have one element type.
         uint64_t c0 = first + static_cast<uint32_t>(i), c1 = 0, c2 = 0, c3 = 0, key0 = low, key1 = high;
 #pragma GCC unroll 10
         for (int round = 0; round < 10; ++round) {

@@ -51,8 +51,8 @@ def uniform(word: torch.Tensor) -> torch.Tensor:
 def normal(seed: torch.Tensor, numel: int) -> torch.Tensor:
     """Box-Muller on neighbouring words: seed int64 [B] -> float32 [B, numel].
 
-    The transform's two float32 inputs, u1 clamped at 1e-7 and the angle 2 pi u2, are rounded as on a GPU.
-    What follows is evaluated in float64 and rounded once: no dependence on a backend's vector mathematics.
+    The two float32 inputs of the transform, u1 clamped at 1e-7 and the angle 2 pi u2, are rounded as on a GPU. The rest
+    is computed in float64 and rounded once, so it does not depend on a backend's vector mathematics.
     """
     u1, u2 = uniform(words(seed, numel)).unflatten(1, (-1, 2)).unbind(-1)
     radius = torch.sqrt(-2.0 * torch.log(u1.clamp(min=1e-7).double()))

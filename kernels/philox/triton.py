@@ -1,4 +1,4 @@
-"""Philox on CUDA; the arguments and results of reference.py. `normal_block` is what other kernels draw from."""
+"""Philox on CUDA, with the arguments and results of reference.py. Other kernels draw through `normal_block`."""
 
 # A kernel's arguments have no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -16,7 +16,7 @@ __all__ = ["normal", "normal_block", "unavailable", "words"]
 
 @jit
 def word_pairs(seed, i_piece, BLOCK: tl.constexpr):
-    """The words of a piece of a sample's elements: those at even offsets and those at odd ones, [BLOCK / 4, 2] each."""
+    """The words of a piece of a sample: those at even offsets and those at odd offsets, [BLOCK / 4, 2] each."""
     counter = i_piece.to(tl.uint32) * (BLOCK // 4) + tl.arange(0, BLOCK // 4).to(tl.uint32)
     zero = counter * 0
     word0, word1, word2, word3 = tl.philox(seed, counter, zero, zero, zero)

@@ -1,4 +1,4 @@
-"""The clean sample that a network output implies."""
+"""The clean sample predicted by a network output."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ def posterior_mean(
 ) -> Tensor:
     """x0_hat = a x + b m with (a, b) = posterior[index] and m = m_uncond + g (m_cond - m_uncond).
 
-    Tweedie's formula for any prediction type, a consistency model's jump and a deterministic sampler step
-    alike: which of them it is lies in the table. A row with b = 0 never reads m, so that a NaN there reaches
-    neither result nor gradient. Arithmetic is float32, or float64 when an input is float64. Gradients flow to
-    `x` and `model_output`, to nothing else.
+    Tweedie's formula for any prediction type, a consistency model's jump and a deterministic sampler step differ only
+    in the table. A row with b = 0 never reads m: a NaN in m then reaches neither result nor gradient.
+    Arithmetic is float32, or float64 when an input is float64. Gradients flow to `x` and `model_output` only.
 
     Args:
         x: [B, ...] latents, any float dtype, any strides.
@@ -60,14 +59,14 @@ def posterior_mean(
     dtype = x.dtype if out_dtype is None else out_dtype
     if not dtype.is_floating_point:
         raise UserError(f"{op}: out_dtype is {dtype}; it must be a floating-point dtype")
-    # the reference alone knows other results than these
+    # only the reference computes results of another dtype
     known = dtype in (torch.float32, torch.float16, torch.bfloat16)
     precision = math_dtype(x, model_output) if known else torch.float64
     name = resolve(op, impl, x.device, precision)
     arguments = (x, model_output, constant(posterior), index, float(guidance_scale), dtype)
     if name == "reference":
         return unfused.posterior_mean(*arguments)
-    x0: Tensor = fused.posterior_mean(*arguments, name)
+    x0: Tensor = fused.posterior_mean(*arguments)
     return x0
 
 
@@ -81,15 +80,15 @@ def posterior_mean_vjp(
 ) -> tuple[Tensor, Tensor]:
     """The backward of `posterior_mean`: the cotangent of x0_hat -> those of x and of the network output.
 
-    a grad_x0, and with G = b grad_x0 either [(1 - g) G; g G] under guidance or G without: what the network's backward
-    starts from.
+    a grad_x0, and with G = b grad_x0 either [(1 - g) G; g G] under guidance or G without: the start of the network's
+    backward.
 
     Args:
         grad_x0: [B, ...] d loss / d x0_hat, any float dtype.
         posterior, index, guidance_scale, impl: as given to `posterior_mean`.
 
     Returns:
-        [B, ...] and [2B, ...] or [B, ...], float32 (float64 when grad_x0 is float64). They carry no gradient.
+        [B, ...] and [2B, ...] or [B, ...], float32 (float64 when grad_x0 is float64), without a graph.
 
     Raises:
         UserError: as `posterior_mean`.
@@ -103,5 +102,6 @@ def posterior_mean_vjp(
     with torch.no_grad():
         if name == "reference":
             return unfused.posterior_mean_vjp(grad_x0, posterior, index, float(guidance_scale))
-        arguments = (grad_x0, constant(posterior), index, float(guidance_scale), dtype, dtype, True, True, name)
-        return fused.posterior_mean_backward(*arguments)
+        arguments = (grad_x0, constant(posterior), index, float(guidance_scale), dtype, dtype, True, True)
+        grad_x, grad_output = fused.posterior_mean_backward(*arguments)
+        return grad_x, grad_output

@@ -1,13 +1,12 @@
-"""posterior_mean on the CPU through the native library: the raw forward and backward of op.py."""
+"""posterior_mean on the CPU through the native library: the raw forward and backward behind op.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sqdf_fast.kernels import native
 from sqdf_fast.kernels.guidance import empty_gradients
-from sqdf_fast.kernels.native import dtype_number, unavailable
+from sqdf_fast.kernels.native import run_rows, typed, unavailable
 
 __all__ = ["backward", "forward", "unavailable"]
 
@@ -22,25 +21,10 @@ def forward(
 ) -> Tensor:
     """x0 like x in out_dtype; a row with b = 0 does not read model_output."""
     x, model_output = x.contiguous(), model_output.contiguous()
-    posterior, index = native.coefficients(posterior), index.contiguous()
-    batch, steps = x.shape[0], posterior.shape[0]
     x0 = x.new_empty(x.shape, dtype=out_dtype)
-    outside = native.function("sqdf_fast_posterior_mean_forward", "pipiplpdllpii", "i")(
-        x.data_ptr(),
-        dtype_number(x.dtype),
-        model_output.data_ptr(),
-        dtype_number(model_output.dtype),
-        posterior.data_ptr(),
-        steps,
-        index.data_ptr(),
-        guidance_scale,
-        batch,
-        x.numel() // batch,
-        x0.data_ptr(),
-        dtype_number(out_dtype),
-        native.threads(),
-    )
-    native.check_index(outside, steps)
+    inputs, outputs = (*typed(x), *typed(model_output)), typed(x0)
+    name, letters = "sqdf_fast_posterior_mean_forward", "pipiplpdllpii"
+    run_rows(name, letters, inputs, posterior, index, (guidance_scale,), x, outputs)
     return x0
 
 
@@ -55,24 +39,9 @@ def backward(
     need_output: bool,
 ) -> tuple[Tensor, Tensor]:
     """grad_x like grad_x0, grad_output [B or 2B, ...]; the one not needed is [0] and not computed."""
-    grad_x0, posterior, index = grad_x0.contiguous(), native.coefficients(posterior), index.contiguous()
-    batch, steps = grad_x0.shape[0], posterior.shape[0]
-    needs = x_dtype, output_dtype, need_x, need_output
-    grad_x, grad_output = empty_gradients(grad_x0, guidance_scale, *needs)
-    outside = native.function("sqdf_fast_posterior_mean_backward", "piplpdllpipii", "i")(
-        grad_x0.data_ptr(),
-        dtype_number(grad_x0.dtype),
-        posterior.data_ptr(),
-        steps,
-        index.data_ptr(),
-        guidance_scale,
-        batch,
-        grad_x0.numel() // batch,
-        grad_x.data_ptr() if need_x else None,
-        dtype_number(x_dtype),
-        grad_output.data_ptr() if need_output else None,
-        dtype_number(output_dtype),
-        native.threads(),
-    )
-    native.check_index(outside, steps)
-    return grad_x, grad_output
+    grad_x0 = grad_x0.contiguous()
+    grads = empty_gradients(grad_x0, guidance_scale, x_dtype, output_dtype, need_x, need_output)
+    outputs = *typed(grads[0]), *typed(grads[1])
+    name, letters = "sqdf_fast_posterior_mean_backward", "piplpdllpipii"
+    run_rows(name, letters, typed(grad_x0), posterior, index, (guidance_scale,), grad_x0, outputs)
+    return grads

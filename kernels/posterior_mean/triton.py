@@ -14,13 +14,12 @@ from sqdf_fast.kernels.triton import (
     aligned,
     coefficient,
     jit,
+    layout,
     on,
     piece_of_row,
-    pieces,
     table_row,
     tl,
     unavailable,
-    warps,
 )
 
 __all__ = ["backward", "forward", "unavailable"]
@@ -99,28 +98,12 @@ def forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """x0_hat shaped like x, in out_dtype."""
-    x = aligned(x)
-    posterior = posterior.float()
-    rows, elements = x.shape[0], x.numel() // x.shape[0]
-    n_pieces = pieces(elements)
+    x, posterior = aligned(x), posterior.float()
+    sizes, grid, n_warps = layout(x, posterior)
     x0 = x.new_empty(x.shape, dtype=out_dtype)
+    tensors = x, aligned(model_output), posterior, index.contiguous(), x0
     with on(x.device):
-        forward_kernel[(rows * n_pieces,)](
-            x,
-            aligned(model_output),
-            posterior,
-            index.contiguous(),
-            x0,
-            guidance_scale,
-            rows,
-            elements,
-            n_pieces,
-            len(posterior),
-            *posterior.stride(),
-            guidance_scale != 1,
-            BLOCK,
-            num_warps=warps(elements),
-        )
+        forward_kernel[grid](*tensors, guidance_scale, *sizes, guidance_scale != 1, BLOCK, num_warps=n_warps)
     return x0
 
 
@@ -135,31 +118,12 @@ def backward(
     need_output: bool,
 ) -> tuple[Tensor, Tensor]:
     """grad_x [B, ...] in x_dtype, grad_output [B or 2B, ...] in output_dtype; [0] where not needed."""
-    grad_x0 = aligned(grad_x0)
-    posterior = posterior.float()
-    rows = len(grad_x0)
-    elements = grad_x0.numel() // rows
-    n_pieces = pieces(elements)
-    guided = guidance_scale != 1
-    needs = x_dtype, output_dtype, need_x, need_output
-    grad_x, grad_output = empty_gradients(grad_x0, guidance_scale, *needs)
+    grad_x0, posterior = aligned(grad_x0), posterior.float()
+    sizes, grid, n_warps = layout(grad_x0, posterior)
+    grads = empty_gradients(grad_x0, guidance_scale, x_dtype, output_dtype, need_x, need_output)
+    tensors = grad_x0, posterior, index.contiguous(), grads[0] if need_x else None, grads[1] if need_output else None
+    scales = guidance_scale, 1.0 - guidance_scale
     if need_x or need_output:
         with on(grad_x0.device):
-            backward_kernel[(rows * n_pieces,)](
-                grad_x0,
-                posterior,
-                index.contiguous(),
-                grad_x if need_x else None,
-                grad_output if need_output else None,
-                guidance_scale,
-                1.0 - guidance_scale,
-                rows,
-                elements,
-                n_pieces,
-                len(posterior),
-                *posterior.stride(),
-                guided,
-                BLOCK,
-                num_warps=warps(elements),
-            )
-    return grad_x, grad_output
+            backward_kernel[grid](*tensors, *scales, *sizes, guidance_scale != 1, BLOCK, num_warps=n_warps)
+    return grads

@@ -110,11 +110,10 @@ def packages() -> list[Package]:
 
 
 def ops() -> list[str]:
-    """Names of the ops: the folders of `sqdf_fast.kernels` that have a reference implementation."""
-    import sqdf_fast.kernels
+    """Names of the ops."""
+    from sqdf_fast.kernels.registry import OPS
 
-    folders = (Path(folder) for folder in sqdf_fast.kernels.__path__)
-    return sorted({path.parent.name for folder in folders for path in folder.glob("*/reference.py")})
+    return sorted(OPS)
 
 
 def choose(op: str, device: str) -> Choice:

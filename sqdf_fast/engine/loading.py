@@ -72,7 +72,7 @@ def load_backbone(config: Config, policy: str | None = None) -> Backbone:
         target_modules=config.policy.target_modules,
         seed=derive_seed(config.seed, Stream.LORA) & (2**63 - 1),
         policy=policy,
-        consistency_lora=_consistency_lora(config, family),
+        consistency_lora=consistency_source(config, family),
         base=config.policy.base,
     )
     family.device = device
@@ -104,7 +104,8 @@ def loading_device(config: Config) -> torch.device:
     return torch.device("cpu") if on_host else pick_device(config.device)
 
 
-def _consistency_lora(config: Config, family: Family) -> str | None:
+def consistency_source(config: Config, family: Family) -> str | None:
+    """Folder, file or hub id of the consistency LoRA; None where none is needed. Raises UserError if there is none."""
     if config.objective.lookahead != "consistency" and config.policy.base != "consistency":
         return None
     source = config.consistency_lora or family.default_consistency_lora()

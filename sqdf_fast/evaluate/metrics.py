@@ -27,7 +27,7 @@ def evaluate_images(
     base: Tensor | None = None,
     by_prompt: dict[str, list[float]] | None = None,
 ) -> dict[str, float | None]:
-    """Judge sampled pictures. The same pictures give the same numbers.
+    """Judge sampled images. The same images give the same numbers.
 
     Args:
         images: float [N, 3, H, W] in [0, 1], on the reward's device.

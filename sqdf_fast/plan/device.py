@@ -1,4 +1,4 @@
-"""Known GPUs, what of them a training step gets, and the sizes that users write.
+"""Known GPUs, the share of them that a training step gets, and how memory sizes are written.
 
 The numbers are the vendors' public specifications: memory as sold, dense bfloat16 tensor throughput with float32
 accumulation (float16 on Turing, which has no bfloat16), memory bandwidth, and one direction of the PCIe link.
@@ -22,12 +22,12 @@ with it, comparisons between plans hardly do.
 BANDWIDTH_SHARE = 0.8
 PCIE_SHARE = 0.8
 SECONDS_AN_OPERATOR = 4e-6
-"""What every kernel takes beside its work, to launch, to fill the card and to drain: larger chunks are faster."""
+"""Fixed cost of a kernel: launch, ramp-up and drain. It makes larger chunks faster."""
 
 CONTEXT_BYTES = 614 * 2**20
-"""0.6 GiB that no allocator sees: the CUDA context, loaded kernels, cuBLAS and cuDNN."""
+"""0.6 GiB outside the allocator: the CUDA context, loaded kernels, cuBLAS and cuDNN."""
 FRAGMENTATION = 0.05
-"""Share of the card kept free for what the caching allocator cannot use."""
+"""Share of the budget kept free for fragmentation of the caching allocator."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Device:
     """One GPU.
 
     Attributes:
-        memory: bytes; flops: dense bf16 tensor operations a second; bandwidth, pcie: bytes a second.
+        memory: bytes; flops: dense bf16 tensor FLOP/s; bandwidth, pcie: bytes per second.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Device:
     pcie: float
 
     def seconds(self, stage: StageCount) -> float:
-        """A model of the time that a stage's work takes, not a measurement.
+        """Modelled, not measured, time of a stage's work.
 
         Matrix products run at the slower of arithmetic and memory, the other operators at memory's speed, and every
         operator costs a fixed time on top.
@@ -55,7 +55,7 @@ class Device:
         return matrix + stage.other_bytes / bandwidth + stage.operators * SECONDS_AN_OPERATOR
 
     def upload_seconds(self, nbytes: int) -> float:
-        """Copying ``nbytes`` from pinned host memory."""
+        """Time to copy ``nbytes`` from pinned host memory."""
         return nbytes / (self.pcie * PCIE_SHARE)
 
 
@@ -94,13 +94,13 @@ DEVICES = {
 """By name. Consumer cards halve the rate of float16 with float32 accumulation; the numbers are the halved ones."""
 
 CPU = Device("CPU", 0, 2e11, 2e10, 1e10)
-"""Where there is no GPU: a budget then is of the tensors alone. Its speed stands for a few cores, to compare plans."""
+"""Stands for a few CPU cores, to compare plans without a GPU; a budget then covers the tensors alone."""
 
 _TYPICAL = ("RTX 4060", "RTX 3060", "RTX 4080", "RTX 4090", "RTX 5090", "RTX A6000", "A100 80GB", "H200")
 
 
 def find_device(name: str | None, memory: int) -> Device:
-    """The named GPU, or for None a common one of about so much memory.
+    """The named GPU, or for None a common one of about that much memory.
 
     Args:
         name: as in DEVICES, "CPU", or as CUDA reports it ("NVIDIA GeForce RTX 4090"); one that is not in the table
@@ -145,7 +145,7 @@ def parse_memory(text: str, total: int | None = None) -> int:
 
 
 def reserve_bytes(vram: int, device: Device | None = None) -> int:
-    """What a plan leaves free of ``vram`` bytes: the context, and room for fragmentation; nothing on a CPU."""
+    """Bytes of ``vram`` that a plan leaves free for the context and fragmentation; 0 on a CPU."""
     return 0 if device is CPU else CONTEXT_BYTES + int(FRAGMENTATION * vram)
 
 

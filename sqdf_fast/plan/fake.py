@@ -1,7 +1,7 @@
-"""Modules and attention without values: tensors on PyTorch's meta device have shapes and types and take no memory.
+"""Modules and attention on PyTorch's meta device, whose tensors have shapes and dtypes and take no memory.
 
-The meta device stands for the GPU. Its operators keep what CUDA's keep, with one exception: attention would take the
-path that writes out the whole matrix of scores, so it is led to a flash kernel's.
+The meta device stands for the GPU. Its operators keep for the backward pass what CUDA's keep, except attention, which
+would materialize the whole matrix of scores and is replaced by a flash kernel.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 DEVICE = torch.device("meta")
 _HUGE = 2**44
-_exact_attention = nn.functional.scaled_dot_product_attention
 
 
 def to_meta(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
@@ -51,25 +49,31 @@ def _on_meta(tensor: Tensor, replaced: dict[int, Tensor]) -> Tensor:
 
 @contextmanager
 def flash_attention() -> Iterator[None]:
-    """Inside, attention on meta tensors keeps what a flash kernel keeps: inputs, output, a float32 a row."""
-    with mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention):
+    """Attention on meta tensors keeps what a flash kernel keeps: inputs, output and a float32 per row."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
         yield
 
 
 @contextmanager
 def only_new_garbage() -> Iterator[None]:
-    """Inside, collections look at what was made since the beginning: not at a million objects of imported libraries."""
+    """Inside, collections look at what was made since the beginning: not at a million objects of imported libraries.
+
+    A process that has frozen its objects already keeps them frozen.
+    """
+    frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Inside, no garbage is collected: a tensor leaves when its last reference does, in every run alike."""
+    """No garbage collection: a tensor is freed with its last reference, in every run alike."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -81,7 +85,7 @@ def no_collection() -> Iterator[None]:
 
 
 def hollow_call(x: Tensor, weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of ``shape`` that depends on both, by a call that holds 16 TiB until its backward pass."""
+    """A tensor of ``shape`` that depends on ``x`` and ``weight``; its graph holds 16 TiB until the backward pass."""
     result: Tensor = _Hollow.apply(x, weight, shape, dtype)
     return result
 
@@ -106,11 +110,15 @@ def _attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if query.device != DEVICE or attn_mask is not None or enable_gqa:
-        return _exact_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    flash: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output: Tensor = flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    return output
+    aten: Any = torch.ops.aten
+    found: tuple[Tensor, ...]
+    if attn_mask is None and not enable_gqa:
+        found = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, scale=scale)
+    else:
+        masked = query, key, value, attn_mask, dropout_p, is_causal
+        found = aten._scaled_dot_product_attention_math(*masked, scale=scale, enable_gqa=enable_gqa)
+    return found[0]

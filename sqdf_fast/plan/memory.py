@@ -1,7 +1,7 @@
-"""What a step holds and computes, stage by stage, counted at PyTorch's dispatcher; tensors may be fake.
+"""Memory and work of a step, stage by stage, counted at PyTorch's dispatcher on real or meta tensors.
 
-Memory is the sum of the untyped storages that are alive: a view adds nothing, a freed storage leaves at once.
-Arithmetic is what ``torch.utils.flop_counter`` says of each operator.
+Memory is the sum of the live untyped storages: a view adds nothing, a freed storage leaves at once. Arithmetic is
+counted with the formulas of ``torch.utils.flop_counter``.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ CUDA_GRANULARITY = 512
 
 @dataclass
 class StageCount:
-    """One stage: what was alive at its worst moment, and its work.
+    """Peak memory and work of one stage.
 
     Attributes:
-        peak_bytes: alive at the peak; at_peak: the same by kind.
+        peak_bytes: live bytes at the peak; at_peak: the same by kind.
         flops: of matrix products, convolutions and attention.
         matrix_bytes: read and written by those operators; other_bytes: by all others.
         operators: how many ran, views left out.
@@ -50,20 +50,20 @@ WORK = ("flops", "matrix_bytes", "other_bytes", "operators")
 
 
 def scaled(stage: StageCount, factor: float) -> StageCount:
-    """The same stage with so many times its work."""
+    """The stage with its work multiplied by ``factor``."""
     work = {name: round(getattr(stage, name) * factor) for name in WORK}
     return replace(stage, **work)
 
 
 class MemoryCount(TorchDispatchMode):
-    """Counts the storages that operators make inside the ``with`` block, and their work.
+    """Counts the storages that operators allocate inside the ``with`` block, and their work.
 
-    Of real tensors it counts what happens; of fake ones (on the meta device, or in a ``FakeTensorMode``) what would.
+    Tensors on the meta device are counted as if they were allocated; copies of them to the host are not.
 
     Args:
-        device: type of the device that is counted; tensors elsewhere count nothing.
-        granularity: every storage is rounded up to a multiple of so many bytes.
-        workspace: what an operator holds inside while it runs, which no dispatcher sees.
+        device: type of the device counted; tensors elsewhere are ignored.
+        granularity: bytes to a multiple of which every storage is rounded up.
+        workspace: model of the bytes that an operator allocates inside, which no dispatcher sees.
     """
 
     def __init__(
@@ -82,21 +82,21 @@ class MemoryCount(TorchDispatchMode):
 
     @property
     def live_bytes(self) -> int:
-        """Alive now."""
+        """Live bytes."""
         return self._total
 
     @property
     def live(self) -> dict[str, int]:
-        """Alive now, by kind."""
+        """Live bytes by kind."""
         return {kind: self._by_kind[kind] for kind in KINDS}
 
     @property
     def peak_bytes(self) -> int:
-        """The most that any stage held."""
+        """Peak of the largest stage."""
         return max(stage.peak_bytes for stage in self.stages.values())
 
     def register(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count tensors made before, or name the kind of tensors seen already."""
+        """Count tensors allocated earlier, or change the kind of tensors already counted."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             known = self._live.get(storage._cdata)
@@ -109,25 +109,20 @@ class MemoryCount(TorchDispatchMode):
         self._note_peak()
 
     def register_module(self, module: nn.Module) -> None:
-        """Count a module's parameters and buffers as weights, and its gradients as such when they come."""
+        """Count a module's parameters and buffers as weights, and its future gradients as gradients."""
         self.register((*module.parameters(), *module.buffers()), "weights")
         for parameter in module.parameters():
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note_gradient))
 
     def stage(self, name: str) -> None:
-        """What follows belongs to this stage, until the next call; the same name goes on where it stopped."""
+        """Begin the stage ``name``, or continue it."""
         self.stage_name = name
         self._current = self._enter(name)
 
-    def forget_stage(self, name: str) -> None:
-        """What this stage has counted so far does not matter."""
-        self.stages[name] = StageCount()
-        self.stage(self.stage_name)
-
     @contextmanager
     def counting(self, name: str) -> Iterator[StageCount]:
-        """The block is the stage ``name``, then it is what it was before."""
+        """Count the block as the stage ``name``, then continue the stage before."""
         previous = self.stage_name
         self.stage(name)
         try:
@@ -150,12 +145,14 @@ class MemoryCount(TorchDispatchMode):
     ) -> Any:
         if _is_view(func):
             return func(*args, **kwargs) if kwargs else func(*args)
+        if func is _COPY and self._simulates and kwargs and _leaves(args[0], kwargs):
+            return torch.empty_like(args[0], dtype=kwargs.get("dtype"), device="cpu")
         if func is _ADD and _accumulates(args):
             func = torch.ops.aten.add_.Tensor
             if not _only_here(args[0]):
                 args = args[1], args[0]
         kwargs = kwargs or {}
-        # Meta tensors have no values: a call seen before need not run again.
+        # Meta tensors have no values: a repeated call need not run.
         key = _key(func, args, kwargs, self._workspace) if self._simulates else None
         call = _CALLS.get(key)
         if call is None and key is not None:
@@ -206,7 +203,7 @@ class MemoryCount(TorchDispatchMode):
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """The block swaps tensors for others: what it holds in between is no peak, what it leaves may be one."""
+        """Count no peak while the block swaps tensors for others, only the state it ends in."""
         self._exchanging = True
         try:
             yield
@@ -229,7 +226,7 @@ class MemoryCount(TorchDispatchMode):
 
 
 class _Living(weakref.ref[Any]):
-    """A storage that is alive, until it calls back."""
+    """A live storage; calls back when it is freed."""
 
     __slots__ = ("key", "kind", "size")
 
@@ -242,7 +239,7 @@ class _Living(weakref.ref[Any]):
 
 @dataclass(frozen=True)
 class _Again:
-    """How a call's result is made without the call.
+    """How to make a call's result without the call.
 
     Attributes:
         made: shape, stride and type of each new tensor, None for one that it left out; argument: the position of the
@@ -257,7 +254,7 @@ class _Again:
 
 @dataclass(frozen=True)
 class _Call:
-    """One operator on arguments of given shapes: its cost, and what it returns."""
+    """One operator on arguments of given shapes: its cost and its result."""
 
     inside: int
     flops: int
@@ -271,20 +268,20 @@ class _Call:
         func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor], workspace: workspaces.Workspace
     ) -> _Call:
         if not outputs:
-            return _Call(0, 0, 0, 0, False)
+            return _Call(workspace(func, args), 0, 0, 0, False)
         packet = func._overloadpacket
         moved = sum(map(_nbytes, outputs)) + sum(
             _nbytes(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)
         )
-        inside, count = workspace(func, args), _FLOPS.get(packet)
+        inside, count = workspace(func, args), FLOPS.get(packet)
         if count is None:
-            # An empty tensor is not written.
+            # Allocating an empty tensor writes nothing.
             return _Call(inside, 0, 0, 0 if packet in _UNWRITTEN else moved, packet not in _UNWRITTEN)
         return _Call(inside, count(*args, **kwargs, out_val=result), moved, 0, True)
 
     @staticmethod
     def tried(func: Any, args: Any, kwargs: Any, workspace: workspaces.Workspace) -> _Call | None:
-        """The call on stand-ins of its arguments; None where its result cannot be made without it.
+        """The call on copies of its arguments; None where its result cannot be made without it.
 
         PyTorch's own meta functions leave cycles behind that hold their arguments until garbage is collected: those
         that are counted are never given to them.
@@ -303,7 +300,7 @@ class _Call:
         return replace(_Call.of(func, args, kwargs, result, outputs, workspace), again=again)
 
     def made_again(self, args: tuple[Any, ...]) -> tuple[Any, Sequence[Tensor]]:
-        """The result, and the tensors in it."""
+        """The result and the tensors in it."""
         again = self.again
         if again.argument is not None:
             return args[again.argument], (args[again.argument],)
@@ -329,7 +326,7 @@ def _may_be_remembered(func: Any) -> bool:
 
 
 def _key(func: Any, args: Any, kwargs: Any, workspace: workspaces.Workspace) -> Any:
-    """What decides a call's result when there are no values; None where it may not be remembered."""
+    """Cache key of a call on tensors without values; None for a call that must run."""
     if not _may_be_remembered(func):
         return None
     key = func, workspace, _signature(args), _signature(tuple(kwargs.items())) if kwargs else None
@@ -353,7 +350,7 @@ def _signature(arguments: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _again(func: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Again | None:
-    """How to make such a result again; None where it is neither meta tensors of its own nor what it wrote to."""
+    """How to repeat a result; None unless it is new meta tensors or the argument written to."""
     if func._schema.is_mutable:
         places = [place for place, argument in enumerate(args) if argument is result]
         meta = isinstance(result, Tensor) and result.device.type == "meta"
@@ -383,8 +380,14 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def _leaves(tensor: Tensor, options: dict[str, Any]) -> bool:
+    """Whether a copy takes a meta tensor to the host."""
+    device = options.get("device")
+    return tensor.device.type == "meta" and device is not None and device.type == "cpu"
+
+
 def _accumulates(args: tuple[Any, ...]) -> bool:
-    """Whether an addition is autograd's own, of two gradients that meet, and would reuse one of them.
+    """Whether an addition is autograd's accumulation of two gradients, which would reuse one of them.
 
     The engine adds in place unless a dispatch mode watches; then it makes a third tensor. Its condition
     (torch/csrc/autograd/input_buffer.cpp): gradients are not recorded, and nobody else holds the tensor.
@@ -412,9 +415,9 @@ def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: T
 
 
 _aten = torch.ops.aten
-_ADD = _aten.add.Tensor
+_ADD, _COPY = _aten.add.Tensor, _aten._to_copy.default
 _UNWRITTEN = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
-_FLOPS: dict[Any, Callable[..., int]] = {
+FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,

@@ -1,4 +1,4 @@
-"""From a configuration and a number of bytes to a plan."""
+"""Plans: how to run a configuration inside a memory budget."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel
+from pydantic import TypeAdapter, ValidationError
 
-from sqdf_fast.config import Config, Execution, current_names, default_preset, make_config
+from sqdf_fast.config import Config, Execution, current_names, default_preset, dotted, make_config
 from sqdf_fast.display import format_duration, text_table
+from sqdf_fast.engine.loading import consistency_source
 from sqdf_fast.errors import UserError
 from sqdf_fast.families.loading import family_from_configs
 from sqdf_fast.plan import cache
 from sqdf_fast.plan.device import CPU, GIB, Device, find_device, reserve_bytes
-from sqdf_fast.plan.fake import only_new_garbage
+from sqdf_fast.plan.fake import DEVICE, only_new_garbage
 from sqdf_fast.plan.memory import StageCount, scaled
-from sqdf_fast.plan.search import Choice, Profile, choices, fastest, profile, whole
+from sqdf_fast.plan.search import Choice, Profile, choices, fastest, profile, simulate_full_batch
 from sqdf_fast.plan.simulate import Simulation, Steps
 from sqdf_fast.plan.switches import Switch, explained
 from sqdf_fast.plan.workspace import on_cpu
 from sqdf_fast.rewards.registry import reward_from_config
 
-T = TypeVar("T", Profile, Steps)
+T = TypeVar("T")
 
 ALLOWED = ("nf4", "int8")
-"""What changes the result, and is tried only when asked for."""
+"""Quantizations change the result, so they are tried only when allowed."""
 
 PLANNED = frozenset(
     {
@@ -40,15 +42,17 @@ PLANNED = frozenset(
 )
 """Settings that a plan chooses."""
 
+_RENAMED_STAGES = {"sampled pictures": "sampled images"}
+
 
 @dataclass(frozen=True)
 class PlannedStage:
     """One line of a plan.
 
     Attributes:
-        live_gib: the most that is alive during the stage; weights_gib: of that, weights.
-        flops, seconds: of a whole optimizer step; sampling: its share of the trajectories.
-        note: what was traded.
+        live_gib: peak memory of the stage; weights_gib: frozen and trained weights in it.
+        flops, seconds: work and predicted time in an optimizer step; of sampling, the step's share.
+        note: chunk sizes, and what was traded for memory.
     """
 
     name: str
@@ -64,14 +68,14 @@ class Plan:
     """How to run a configuration inside a budget.
 
     Attributes:
-        fits: whether anything does; else the plan is the smallest one and `advice` says what is missing.
-        vram_gib: the budget; peak_gib: most that the allocator holds; reserve_gib: kept free beside it.
-        executor, micro_batch: the settings' own, micro_batch the samples whose graph is in memory at once.
+        fits: whether the plan fits the budget; if not, it is the smallest plan, and `advice` says what would help.
+        vram_gib: the budget; peak_gib: peak of allocated memory; reserve_gib: kept free beside it.
+        executor, micro_batch: executor, and the samples whose graph is in memory at once.
         settings: dotted configuration keys to values, for `make_config`.
-        flops_per_step, predicted_seconds: of one optimizer step with its share of the sampling; the time is a model
-            of `device`, no measurement.
-        replay_ratio: optimizer steps a refill that the time is of; it changes the result, so no plan sets it.
-        switches: of speed, each with its reason.
+        flops_per_step, predicted_seconds: one optimizer step with its share of the sampling; the time is modelled for
+            `device`, not measured.
+        replay_ratio: optimizer steps per refill in that time; it changes the result, so no plan sets it.
+        switches: speed settings, each with its reason.
     """
 
     fits: bool
@@ -91,17 +95,18 @@ class Plan:
     switches: tuple[Switch, ...] = field(default=())
 
     def as_json(self) -> str:
-        """Everything, readable back with `from_json`."""
+        """The plan as JSON, for `from_json`."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """What `as_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
-        values = json.loads(text)
-        values["settings"] = current_names(dict(values["settings"]))
-        values["stages"] = tuple(PlannedStage(**stage) for stage in values["stages"])
-        values["switches"] = tuple(Switch(**switch) for switch in values.get("switches", ()))
-        return Plan(**values)
+        """The plan of `as_json`, of earlier versions too. Raises ValueError for anything else."""
+        try:
+            plan = TypeAdapter(Plan).validate_json(text)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"]) from None
+        stages = tuple(dataclasses.replace(s, name=_RENAMED_STAGES.get(s.name, s.name)) for s in plan.stages)
+        return dataclasses.replace(plan, settings=current_names(plan.settings), stages=stages)
 
     def as_text(self) -> str:
         """A table for people."""
@@ -137,13 +142,13 @@ def make_plan(
     keep: Collection[str] = (),
     use_cache: bool = True,
 ) -> Plan:
-    """The fastest plan for ``config`` that fits ``vram_bytes``; if none fits, the smallest one and what would help.
+    """The fastest plan for ``config`` that fits ``vram_bytes``; if none fits, the smallest one with advice.
 
     Needs neither a GPU nor weights. The settings in PLANNED are the plan's to choose, but for those in ``keep``; of the
     configuration's own it keeps optimizer.states=cpu, sampling.merge_lora=false and a quantization.
 
     Args:
-        vram_bytes: what the process may take of the card, its context included.
+        vram_bytes: memory that the process may take of the GPU, its context included.
         device_name: a GPU for the time's model, as in `sqdf_fast.plan.device.DEVICES`; None: one of that size; "CPU"
             plans for none.
         allow: "nf4", "int8": quantizations of the frozen network that may be tried.
@@ -157,18 +162,15 @@ def make_plan(
     if unknown := set(allow) - set(ALLOWED):
         raise UserError(f"allow = {min(unknown)!r} is unknown; allowed: {', '.join(ALLOWED)}")
     device = find_device(device_name, vram_bytes)
-    kept = {key: value for key, value in _values(config).items() if key in keep and key in PLANNED}
+    kept = {key: value for key, value in dotted(config.model_dump()).items() if key in keep and key in PLANNED}
     inputs = config.model_dump(mode="json"), vram_bytes, device.name, sorted(allow), sorted(kept)
     key = cache.key_of(kind="plan", inputs=inputs)
-    if use_cache and (stored := cache.read(key)) is not None:
-        try:
-            return Plan.from_json(json.dumps(stored["plan"]))
-        except (KeyError, TypeError, ValueError):
-            pass
+    if use_cache and (stored := cache.read(key, Plan)) is not None:
+        return stored
     with only_new_garbage():
         plan = Planner(config, allow, use_cache, on_cpu=device is CPU, keep=kept).plan(vram_bytes, device)
     if use_cache:
-        cache.write(key, {"plan": json.loads(plan.as_json())})
+        cache.write(key, plan)
     return plan
 
 
@@ -176,7 +178,7 @@ class Planner:
     """Plans of one configuration; what has been simulated serves every budget.
 
     Args:
-        config, allow: see `make_plan`; keep: settings that stay, by dotted key.
+        config, allow: see `make_plan`; keep: fixed settings, by dotted key.
     """
 
     def __init__(
@@ -190,105 +192,93 @@ class Planner:
         self.config, self.use_cache, self.on_cpu, self.keep = config, use_cache, on_cpu, keep
         asked = config.execution.quantization
         wanted = [asked] if asked != "none" or "execution.quantization" in keep else ["none", *allow]
-        # Full-parameter training has nothing frozen to quantise but the reference, which can stay on the host.
+        # A fully trained policy leaves nothing to quantise but the reference, which can be offloaded.
         self.quantizations = ["none"] if config.policy.kind == "full" else wanted
         self._simulations: dict[str, Simulation] = {}
         self._profiles: dict[str, Profile] = {}
         self._steps: dict[str, Steps] = {}
 
     def plan(self, vram_bytes: int, device: Device) -> Plan:
-        """The fastest plan that fits, simulated whole."""
+        """The fastest plan whose full batch, simulated, fits; else the smallest one with advice."""
         budget = vram_bytes - reserve_bytes(vram_bytes, device)
         found = self.choices(device)
         while (choice := fastest(found, budget)) is not None:
-            steps = self._whole(choice)
+            steps = self._full_batch(choice)
             if steps.peak_bytes <= budget:
                 return self._plan(choice, steps, vram_bytes, device)
             found.remove(choice)
-        every = self.choices(device)
-        smallest = min(every, key=lambda choice: (choice.peak_bytes, choice.total_seconds))
-        steps = self._whole(smallest)
-        advice = self._advice(steps, budget)
-        return self._plan(smallest, steps, vram_bytes, device, advice)
+        smallest, steps = self._smallest(device)
+        return self._plan(smallest, steps, vram_bytes, device, self._advice(steps, budget))
 
     def smallest(self, device: Device) -> Plan:
         """The plan of the least peak, whatever it costs."""
-        every = self.choices(device)
-        choice = min(every, key=lambda choice: (choice.peak_bytes, choice.total_seconds))
-        steps = self._whole(choice)
-        # A budget in which it just fits.
+        choice, steps = self._smallest(device)
+        # The smallest budget that it fits.
         vram = steps.peak_bytes + reserve_bytes(steps.peak_bytes, device)
         return self._plan(choice, steps, vram, device)
 
     def batch_cost(self, choice: Choice) -> int:
-        """Bytes that the optimizer step of the whole batch holds above that of a single sample."""
+        """Bytes that the optimizer step of the full batch holds above that of a single sample."""
         one = self.config.optimizer.model_copy(update={"batch_size": 1})
-        alone = whole(
-            self.simulation(choice.settings["execution.quantization"]),
-            choice,
-            self.config.model_copy(update={"optimizer": one}),
-        )
-        many = self._whole(choice)
-        return _step_peak(many) - _step_peak(alone)
+        simulation = self.simulation(choice.settings["execution.quantization"])
+        alone = simulate_full_batch(simulation, choice, self.config.model_copy(update={"optimizer": one}))
+        return _step_peak(self._full_batch(choice)) - _step_peak(alone)
 
     def choices(self, device: Device) -> list[Choice]:
-        """Every choice of every quantization."""
+        """Every choice of every quantization. Raises UserError when the fixed settings contradict each other."""
         found = [c for q in self.quantizations for c in choices(self.profile(q), self.config, device, self.keep)]
         if not found:
             raise UserError(f"no plan has all of {self._kept_settings()}; leave one out")
         return found
 
     def profile(self, quantization: str) -> Profile:
-        """One sample's simulation, made once."""
+        """The simulation of one sample, made once."""
         if quantization not in self._profiles:
-            self._profiles[quantization] = self._kept(
+            self._profiles[quantization] = self._cached(
                 {"profile": quantization}, Profile, lambda: profile(self.simulation(quantization), quantization)
             )
         return self._profiles[quantization]
 
     def simulation(self, quantization: str = "none") -> Simulation:
-        """The setup on the meta device."""
+        """The setup on the meta device. Raises UserError for a model or reward that cannot be simulated."""
         if quantization not in self._simulations:
             config = self.config
             dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-            family = family_from_configs(
-                config.model, device=torch.device("meta"), dtype=dtype, resolution=config.resolution
-            )
+            family = family_from_configs(config.model, device=DEVICE, dtype=dtype, resolution=config.resolution)
             reward = reward_from_config(config.reward, device="meta", dtype=dtype)
-            consistency = None
-            if config.objective.lookahead == "consistency":
-                consistency = config.consistency_lora or family.default_consistency_lora()
-                if consistency is None:
-                    raise UserError(
-                        f"model {config.model!r} has no consistency LoRA of its own; "
-                        "give consistency_lora (`sqdf-fast distill` makes one) or set objective.lookahead=tweedie"
-                    )
             where: dict[str, Any] = {"workspace": on_cpu, "granularity": 1} if self.on_cpu else {}
-            simulation = Simulation(config, family, reward, quantization=quantization, consistency=consistency, **where)
-            self._simulations[quantization] = simulation
+            self._simulations[quantization] = Simulation(
+                config,
+                family,
+                reward,
+                quantization=quantization,
+                consistency=consistency_source(config, family),
+                **where,
+            )
         return self._simulations[quantization]
 
-    def _whole(self, choice: Choice) -> Steps:
+    def _smallest(self, device: Device) -> tuple[Choice, Steps]:
+        choice = min(self.choices(device), key=lambda choice: (choice.peak_bytes, choice.total_seconds))
+        return choice, self._full_batch(choice)
+
+    def _full_batch(self, choice: Choice) -> Steps:
         key = json.dumps(choice.settings, sort_keys=True)
         if key not in self._steps:
-            quantization = choice.settings["execution.quantization"]
-            self._steps[key] = self._kept(
-                {"steps": choice.settings}, Steps, lambda: whole(self.simulation(quantization), choice, self.config)
+            simulation = partial(self.simulation, choice.settings["execution.quantization"])
+            self._steps[key] = self._cached(
+                {"steps": choice.settings}, Steps, lambda: simulate_full_batch(simulation(), choice, self.config)
             )
         return self._steps[key]
 
-    def _kept(self, what: dict[str, Any], kind: type[T], make: Callable[[], T]) -> T:
-        """What the disk has of it, or else made and put there."""
+    def _cached(self, what: dict[str, Any], kind: type[T], make: Callable[[], T]) -> T:
+        """The stored result; else the one of ``make``, which is then stored."""
         key = cache.key_of(**what, config=self.config.model_dump(mode="json"), on_cpu=self.on_cpu)
-        stored = cache.read(key) if self.use_cache else None
+        stored = cache.read(key, kind) if self.use_cache else None
         if stored is not None:
-            try:
-                return kind.from_values(stored["values"])
-            except (KeyError, TypeError, ValueError, AttributeError):
-                pass
+            return stored
         made = make()
         if self.use_cache:
-            cache.write(key, {"values": made.as_values()})
+            cache.write(key, made)
         return made
 
     def _plan(self, choice: Choice, steps: Steps, vram: int, device: Device, advice: str = "") -> Plan:
@@ -333,19 +323,10 @@ class Planner:
         return ", ".join(f"{key}={_shown(value)}" for key, value in self.keep.items())
 
 
-def _values(section: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key."""
-    values: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        values |= _values(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {prefix + name: value}
-    return values
-
-
 def _line(name: str, work: StageCount, choice: Choice, steps: Steps, device: Device, batch: int) -> PlannedStage:
     uploads = steps.uploads.get(name, 0)
     seconds = choice.seconds.get(name, 0.0) if name == "optimizer" else device.seconds(work)
-    if name == "sampled pictures":
+    if name == "sampled images":
         # Only evaluations decode them.
         work, seconds = dataclasses.replace(work, flops=0), 0.0
     elif name != "optimizer":
@@ -362,12 +343,12 @@ def _line(name: str, work: StageCount, choice: Choice, steps: Steps, device: Dev
 
 def _note(name: str, choice: Choice, uploads: int) -> str:
     execution, settings, notes = choice.execution, choice.settings, []
-    if name in ("sampling", "sampled pictures"):
-        notes.append(f"{settings['sampling.batch_size']} at once")
-        if name == "sampling" and not settings["sampling.merge_lora"]:
+    if name == "sampling":
+        notes.append(f"{settings['sampling.batch_size']} images at once")
+        if not settings["sampling.merge_lora"]:
             notes.append("LoRA not merged")
-    elif name == "reward":
-        notes.append(f"{execution.decode_images} pictures at once")
+    elif name in ("sampled images", "reward"):
+        notes.append(f"{execution.decode_images} images at once")
     elif name in ("transition", "look-ahead", "look-ahead vjp", "policy vjp"):
         rows = execution.backward_batch_rows if name.endswith("vjp") else execution.forward_batch_rows
         notes.append(f"{rows} rows at once")
@@ -375,7 +356,7 @@ def _note(name: str, choice: Choice, uploads: int) -> str:
         notes.append(f"{execution.micro_batch} samples at once")
     part = "network" if name.endswith("vjp") else "decoder" if name == "reward" else None
     if part in execution.gradient_checkpointing or (name == "backward" and execution.gradient_checkpointing):
-        notes.append("blocks recomputed")
+        notes.append("gradient checkpointing")
     if uploads:
         notes.append(f"{uploads / GIB:.2f} GiB of weights uploaded")
     if name == "optimizer" and settings["optimizer.states"] == "cpu":

@@ -1,4 +1,4 @@
-"""Linear layers that weigh and allocate what bitsandbytes' quantised ones do, for simulation: they compute nothing.
+"""Linear layers with the memory of bitsandbytes' quantised ones, for simulation: they compute nothing.
 
 bitsandbytes' own layers do not run on fake tensors. These hold the same tensors, make the same temporaries in the same
 order and keep the same ones for the backward pass; a test compares the bytes with the real layers.
@@ -37,7 +37,7 @@ class Nf4Linear(nn.Linear):
         return result
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """[N, K] of nothing."""
+        """A tensor [N, K] without meaningful values."""
         # Read and written by an operator, so that the bytes moved are counted.
         return self.weight.new_zeros(self.out_features, self.in_features, dtype=dtype)
 
@@ -100,7 +100,7 @@ class _Int8Product(torch.autograd.Function):
 
 
 def quantise(module: nn.Module, kind: str, keep: tuple[str, ...] = ()) -> int:
-    """Replace every linear layer below ``module`` by a stand-in; how many there were.
+    """Replace every linear layer below ``module`` by a stand-in; returns their number.
 
     Args:
         kind: "nf4" or "int8"; keep: name suffixes of layers that stay as they are.

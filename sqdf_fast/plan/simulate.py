@@ -1,36 +1,35 @@
-"""One optimizer step and its sampling, run by the code that trains on tensors without values."""
+"""One optimizer step and its sampling, run by the Runtime that trains on tensors without values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sqdf_fast.backbone import Backbone, Role, Rows
+from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.config import Config, Execution
 from sqdf_fast.config import Optimizer as OptimizerSettings
-from sqdf_fast.engine import ModuleGroups, make_executor
+from sqdf_fast.engine import ModuleGroups
+from sqdf_fast.engine.meters import StageMeter
 from sqdf_fast.engine.module_groups import ModuleGroup
-from sqdf_fast.engine.optimizers import make_optimizer
-from sqdf_fast.engine.sampler import Sampler
-from sqdf_fast.families import Family
+from sqdf_fast.engine.optimizers import allocate_states, make_optimizer
+from sqdf_fast.engine.runtime import Runtime
+from sqdf_fast.families import Conditioning, Family
 from sqdf_fast.plan.fake import DEVICE, flash_attention, hollow_call, no_collection, to_meta
 from sqdf_fast.plan.memory import CUDA_GRANULARITY, MemoryCount, StageCount, scaled
 from sqdf_fast.plan.quantized import quantise
 from sqdf_fast.plan.workspace import Workspace, on_cuda
 from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.rewards import Reward
-from sqdf_fast.schedule import DenoisingSchedule
-
-PARTS: tuple[ModuleGroup, ...] = ("network", "decoder", "reward")
+from sqdf_fast.rewards.checks import called
 
 _LCM_RANK = 64
 _LCM_TARGETS = (
@@ -39,19 +38,15 @@ _LCM_TARGETS = (
 )
 """The layers of the published LCM-LoRAs (diffusers, examples/consistency_distillation, LoRA scripts)."""
 
-_PER_STEP = (
-    *("timesteps", "levels", "transition", "posterior", "lookahead", "lookahead_timesteps", "lookahead_levels"),
-    "trainable",
-)
-
 
 @dataclass(frozen=True)
 class Steps:
-    """What a simulated run counted.
+    """Counts of a simulated run.
 
     Attributes:
-        stages: by name, in the order of the step; samples: of the optimizer step; sampled: of the sampler's batch.
-        uploads: bytes of frozen weights brought to the device, by stage.
+        stages: by name, in the order of the step.
+        samples: samples of the optimizer step; sampled: trajectories sampled at once.
+        uploads: bytes of frozen weights uploaded, by stage.
     """
 
     stages: dict[str, StageCount]
@@ -59,19 +54,9 @@ class Steps:
     sampled: int
     uploads: dict[str, int]
 
-    def as_values(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @staticmethod
-    def from_values(values: dict[str, Any]) -> Steps:
-        """What `as_values` gave."""
-        stages = {name: StageCount(**stage) for name, stage in values["stages"].items()}
-        return Steps(stages, values["samples"], values["sampled"], values["uploads"])
-
     @property
     def peak_bytes(self) -> int:
-        """The most that any stage holds."""
+        """Peak of the largest stage."""
         return max(stage.peak_bytes for stage in self.stages.values())
 
 
@@ -79,11 +64,11 @@ class Simulation:
     """A training setup on the meta device.
 
     Args:
-        config: of the run; its execution and batch sizes are given to `run` instead.
-        family, reward: on the meta device.
-        quantization: of the frozen network.
-        workspace, granularity: of the simulated device, see MemoryCount.
-        consistency: source of the consistency LoRA, or None without one.
+        config: of the run; `run` takes its execution and batch sizes separately.
+        family: model family on the meta device; reward: reward on the meta device.
+        quantization: quantization of the frozen network.
+        workspace, granularity: model of the simulated allocator, see MemoryCount.
+        consistency: folder, file or hub id of the consistency LoRA; None: no such role.
     """
 
     def __init__(
@@ -97,23 +82,21 @@ class Simulation:
         granularity: int = CUDA_GRANULARITY,
         consistency: str | None = None,
     ) -> None:
-        self.config, self.family, self.reward = config, family, reward
+        self.config, self.reward = config, reward
+        self.family = cast("Family", _FamilyWithoutFiles(family))
         self._workspace, self._granularity = workspace, granularity
         if quantization != "none":
             quantise(family.network, quantization)
-        family.load_lora = _add_adapter(family)  # type: ignore[method-assign]
         policy = config.policy
-        self.backbone = Backbone(
-            family,
+        self.backbone = _Backbone(
+            self.family,
             rank=policy.rank,
             kind=policy.kind,
             alpha=policy.alpha,
             target_modules=policy.target_modules,
             consistency_lora=consistency,
         )
-        self.guidance_scale = config.sampling.guidance_scale if family.guided else 1.0
-        self.schedule = family.schedule(config.sampling.num_inference_steps, config.sampling.eta)
-        self._parts = _CountedGroups(self.backbone, reward)
+        self._groups = _CountedGroups(self.backbone, reward)
         networks = {id(n): n for n in (self.backbone.network("policy"), family.network)}
         self.modules: tuple[nn.Module, ...] = (*networks.values(), family.vae, reward)
         replaced = to_meta(self.modules)
@@ -122,18 +105,17 @@ class Simulation:
             new = replaced[id(parameter)]
             assert isinstance(new, nn.Parameter)
             parameters[name] = new
-        family.device = DEVICE
 
     @property
     def rows(self) -> int:
         """Network rows a sample."""
-        return 1 if self.guidance_scale == 1 else 2
+        return 2 if self.family.guided and self.config.sampling.guidance_scale != 1 else 1
 
     def frozen_bytes(self) -> dict[ModuleGroup, int]:
-        """Bytes of each part's frozen weights."""
+        """Bytes of each group's frozen weights."""
         modules: dict[ModuleGroup, nn.Module] = {"network": self.family.network, "decoder": self.family.vae}
         modules["reward"] = self.reward
-        return {part: _bytes(t for t in _tensors(m) if not t.requires_grad) for part, m in modules.items()}
+        return {group: _bytes(t for t in _tensors(m) if not t.requires_grad) for group, m in modules.items()}
 
     def trained(self) -> tuple[int, int]:
         """Trained elements, and their bytes."""
@@ -150,73 +132,70 @@ class Simulation:
         optimizer: OptimizerSettings | None = None,
         hollow: bool = False,
     ) -> Steps:
-        """Count one optimizer step of ``samples`` samples, and sampling ``sampled`` trajectories, the LoRA ``merged``.
+        """Count one optimizer step, and the sampling and decoding before it.
 
-        Sampling runs a single denoising step; its work is counted as the whole trajectory's. With ``optimizer``, its
-        states exist throughout as in every step but the first. ``hollow``: network, decoder and reward hold one huge
-        block in place of their activations; what such runs differ in is what the step keeps beside them.
+        Args:
+            samples: samples of the optimizer step.
+            sampled: trajectories sampled at once, by a single denoising step whose work is counted for all of them;
+                0: none. As many images are decoded as ``execution`` decodes at once.
+            merged: whether the LoRA is merged while sampling.
+            optimizer: settings of the update, its states allocated from the start as in every step but the first;
+                None: no update.
+            hollow: network, decoder and reward hold one huge block in place of their activations. The difference
+                of two such runs is what the step keeps beside them.
         """
-        for parameter in self.backbone.policy_parameters.values():
+        parameters = list(self.backbone.policy_parameters.values())
+        for parameter in parameters:
             parameter.grad = None
         batch, seeds = self._batch(samples, sampled)
-        # The host's copies are made before anything is counted.
-        self._parts.apply(execution)
         count = MemoryCount("meta", self._granularity, self._workspace)
-        with flash_attention(), no_collection(), self._hollowed() if hollow else nullcontext(), count:
+        # The host's copies are made before anything is counted.
+        runtime = self._runtime(execution, count, max(sampled, 1), merged, hollow)
+        with flash_attention(), no_collection(), count:
             for module in self.modules:
                 count.register_module(module)
-            self._parts.counted_by(count)
-            update = _Update(list(self.backbone.policy_parameters.values()), optimizer, count) if optimizer else None
+            self._groups.counted_by(count)
+            update = _Update(parameters, optimizer, count) if optimizer else None
             if sampled:
-                self._sample(sampled, merged, count)
-            executor = make_executor(
-                self.backbone,
-                # Its copies on the device are made anew, so that no run owes another its tables.
-                replace(self.schedule, _copies={}),
-                self.reward,
-                self.config.objective,
-                guidance_scale=self.guidance_scale,
-                execution=execution,
-                groups=self._parts,
-                impl="reference",
-            )
-            executor.on_stage = count.stage
-            result = executor.accumulate(batch, seeds)
-            del result
-            count.stage("optimizer")
+                self._sample(runtime, sampled, count)
+            runtime.gradient(batch, seeds)
+            runtime.enter("optimizer")
             if update is not None:
                 update.step()
-        uploads = self._parts.uploads
-        self._parts.counted_by(None)
-        self._parts.apply(Execution())
+        uploads = self._groups.uploads
+        self._groups.counted_by(None)
+        self._groups.apply(Execution())
         if execution.offload == "staged":
             self._scatter()
         stages = {name: stage for name, stage in count.stages.items() if name}
         return Steps(stages, samples, sampled, uploads)
 
-    @contextmanager
-    def _hollowed(self) -> Iterator[None]:
-        weight = next(iter(self.backbone.policy_parameters.values()))
-        family = self.family
+    def _runtime(self, execution: Execution, count: MemoryCount, sampled: int, merged: bool, hollow: bool) -> Runtime:
+        # Neither compilation nor another memory layout is simulated.
+        sampling = {"batch_size": sampled, "merge_lora": merged, "channels_last": False, "compile": "none"}
+        sections = {"execution": execution, "sampling": self.config.sampling.model_copy(update=sampling)}
+        config = self.config.model_copy(update={**sections, "impl": "reference"})
+        backbone, reward = self.backbone, self.reward
+        backbone.count = count
+        if hollow:
+            weight = next(iter(backbone.policy_parameters.values()))
+            backbone, reward = copy.copy(backbone), _HollowReward(weight)
+            backbone.family = cast("Family", _HollowFamily(self.family, weight))
+        return _Runtime(config, backbone, reward, groups=self._groups, meter=StageMeter(DEVICE, count))
 
-        def network(rows: Rows) -> Tensor:
-            return hollow_call(rows.x, weight, rows.x.shape, family.dtype)
-
-        def decode(latents: Tensor) -> Tensor:
-            return hollow_call(latents, weight, (len(latents), 3, 1, 1), latents.dtype)
-
-        def score(images: Tensor, prompts: list[str]) -> Tensor:
-            return hollow_call(images, weight, (len(images),), torch.promote_types(images.dtype, torch.float32))
-
-        with (
-            mock.patch.object(self.backbone, "run", network),
-            mock.patch.object(family, "decode", decode),
-            mock.patch.object(self.reward, "forward", score),
-        ):
-            yield
+    def _sample(self, runtime: Runtime, sampled: int, count: MemoryCount) -> None:
+        # Every step of a trajectory costs the same.
+        runtime.sample(_prompts(sampled), torch.arange(sampled), stop=1)
+        stage = scaled(count.stages["sampling"], self.config.sampling.num_inference_steps)
+        # The LoRA is merged once a refill, not once a step: its memory counts, its work is next to nothing.
+        merging = count.stages.pop("merging", stage)
+        worst = max(merging, stage, key=lambda stage: stage.peak_bytes)
+        count.stages["sampling"] = replace(stage, peak_bytes=worst.peak_bytes, at_peak=worst.at_peak)
+        family, images = self.family, runtime.execution.decode_images
+        runtime.decode(torch.empty(images, *family.latent_shape, dtype=family.precision, device=DEVICE))
 
     def _scatter(self) -> None:
-        """ModuleGroups come back as one block each: give every weight its own storage again, whatever ran before."""
+        """Offloaded weights come back as one block each: give every weight its own storage, whatever ran before."""
         for module in self.modules:
             for tensor in _tensors(module):
                 tensor.data = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
@@ -231,61 +210,84 @@ class Simulation:
         index = torch.zeros(samples, dtype=torch.long)
         return ReplayBatch(x, index, prompts, torch.arange(samples)), torch.arange(samples)
 
-    def _sample(self, sampled: int, merged: bool, count: MemoryCount) -> None:
-        count.stage("sampling")
-        self._parts.use("network")
-        steps, eta = self.config.sampling.num_inference_steps, self.config.sampling.eta
-        sampler = Sampler(
-            self.backbone,
-            self._one_step(eta),
-            guidance_scale=self.guidance_scale,
-            batch_size=sampled,
-            merge_lora=merged,
-            impl="reference",
-        )
-        with mock.patch.object(self.backbone, "merged", self._merged_apart(count)):
-            x0 = sampler.sample(_prompts(sampled), torch.arange(sampled)).x0
-        stage = scaled(count.stages["sampling"], steps)
-        # The LoRA is merged once a refill, not once a step: its memory counts, its work is next to nothing.
-        merging = count.stages.pop("merging", stage)
-        worst = max(merging, stage, key=lambda stage: stage.peak_bytes)
-        count.stages["sampling"] = replace(stage, peak_bytes=worst.peak_bytes, at_peak=worst.at_peak)
-        count.stage("sampled pictures")
-        self._parts.use("decoder")
-        with torch.no_grad():
-            self.family.decode(x0.to(self.family.dtype))
 
-    def _merged_apart(self, count: MemoryCount) -> Any:
-        """`Backbone.merged` with its entry as a stage of its own."""
-        merged = self.backbone.merged
+class _Runtime(Runtime):
+    """Accepts rewards without values, which cannot be checked for being finite."""
 
-        @contextmanager
-        def apart(role: Role) -> Iterator[None]:
-            with ExitStack() as stack:
-                with count.counting("merging"):
-                    stack.enter_context(merged(role))
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert self.reward is not None
+        return called(self.reward, images, prompts)
+
+
+class _Backbone(Backbone):
+    """Counts the merging of a LoRA as a stage of its own, except layer by layer."""
+
+    count: MemoryCount
+
+    @contextmanager
+    def merged(self, role: Role, *, by_layer: bool = False) -> Iterator[None]:
+        if by_layer:
+            with super().merged(role, by_layer=True):
                 yield
+            return
+        with ExitStack() as stack:
+            with self.count.counting("merging"):
+                stack.enter_context(super().merged(role))
+            yield
 
-        return apart
 
-    def _one_step(self, eta: float) -> DenoisingSchedule:
-        # Every step of a trajectory costs the same.
-        tables = {name: getattr(self.schedule, name)[:1] for name in _PER_STEP}
-        return replace(self.schedule, **tables, _copies={})
+class _FamilyWithoutFiles:
+    """A family that adds adapters of a LoRA's shape in place of loading its weights."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+    def load_lora(self, source: str, adapter_name: str) -> None:
+        rank, targets = _lora_shape(source)
+        self.network.add_adapter(LoraConfig(r=rank, target_modules=targets), adapter_name=adapter_name)
+
+
+class _HollowFamily(_FamilyWithoutFiles):
+    """A family whose network and decoder hold one huge block in place of their activations."""
+
+    def __init__(self, family: Family, weight: Tensor) -> None:
+        super().__init__(family)
+        self._weight = weight
+
+    def predict(self, network: nn.Module, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        return hollow_call(x, self._weight, x.shape, self.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return hollow_call(latents, self._weight, (len(latents), 3, 1, 1), latents.dtype)
+
+
+class _HollowReward(Reward):
+    """A reward that holds one huge block in place of its activations."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        # In a tuple, so that it does not become a parameter of this module.
+        self._weight = (weight,)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return hollow_call(images, *self._weight, (len(images),), torch.promote_types(images.dtype, torch.float32))
 
 
 class _CountedGroups(ModuleGroups):
-    """ModuleGroups whose uploads are counted, and known as weights."""
+    """Counts the uploads of module groups, and their memory as weights."""
 
     def counted_by(self, count: MemoryCount | None) -> None:
-        """From now on."""
+        """Count from now on; None: stop."""
         self.count, self.uploads = count, dict[str, int]()
 
     def use(self, *names: ModuleGroup) -> None:
         if self._offload is None or self.count is None:
             return
         arriving = set(names) - self._offload.resident
-        # ModuleGroups that leave do so before others come.
+        # Dropped weights are freed before others are uploaded.
         with self.count.exchange():
             super().use(*names)
             for name in arriving:
@@ -296,10 +298,10 @@ class _CountedGroups(ModuleGroups):
 
 
 class _Update:
-    """The optimizer and its states, there from the start as in every step but the first.
+    """The optimizer, its states allocated from the start as in every step but the first.
 
-    States on the CPU leave nothing on the device, and their step is not run: it copies values. bitsandbytes' states
-    are those of the CPU's 8-bit AdamW, name by name.
+    With states on the CPU nothing stays on the device; that step copies values and is not run. bitsandbytes' states
+    have the names and sizes of the CPU's 8-bit AdamW.
     """
 
     def __init__(self, parameters: list[nn.Parameter], settings: OptimizerSettings, count: MemoryCount) -> None:
@@ -314,21 +316,14 @@ class _Update:
                     group["fused"] = True
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
-            self._update()
+            allocate_states(self.optimizer)
             for parameter in parameters:
                 parameter.grad = None
             count.register(self._states(), "optimizer")
-            # That first step is none of the counted ones.
-            count.forget_stage("")
 
     def step(self) -> None:
         nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         if self.optimizer is not None:
-            self._update()
-
-    def _update(self) -> None:
-        assert self.optimizer is not None
-        with mock.patch("torch.optim.adam._device_dtype_check_for_fused"):
             self.optimizer.step()
 
     def _states(self) -> list[Tensor]:
@@ -339,16 +334,6 @@ class _Update:
 
 def _prompts(number: int) -> list[str]:
     return [f"prompt {i}" for i in range(number)]
-
-
-def _add_adapter(family: Family) -> Any:
-    """In place of loading a LoRA file: an adapter of its shape."""
-
-    def add(source: str, adapter_name: str) -> None:
-        rank, targets = _lora_shape(source)
-        family.network.add_adapter(LoraConfig(r=rank, target_modules=targets), adapter_name=adapter_name)
-
-    return add
 
 
 def _lora_shape(source: str) -> tuple[int, list[str]]:

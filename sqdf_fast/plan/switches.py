@@ -1,4 +1,4 @@
-"""Which speed switches a plan sets, and why: what has been measured decides, and where nothing has been, off.
+"""The speed switches that a plan sets, each with its reason: as measured, and off where nothing was measured.
 
 The measurements are those of docs/sampling.md.
 """
@@ -16,7 +16,7 @@ SWITCHES = ("sampling.merge_lora", "sampling.channels_last", "sampling.compile",
 
 @dataclass(frozen=True)
 class Switch:
-    """A setting of speed, the plan's value and the reason for it."""
+    """A speed setting, its planned value and the reason."""
 
     key: str
     value: Any
@@ -24,17 +24,17 @@ class Switch:
 
 
 def merging(config: Config, quantization: str) -> tuple[bool, ...]:
-    """The values of sampling.merge_lora worth trying."""
+    """Values of sampling.merge_lora to search."""
     if config.policy.kind == "full":
         return (config.sampling.merge_lora,)
-    # Quantised layers run their adapter as ever, and CUDA graphs hold the addresses of weights.
+    # Quantised layers always run their adapter, and CUDA graphs hold the addresses of weights.
     if quantization != "none" or config.sampling.compile == "cuda-graphs":
         return (False,)
     return (True, False) if config.sampling.merge_lora else (False,)
 
 
 def fixed(config: Config, keep: Mapping[str, Any]) -> dict[str, Any]:
-    """The switches that no search decides: off, or as the user wants them.
+    """The switches that are not searched: off, or as the user set them.
 
     Compiled blocks allocate what the simulation does not see, and their gain is not measured where a budget matters;
     NHWC weights are slower on a CPU and not measured elsewhere.

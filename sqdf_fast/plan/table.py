@@ -22,8 +22,8 @@ class Row:
     """One way to train one model.
 
     Attributes:
-        title: of the line; model: a known one; settings: beside the paper's; quantization: of the base.
-        target_gib: what the project holds itself to.
+        title: title of the row; model: name of a known model; settings: changes to the paper's settings.
+        quantization: quantization of the base; target_gib: the project's goal.
     """
 
     title: str
@@ -47,13 +47,13 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Line:
-    """What simulation says of a row.
+    """Simulated figures of a row.
 
     Attributes:
         step_gib: peak of the optimizer step in the plan of the least peak; peak_gib: with the sampling that feeds it.
-        batch_bytes: what that step of the whole batch holds above the one of a single sample.
-        latent_bytes: of one sample's latents in float32.
-        seconds: predicted of a step with its sampling on a 24 GB card.
+        batch_bytes: bytes that the step of the full batch holds above that of a single sample.
+        latent_bytes: bytes of one sample's latents in float32.
+        seconds: predicted time of a step with its sampling on a 24 GB GPU.
         fast_gib, fast_seconds, executor: of the fastest plan for 24 GB; fits: whether there is one.
     """
 
@@ -89,7 +89,7 @@ def simulated(row: Row, use_cache: bool = True) -> Line:
 
 
 def memory_table(lines: Sequence[Line]) -> str:
-    """Markdown: the smallest plan of each of ROWS, and the fastest for 24 GB beside it."""
+    """Markdown table of ROWS: the smallest plan, and the fastest for 24 GB."""
     head = [
         "| | smallest: optimizer step | with sampling | goal | 64 samples over 1 | s a step | fastest in 24 GB: peak | "
         "s a step | executor |",
@@ -107,7 +107,7 @@ def _markdown(row: Row, line: Line) -> str:
 
 
 def write_between_marks(page: Path, text: str) -> None:
-    """Replace what is between the page's marks."""
+    """Replace the text between the page's marks."""
     before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     page.write_text(before + MARKS[0] + "\n" + text + "\n" + MARKS[1] + after, encoding="utf-8")

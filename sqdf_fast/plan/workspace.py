@@ -1,10 +1,11 @@
-"""What kernels allocate inside, where no dispatcher sees it: bytes beyond their inputs and outputs.
+"""Bytes that kernels allocate beyond their inputs and outputs, where no dispatcher sees them.
 
 On the CPU these are the scratch buffers of ATen's own kernels, as its sources allocate them (FlashAttentionKernel.cpp,
 ConvolutionMM2d.cpp) and as the profiler reports oneDNN's reordered copies; tests hold float32 and float64 to the
 profiler's events (a CPU converts bfloat16 inside and needs more). On CUDA they are the accumulators of FlashAttention-2
-(flash_api.cpp of its repository). cuDNN's convolutions are taken to need none, as with channels_last and tensor cores;
-that, and cuBLAS's buffer, the reserve has to bear until a card has measured it.
+(flash_api.cpp of its repository) and the temporaries of an AdamW step of a bfloat16 parameter. cuDNN's convolutions are
+taken to need none, as with channels_last on tensor cores; that, and cuBLAS's buffer, the reserve has to cover until a
+GPU has measured it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def on_cpu(func: Any, args: tuple[Any, ...]) -> int:
 
 def on_cuda(func: Any, args: tuple[Any, ...]) -> int:
     """The same for the CUDA kernel that takes its place."""
-    model = _ON_CUDA.get(func._overloadpacket)
+    model = _ON_CUDA.get(str(func._overloadpacket))
     return 0 if model is None else model(*args)
 
 
@@ -67,6 +68,16 @@ def _flash_backward(grad: Tensor, query: Tensor, *_: Any) -> int:
     *heads, length, width = query.shape
     rows = prod(heads) * -(-length // _FLASH_BLOCK) * _FLASH_BLOCK
     return 4 * rows * (-(-width // 32) * 32 + 1)
+
+
+def _adamw_8bit(parameter: Tensor, *_: Any) -> int:
+    """Of bitsandbytes' step on a float32 copy of parameter and gradient, which is rounded stochastically afterwards."""
+    return 24 * parameter.numel() if parameter.dtype == torch.bfloat16 else 0
+
+
+def _adamw_32bit(parameter: Tensor, *_: Any) -> int:
+    """Of the reference, which is what runs on CUDA."""
+    return 32 * parameter.numel() if parameter.dtype == torch.bfloat16 else 0
 
 
 def _output_positions(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
@@ -172,6 +183,9 @@ _ON_CPU: dict[Any, Callable[..., int]] = {
     _aten.convolution: _convolution,
     _aten.convolution_backward: _convolution_backward,
 }
-_ON_CUDA: dict[Any, Callable[..., int]] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+# By name: the ops of this project exist once they are imported.
+_ON_CUDA: dict[str, Callable[..., int]] = {
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
+    "sqdf_fast.adamw_8bit": _adamw_8bit,
+    "sqdf_fast.adamw_32bit": _adamw_32bit,
 }

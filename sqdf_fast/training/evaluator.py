@@ -142,9 +142,14 @@ class Evaluator:
         )
         return Scores(values, by_prompt, self.judges.better, self.judges.diversity_measure)
 
-    def keep_samples(self, folder: Path, step: int, images: Tensor) -> None:
-        """Save some of the images in a run folder: one of each prompt first, then the second of each, ..."""
+    def keep_samples(self, folder: Path, step: int, images: Tensor) -> tuple[Tensor, list[str]]:
+        """Save some of the images in a run folder: one of each prompt first, then the second of each, ...
+
+        Returns:
+            The saved images and their prompts.
+        """
         each = self.config.evaluation.images_per_prompt
         order = sorted(range(len(images)), key=lambda i: (i % each, i))[: self.config.evaluation.grid]
         prompts = [self.held_out.prompts[i] for i in order]
         save_samples(folder, step, images[order], prompts, self.held_out.seeds[order].tolist())
+        return images[order], prompts

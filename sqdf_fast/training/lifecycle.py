@@ -27,6 +27,7 @@ from sqdf_fast.rewards import preflight
 from sqdf_fast.runs import read_run, summary_lines, write_environment, write_report
 from sqdf_fast.runs.checkpoint import checkpoints, step_of
 from sqdf_fast.runs.folder import RunFolder
+from sqdf_fast.runs.trackers import refuse_missing
 from sqdf_fast.training.evaluator import Evaluator, HeldOut
 from sqdf_fast.training.trainer import Trainer
 
@@ -144,6 +145,7 @@ def check(trainer: Trainer) -> None:
 
 
 def _assemble(config: Config, run: RunFolder, stop: threading.Event | None, progress: TrainingProgress) -> Trainer:
+    refuse_missing(config.logging.trackers)
     prompts, held_out = load_prompts(config.prompts), HeldOut.of(config)
     known = list(dict.fromkeys([*prompts, *held_out.prompts]))
     # The reward first: a wrong one is refused before gigabytes of model are loaded.

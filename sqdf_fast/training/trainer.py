@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from sqdf_fast.kernels.philox import derive_seed
 from sqdf_fast.runs import MetricsLog, read_metrics
 from sqdf_fast.runs.checkpoint import checkpoints, read_checkpoint, save_checkpoint
 from sqdf_fast.runs.folder import RunFolder
+from sqdf_fast.runs.trackers import Trackers
 from sqdf_fast.training.cost import Cost, meter_cost
 from sqdf_fast.training.evaluator import Evaluator
 from sqdf_fast.training.records import evaluation_line, step_record
@@ -83,7 +85,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the end. Raises Interrupted, and UserError for errors of reward, gradient or disk."""
         every = self.config.checkpoint_every
-        with MetricsLog(self.run.metrics) as log:
+        with MetricsLog(self.run.metrics) as log, closing(self._open_trackers()) as self.trackers:
             log.truncate(self.step, self.evaluated)
             self.watch.read(read_metrics(log.path))
             while True:
@@ -155,6 +157,11 @@ class Trainer:
         self.spent, self._share_before = Cost(**values["spent"]), values["share_before"]
         self._collected = Cost(**values["collected"])
 
+    def _open_trackers(self) -> Trackers:
+        resumed = self.step if self.evaluated >= 0 else None
+        settings = self.config.model_dump(mode="json")
+        return Trackers.open(self.config.logging.trackers, self.run.path, settings, self.progress.message, resumed)
+
     def _evaluation_due(self) -> bool:
         if self.evaluated >= self.step:
             return False
@@ -168,7 +175,7 @@ class Trainer:
 
     def _evaluate(self, log: MetricsLog) -> None:
         evaluation = self.evaluator.evaluate(self.runtime, is_base=self.step == 0)
-        self.evaluator.keep_samples(self.run.path, self.step, evaluation.images)
+        self.trackers.log_images(self.step, *self.evaluator.keep_samples(self.run.path, self.step, evaluation.images))
         record = {
             "kind": "evaluation",
             "step": self.step,
@@ -178,6 +185,7 @@ class Trainer:
             "seconds": evaluation.seconds,
         }
         log.append(record)
+        self.trackers.log(record)
         self.evaluated = self.step
         self.progress.message(evaluation_line(record))
         if (reason := self.watch.observe(read_metrics(log.path), self.backbone.save_policy)) is not None:
@@ -223,6 +231,7 @@ class Trainer:
             record["budget_event"] = "; ".join(runtime.fallbacks)
             runtime.fallbacks.clear()
         log.append(record)
+        self.trackers.log(record)
         self.progress.update(self.step, record["reward_mean"], record.get("kl_mean"), share=self.share)
 
     def _gradient(self) -> tuple[StepResult, float]:

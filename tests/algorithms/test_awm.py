@@ -6,16 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.direct_reward import apart, write_model
+from support.direct_reward import apart
 from support.gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
 
 from sqdf_fast.engine.noise import Stream, sample_seeds
 from sqdf_fast.kernels.philox import philox_normal
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 class PublishedMatching(PublishedTransitions):

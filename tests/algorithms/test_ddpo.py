@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.direct_reward import apart, settings, write_model
+from support.direct_reward import apart, settings
 from support.gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
+from support.marks import slow
 from support.stopping import StopWhen
 
 from sqdf_fast.algorithms.advantages import advantages
@@ -17,11 +18,6 @@ from sqdf_fast.runs import read_metrics
 from sqdf_fast.training.lifecycle import continue_run, new_run
 
 ALL = ["ddpo", "dpok", "awm"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def published_loss(log_probs: torch.Tensor, old: torch.Tensor, gain: torch.Tensor, clip: float) -> torch.Tensor:
@@ -116,7 +112,7 @@ def test_what_an_update_costs(model, steps_per_refill, forwards):
     assert found.backbone.evaluations - before == 2 * SIZE * (3 + forwards + 3)
 
 
-@pytest.mark.parametrize("algorithm", ["dpok", "awm"])
+@pytest.mark.parametrize("algorithm", ["dpok", slow("awm")])
 def test_micro_batches_add_up_to_the_whole(model, algorithm):
     whole, parts = (policy_gradient(model, algorithm, own={"timesteps": 2}) for _ in range(2))
     parts.runtime.execution = whole.runtime.execution.model_copy(update={"micro_batch": 5})
@@ -128,7 +124,7 @@ def test_micro_batches_add_up_to_the_whole(model, algorithm):
     assert apart(step(parts, 1), step(whole, 1)) < 1e-11
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo", "awm"])
+@pytest.mark.parametrize("algorithm", ["ddpo", slow("awm")])
 def test_state_holds_all_that_a_second_step_needs(model, algorithm):
     whole, resumed = policy_gradient(model, algorithm), policy_gradient(model, algorithm)
     move(whole, step(whole, 0), 0.01)
@@ -182,7 +178,7 @@ def lora(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "lora" / "pytorch_lora_weights.safetensors")
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo", "awm"])
+@pytest.mark.parametrize("algorithm", ["ddpo", slow("awm")])
 def test_a_reward_without_a_gradient_trains_and_a_resumed_run_is_the_same(model, folder, algorithm):
     new_run(run_config(model, algorithm), folder / "whole")
     metrics = folder / "parts" / "metrics.jsonl"

@@ -1,17 +1,9 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
-from support.direct_reward import apart, write_model
+from support.direct_reward import apart
 from support.gradient_free import SIZE, PublishedTransitions, move, policy_gradient, step
 from torch.distributions import kl_divergence
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def published_loss(truth: PublishedTransitions, old: torch.Tensor | None, clip: float, alpha: float) -> torch.Tensor:

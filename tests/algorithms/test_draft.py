@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
-from support.direct_reward import BATCH, GUIDANCE, STEPS, Published, apart, gradient, make, settings, write_model
+from support.direct_reward import BATCH, GUIDANCE, STEPS, Published, apart, gradient, make, settings
+from support.marks import slow
 from support.stopping import StopWhen
 
 from sqdf_fast.cli import main
@@ -27,11 +28,6 @@ def brightness(images, prompts):
 """
 ALL = ["draft", "draft-kl", "draft-lv", "refl"]
 SETTINGS = {"truncation": 3, "noises": 2, "window": 0.75}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +134,7 @@ def test_with_one_step_it_is_sqdf_without_discount(model, tmp_path):
     assert apart(gradient(one), found) < 1e-12
 
 
-@pytest.mark.parametrize("algorithm", ALL)
+@pytest.mark.parametrize("algorithm", [slow("draft"), "draft-kl", "draft-lv", slow("refl")])
 def test_micro_batches_and_recomputation_change_nothing(model, algorithm):
     truth = gradient(make(settings(model, algorithm, own=SETTINGS)))
     execution = {"micro_batch": 2, "gradient_checkpointing": ["network", "decoder"]}
@@ -220,7 +216,7 @@ def stop_within_the_second_step(run: Path, questions: int) -> StopWhen:
     return StopWhen(interrupted)
 
 
-@pytest.mark.parametrize(("algorithm", "questions"), [("draft-kl", 2), ("refl", 0)])
+@pytest.mark.parametrize(("algorithm", "questions"), [("draft-kl", 2), slow("refl", 0)])
 def test_a_run_stopped_within_a_step_and_resumed_equals_the_whole_bit_for_bit(model, folder, algorithm, questions):
     config = whole_run(model, algorithm, dtype="float32")
     new_run(config, folder / "whole")
@@ -237,7 +233,7 @@ def test_a_run_stopped_within_a_step_and_resumed_equals_the_whole_bit_for_bit(mo
     assert ("kl_mean" in lines[0]) == (algorithm == "draft-kl")
 
 
-@pytest.mark.parametrize(("algorithm", "stage"), [("draft", "backward"), ("draft-lv", "forward")])
+@pytest.mark.parametrize(("algorithm", "stage"), [("draft", "backward"), slow("draft-lv", "forward")])
 def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder, monkeypatch, algorithm, stage):
     config = whole_run(model, algorithm)
     new_run(config, folder / "plain")

@@ -1,17 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from support.direct_reward import BATCH, STEPS, Published, apart, gradient, make, settings, write_model
+from support.direct_reward import BATCH, STEPS, Published, apart, gradient, make, settings
 
 from sqdf_fast.engine.noise import Stream
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.mark.parametrize("noises", [1, 3])

@@ -1,15 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from support.direct_reward import BATCH, STEPS, Published, apart, gradient, make, settings, write_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+from support.direct_reward import BATCH, STEPS, Published, apart, gradient, make, settings
 
 
 @pytest.mark.parametrize("margin", [None, 0.02, 100.0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +57,13 @@ def _row(
         "times_compile": _SECONDS["compile"] / seconds,
         "peak_bytes": 3 * 2**20,
     }
+
+
+@pytest.fixture
+def command():
+    """`python bench ...`, in this process: (arguments) -> exit status."""
+    main = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "__main__.py"))["main"]
+    return lambda *arguments: main(arguments)
 
 
 @pytest.fixture

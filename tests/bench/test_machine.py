@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fused_ops.machine import caches, device_name, last_level, machine_info
+from harness.machine import caches, device_name, last_level, machine_info
 
 
 def test_what_is_kept_of_a_machine():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-import monitor
 from PIL import Image
+from study import monitor
 
 
 def outcome(name, seed, folder, assignments):
@@ -25,15 +25,22 @@ def outcome(name, seed, folder, assignments):
 
 def test_page_figures_and_plot(tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "outcome", outcome)
-    written = tmp_path / "docs" / "found.md"
-    assert monitor.main(["--seeds", "3", "4", "--output", str(written)]) == 0
-    text = written.read_text(encoding="utf-8")
+    docs = tmp_path / "docs"
+    monitor.main(["--seeds", "3", "4", "--output", str(docs)])
+    text = (docs / "monitor_results.md").read_text(encoding="utf-8")
     assert "| sqdf | 4 | 0, 5, ..., 25 | 0.00, 5.00 | 0.00, 5.00, 5.00 | 25 | none |  |  |" in text
     # Fallen at 15 and 20, after the peak at 10, which is the last good evaluation.
     assert "| draft | 3 | 0, 5, ..., 25 | 0.00, 5.00 | 0.00, 2.00, -5.00 | 10 | 20 | alignment | 10 (2.00) |" in text
     assert "\n| 20* | 4.000 | -4.000 |" in text
-    assert "](images/found.png)" in text
-    assert Image.open(tmp_path / "docs" / "images" / "found.png").width > 500
-    runs = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
+    assert "](images/monitor_results.png)" in text
+    assert Image.open(docs / "images" / "monitor_results.png").width > 500
+    runs = json.loads((docs / "monitor_results.json").read_text(encoding="utf-8"))
     assert [(run["run"], run["seed"]) for run in runs] == [("sqdf", 3), ("sqdf", 4), ("draft", 3), ("draft", 4)]
     assert runs[2]["evaluations"][3]["eval_true_reward"] == -3.0
+
+
+def test_the_page_in_docs_is_that_of_the_recorded_figures(tmp_path):
+    monitor.main(["--recorded", "--output", str(tmp_path)])
+    recorded = (monitor.DOCS / "monitor_results.md").read_text(encoding="utf-8")
+    assert (tmp_path / "monitor_results.md").read_text(encoding="utf-8") == recorded
+    assert not (tmp_path / "monitor_results.json").exists()

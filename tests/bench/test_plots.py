@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import json
 
+import pages
 import plots
 import pytest
 import record
-from fused_ops.page import MARKS
+from harness.tables import MARKS
 from PIL import Image
 
 PAGE = f"# Title\n\nbefore\n\n{MARKS[0]}\n\nold table\n\n{MARKS[1]}\n\nafter\n"
@@ -35,14 +36,14 @@ def test_one_file_a_device_with_its_own_rows_and_targets(results):
 
 
 def test_what_bench_gpu_wrote_is_filed_alike(tmp_path, recorded, results):
-    rows = [benchmark["extra_info"] for benchmark in recorded["benchmarks"]]
+    own = [benchmark for benchmark in recorded["benchmarks"] if benchmark["extra_info"]["device"] == "cuda"]
+    run = {**recorded, "counts": {}, "benchmarks": own, "commit_info": {"id": "0123456789abcdef", "dirty": True}}
     found = {
-        "started": recorded["datetime"],
-        "commit": "0123456789abcdef+changes",
         "parts": {
             "machine": {"status": "ok", "result": recorded["machine_info"]},
             "tests": {"status": "timed out"},
-            "benchmarks": {"status": "ok", "result": {"rows": [row for row in rows if row["device"] == "cuda"]}},
+            "training step": {"status": "failed", "result": {"benchmarks": []}},
+            "benchmarks": {"status": "ok", "result": run},
         },
     }
     (path,) = record.record(found, tmp_path / "filed")
@@ -51,18 +52,18 @@ def test_what_bench_gpu_wrote_is_filed_alike(tmp_path, recorded, results):
     assert filed == {name: value for name, value in expected.items() if name != "commit"}
 
 
-def test_toy_figures_and_empty_runs_are_not_filed(tmp_path, recorded, capsys):
+def test_toy_figures_and_empty_runs_are_not_filed(tmp_path, recorded, command, capsys):
     recorded["benchmarks"][3]["extra_info"]["toy"] = True
     file = tmp_path / "run.json"
-    for content in (recorded, {**recorded, "benchmarks": []}):
+    for content in (recorded, {**recorded, "benchmarks": []}, {"parts": {}}):
         file.write_text(json.dumps(content))
-        assert record.main([str(file), "--results", str(tmp_path / "results")]) == 2
+        assert command("record", str(file), "--results", str(tmp_path / "results")) == 2
         assert capsys.readouterr().err.startswith("error: this run has no figures worth keeping")
     assert not (tmp_path / "results").exists()
 
 
-def test_pictures_are_drawn_and_linked(results, docs):
-    assert plots.main([*map(str, results), "--docs", str(docs)]) == 0
+def test_plots_are_drawn_and_linked(results, docs, command):
+    assert command("pages", *map(str, results), "--docs", str(docs)) == 0
     names = sorted(path.name for path in (docs / "images").iterdir())
     assert names == [
         "bench_cpu-some-cpu-r-9-2-cores_bandwidth.png",
@@ -73,9 +74,9 @@ def test_pictures_are_drawn_and_linked(results, docs):
     ]
     page = (docs / "benchmarks.md").read_text()
     for name in names:
-        with Image.open(docs / "images" / name) as picture:
-            assert picture.width >= 1200
-            colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=2**24)}
+        with Image.open(docs / "images" / name) as image:
+            assert image.width >= 1200
+            colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=2**24)}
         # The light ground, and the lines or bars of torch.compile and ours.
         assert {(255, 255, 255), (0xE0, 0x8A, 0x1E), (0x1F, 0x6F, 0xB4)} <= colours
         assert f"(images/{name})" in page
@@ -83,13 +84,13 @@ def test_pictures_are_drawn_and_linked(results, docs):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """The page without the time that pictures take."""
+    """The page without the time that plots take."""
     monkeypatch.setattr(plots, "draw", lambda result, name, folder: [])
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_page_keeps_its_text_and_gets_the_recorded_figures(results, docs):
-    plots.main([*map(str, results), "--docs", str(docs)])
+    pages.main([*map(str, results), "--docs", str(docs)])
     page = (docs / "benchmarks.md").read_text()
     assert page.startswith(f"# Title\n\nbefore\n\n{MARKS[0]}\n")
     assert page.endswith(f"{MARKS[1]}\n\nafter\n")
@@ -107,7 +108,7 @@ def test_the_page_keeps_its_text_and_gets_the_recorded_figures(results, docs):
 @pytest.mark.usefixtures("undrawn")
 def test_under_the_targets_stands_what_they_are_worth(results, docs):
     """How busy the machine was and, for a CPU, how far beyond its cache the largest size is."""
-    plots.main([*map(str, results), "--docs", str(docs)])
+    pages.main([*map(str, results), "--docs", str(docs)])
     cpu, cuda = (docs / "benchmarks.md").read_text().split("\n### ")[1:]
     for text in (cpu, cuda):
         assert "\n- spread (interquartile range over median): 5% in the middle, above 20% in 0 of " in text
@@ -119,11 +120,11 @@ def test_under_the_targets_stands_what_they_are_worth(results, docs):
 @pytest.mark.usefixtures("undrawn")
 def test_a_machine_that_does_not_tell_its_caches_is_filed_all_the_same(tmp_path, recorded, docs):
     recorded["machine_info"] = {**recorded["machine_info"], "caches": {}}
-    plots.main([str(record.record(recorded, tmp_path / "results")[0]), "--docs", str(docs)])
+    pages.main([str(record.record(recorded, tmp_path / "results")[0]), "--docs", str(docs)])
     assert "last-level" not in (docs / "benchmarks.md").read_text()
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_without_a_recorded_gpu_the_page_says_so(results, docs):
-    plots.main([str(results[0]), "--docs", str(docs)])
+    pages.main([str(results[0]), "--docs", str(docs)])
     assert "No result of a GPU has been recorded yet." in (docs / "benchmarks.md").read_text()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from study import record
+from study import comparison
 
 from sqdf_fast.compare.command import Comparison
 from sqdf_fast.compare.curves import Curve, Point
@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def test_what_has_not_run_is_said(folder, tmp_path, capsys):
-    assert record.main([str(folder), "--docs", str(tmp_path / "docs")]) == 0
+    comparison.main([str(folder), "--output", str(tmp_path / "docs")])
     assert "Fewer than two methods have finished runs." in capsys.readouterr().out
     text = (tmp_path / "docs" / "study_results.md").read_text()
     assert "| not run yet | sqdf seed 0; draft-1 seed 0; sqdf.gamma-1 seed 0; " in text
@@ -39,12 +39,12 @@ def test_what_has_not_run_is_said(folder, tmp_path, capsys):
 
 
 def test_plots_stand_under_their_group(folder, tmp_path):
-    for plots in record.PICTURES.values():
+    for plots in comparison.PLOTS.values():
         for plot in plots.values():
             (folder / "plots").mkdir(exist_ok=True)
             (folder / "plots" / plot).write_bytes(plot.encode())
     docs = tmp_path / "docs"
-    assert record.main([str(folder), "--docs", str(docs)]) == 0
+    comparison.main([str(folder), "--output", str(docs)])
     methods, gamma = (docs / "study_results.md").read_text().split("## Methods")[1].split("## Ablation: gamma")
     assert methods.index("](images/study_pictures.png)") < methods.index("At the end of training:")
     assert "](images/study_gamma.png)" in gamma
@@ -55,7 +55,7 @@ def test_plots_stand_under_their_group(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["study", "longer"])
 def test_what_is_laid_down_is_accepted(name, tmp_path):
-    protocol = make_protocol(read_protocol(Path(record.__file__).with_name(f"{name}.yaml")))
+    protocol = make_protocol(read_protocol(Path(comparison.__file__).with_name(f"{name}.yaml")))
     # Names, settings, prompts and grids are looked up before anything runs.
     assert Comparison(protocol, tmp_path).protocol == protocol
 
@@ -74,7 +74,7 @@ def test_cost_is_that_of_the_fastest_seed_and_of_training_alone():
 
     every = [runs("sqdf", (30.0, 20.0)), runs("guided", (1.0, 1.0), free=True), runs("sqdf", (30.0, 20.0), "gamma")]
     protocol = make_protocol({"budget": 2000, "methods": {"sqdf": {}}})
-    heads, rows = record.cost_table(make_results(protocol, [*every, runs("gamma-1", (8.0, 9.0), "gamma")], {}, {}))
+    heads, rows = comparison.cost_table(make_results(protocol, [*every, runs("gamma-1", (8.0, 9.0), "gamma")], {}, {}))
     assert len(heads) == 6
     assert rows == [
         ["sqdf", "2,100", "50", "20", "9.5", "2.0 MiB"],
@@ -82,10 +82,13 @@ def test_cost_is_that_of_the_fastest_seed_and_of_training_alone():
     ]
 
 
-def test_what_is_no_study_is_refused_in_one_line(tmp_path, capsys):
+def test_what_is_no_study_is_refused_in_one_line(tmp_path, command, capsys):
     (tmp_path / "study").mkdir()
-    for folder, said in ((tmp_path / "study", "is no comparison"), (tmp_path, "the folder's name has to be a study's")):
-        assert record.main([str(folder), "--docs", str(tmp_path / "docs")]) == 2
+    for folder, said in (
+        (tmp_path / "study", "is no comparison"),
+        (tmp_path, "name the folder after one of bench/study/*.yaml"),
+    ):
+        assert command("study", str(folder), "--output", str(tmp_path / "docs")) == 2
         captured = capsys.readouterr().err
         assert said in captured
         assert captured.count("\n") == 1

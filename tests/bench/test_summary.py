@@ -1,26 +1,52 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import registry
 import torch
-from fused_ops import summary
-from fused_ops.cases import Case, Problem
-from fused_ops.measure import Measured
+from cases import ops
+from harness import benchmark
+from harness.benchmark import Benchmark, Group, Prepared, measure, noise
+from harness.tables import as_lines, table
+from harness.timing import Pace, Subject
+
+from sqdf_fast.kernels.spec import Problem
 
 PROBLEM = Problem("denoise_step", "sd15", (8, 4, 64, 64), torch.float32, "cpu", "given")
-MEASURED = Measured(
-    samples={"eager": [6e-3, 8e-3, 9e-3], "compile": [3e-3, 3e-3, 5e-3], "native": [1e-3, 2e-3, 9e-3]},
-    peaks={"eager": 30, "compile": 20, "native": 10},
-    faults={},
-    copy=[1e-3, 1e-3, 7e-3],
-)
+SAMPLES = {
+    "eager": [6e-3, 8e-3, 9e-3],
+    "compile": [3e-3, 3e-3, 5e-3],
+    "native": [1e-3, 2e-3, 9e-3],
+    "copy": [1e-3, 1e-3, 7e-3],
+}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A group of a problem with the samples and peaks chosen by hand."""
+    monkeypatch.setattr(benchmark, "peak_bytes", lambda subject, device: subject.call(None))
+
+    def measured(samples, problem=PROBLEM, direction="both", faults=None):
+        monkeypatch.setattr(benchmark, "interleave", lambda subjects, device, pace: samples)
+        peaks = {"eager": 30, "compile": 20, "native": 10}
+        subjects = {name: Subject(lambda _, peak=peak: peak) for name, peak in peaks.items()}
+        figures = partial(ops.figures, problem, direction)
+        prepared = Prepared(subjects, faults or {}, Pace(0.0, 1), figures)
+        fields = {"device": "cpu", "size": problem.size, "dtype": "float32", "noise": "given", "direction": direction}
+        group = Group("", tuple(peaks), fields, problem)
+        entry = Benchmark(problem.op, "", lambda choice: [group], lambda group, toy: prepared, (), lambda rows: [])
+        return measure(entry, group, toy=False)
+
+    return measured
 
 
 def rows(recorded):
     return [benchmark["extra_info"] for benchmark in recorded["benchmarks"]]
 
 
-def test_figures_of_a_row_are_of_medians():
-    row = summary.row(Case(PROBLEM, "both", "native"), MEASURED, toy=False)
+def test_figures_of_a_row_are_of_medians(measured):
+    row = measured(SAMPLES).rows["native"]
     moved = 13 * 8 * 4 * 64 * 64 * 4
     assert row["median_seconds"] == 2e-3
     assert row["bytes_moved"] == moved
@@ -33,24 +59,28 @@ def test_figures_of_a_row_are_of_medians():
     assert row["spread"] == pytest.approx((9e-3 - 1e-3) / 2e-3)
 
 
-def test_no_ratio_to_a_baseline_that_has_no_number():
-    samples = {"native": MEASURED.samples["native"], "eager": MEASURED.samples["eager"]}
-    measured = Measured(samples, MEASURED.peaks, {"compile": "wrong"}, MEASURED.copy)
-    row = summary.row(Case(PROBLEM, "both", "native"), measured, toy=False)
+def test_no_ratio_to_a_baseline_that_has_no_number(measured):
+    samples = {name: taken for name, taken in SAMPLES.items() if name != "compile"}
+    found = measured(samples, faults={"compile": "wrong"})
+    row = found.rows["native"]
     assert row["times_compile"] is None
     assert row["times_eager"] == pytest.approx(4.0)
-    assert summary.cells(row)[-4] == "-"
+    assert table(ops.COLUMNS, [row]).rows[0][-4] == "-"
+    assert found.rows["compile"]["fault"] == "wrong"
+    # Samples are pytest-benchmark's; the copy is no contender.
+    assert set(found.samples) == {"eager", "native"}
+    assert "samples" not in row
 
 
-def test_an_op_that_streams_nothing_has_no_bandwidth():
+def test_an_op_that_streams_nothing_has_no_bandwidth(measured):
     problem = Problem("discounted_loss", "batch64", (64,), torch.float32, "cpu", "")
-    measured = Measured(MEASURED.samples, MEASURED.peaks, {}, [])
-    row = summary.row(Case(problem, "forward", "native"), measured, toy=False)
+    samples = {name: taken for name, taken in SAMPLES.items() if name != "copy"}
+    row = measured(samples, problem, "forward").rows["native"]
     assert row["gb_per_second"] is row["copy_fraction"] is None
 
 
 def test_verdicts_say_met_not_met_and_not_measured(recorded):
-    found = {str(verdict): verdict.met for verdict in summary.verdicts(rows(recorded))}
+    found = dict(registry.verdicts(rows(recorded)))
     start = "denoise_step forward + backward, "
     assert found[f"{start}sd15 float32, noise given, native: 4.00 x eager, at least 3, met"]
     assert found[f"{start}sdxl float32, noise drawn, native: 4.00 x eager, at least 3, met"]
@@ -61,19 +91,19 @@ def test_verdicts_say_met_not_met_and_not_measured(recorded):
         f"{start}beyond-cache float32, noise drawn, triton: 0.88 of the copy bandwidth, at least 0.9, NOT MET"
     ]
     missing = [row for row in rows(recorded) if (row["implementation"], row["size"]) != ("native", "video")]
-    found = {str(verdict): verdict.met for verdict in summary.verdicts(missing)}
+    found = dict(registry.verdicts(missing))
     assert not found[f"{start}video float32, noise given, native: x eager at least 3, NOT MEASURED"]
 
 
 def test_every_target_of_a_measured_device_is_answered_and_no_other(recorded):
     cpu = [row for row in rows(recorded) if row["device"] == "cpu"]
-    assert len(summary.verdicts(cpu)) == 3 + 3 + 1 + 3 + 1
-    assert len(summary.verdicts(rows(recorded))) == 11 + 12
-    assert summary.verdicts([]) == []
+    assert len(registry.verdicts(cpu)) == 3 + 3 + 1 + 3 + 1
+    assert len(registry.verdicts(rows(recorded))) == 11 + 12
+    assert registry.verdicts([]) == []
 
 
 def test_the_table_names_what_repeats_once(recorded):
-    lines = summary.table(rows(recorded)[:4])
+    lines = as_lines(table(ops.COLUMNS, rows(recorded)[:4]))
     assert lines[0].split() == [
         *("size", "dtype", "noise", "direction", "implementation", "time", "spread"),
         *("x", "eager", "x", "compile", "GB/s", "of", "copy", "peak"),
@@ -84,5 +114,5 @@ def test_the_table_names_what_repeats_once(recorded):
 
 
 def test_noise_counts_the_rows_that_jump():
-    text = summary.noise([{"spread": 0.01}, {"spread": 0.05}, {"spread": 0.5}])
+    text = noise([{"spread": 0.01}, {"spread": 0.05}, {"spread": 0.5}])
     assert "5% in the middle, above 20% in 1 of 3 rows" in text

@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fused_ops import timing
-from fused_ops.timing import Pace, Subject, interleave, peak_bytes, play, playback_time
+from harness import timing
+from harness.meters import peak_bytes
+from harness.timing import Pace, Subject, interleave, play, playback_time
 
 
 @pytest.fixture
@@ -38,6 +39,18 @@ def test_subjects_take_turns_in_an_order_that_is_reversed(clock):
     interleave(subjects, "cpu", Pace(0.0, 2, 0.0))
     # Three calls each to warm up and to set the number of calls; then three uncounted and one counted a turn.
     assert "".join(spent[9:]) == "aaaabbbbcccc" + "ccccbbbbaaaa"
+
+
+def test_a_long_call_is_made_once_a_turn_without_warming_up(clock):
+    spend, spent = clock
+    subjects = {name: Subject(lambda _, name=name: spend(name, 1.0)) for name in "ab"}
+    taken = interleave(subjects, "cpu", Pace(0.0, 3, uncounted=0))
+    assert "".join(spent) == "abbaab"
+    assert [len(samples) for samples in taken.values()] == [3, 3]
+
+
+def test_nothing_to_time_ends_at_once():
+    assert interleave({}, "cpu", Pace(1e9, 1)) == {}
 
 
 def test_rounds_go_on_until_the_time_is_up(clock):

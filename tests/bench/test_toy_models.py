@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training_step import setups
-from training_step.cases import SUBJECTS, parity_problem, problem
-from training_step.measure import measure, parity
+from cases.training_step import setups
+from cases.training_step.benchmark import BENCHMARK, group
+from cases.training_step.measure import parity
+from cases.training_step.problem import WAYS, parity_problem, problem
+from harness.benchmark import measure
 
 from sqdf_fast.families.stable_diffusion import StableDiffusion
 from sqdf_fast.families.stable_diffusion_xl import StableDiffusionXL
@@ -30,18 +32,19 @@ def test_every_way_has_the_gradient_of_sd15():
     judged = parity_problem(problem("sd15", "cpu"))
     faults, errors = parity(judged, setups.make(judged))
     assert faults == {}
-    assert tuple(errors) == SUBJECTS
+    assert tuple(errors) == WAYS
     assert max(errors.values()) < 1e-9
 
 
+@pytest.mark.slow
 def test_sdxl_is_measured_in_bfloat16():
-    rows = {row["implementation"]: row for row in measure(problem("sdxl", "cpu", toy=True))}
-    assert tuple(rows) == SUBJECTS
+    rows = measure(BENCHMARK, group(problem("sdxl", "cpu", toy=True)), toy=True).rows
+    assert tuple(rows) == WAYS
     for row in rows.values():
         assert row["fault"] is None
         assert row["gradient_error"] < 1e-9
         assert (row["dtype"], row["toy"]) == ("bfloat16", True)
         assert row["utilisation"] == row["flops_per_second"] / row["best_flops_per_second"]
     assert rows["joint"]["flops"] < rows["published"]["flops"]
-    assert rows["staged + recompute"]["peak_bytes"] < rows["published"]["peak_bytes"]
-    assert all(rows[name]["predicted_bytes"] for name in SUBJECTS[1:])
+    assert rows["staged + checkpointing"]["peak_bytes"] < rows["published"]["peak_bytes"]
+    assert all(rows[name]["predicted_bytes"] for name in WAYS[1:])

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from cases.training_step import measure, prediction, setups
+from cases.training_step.benchmark import BENCHMARK, group, verdicts
+from cases.training_step.problem import OURS, PUBLISHED, Problem, problem
+from cases.training_step.published import NO_QUIRKS, Published, Quirks
+from cases.training_step.setups import Ours, Step
+from harness.benchmark import measure as measure_group
 from support.tiny import write_pipeline
-from training_step import measure, prediction, setups, summary
-from training_step.cases import OURS, PUBLISHED, SUBJECTS, Problem, problem
-from training_step.published import NO_QUIRKS, Published, Quirks
-from training_step.setups import Ours, Step
 
 from sqdf_fast.config import Execution, Objective
 from sqdf_fast.engine import make_executor
-from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family
 from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.replay import ReplayBatch
 
-ROOT = Path(__file__).parents[2]
 STEPS, GUIDANCE = 50, 5.0
 INDEX = [0, 49, 17, 48, 47, 30]
 PROMPTS = ["a red star", "a blue ring", "a ring", "a star", "a red ring", "a blue star"]
-TINY = Problem("tiny", "", torch.float64, "cpu", 6, 2, 2, 4, STEPS, GUIDANCE)
+TINY = Problem("tiny", "taste", torch.float64, "cpu", 6, 2, 2, 4, STEPS, GUIDANCE)
 
 
 class Contrast(torch.nn.Module):
@@ -68,6 +65,32 @@ def test_the_published_way_has_our_gradient(ours, way):
     published = ours.published().gradient()
     assert published.norm() > 1e-2
     assert relative(ours.step(way).gradient(), published) < 1e-10
+
+
+@pytest.mark.usefixtures("ours")
+def test_what_is_recorded_of_every_way(monkeypatch):
+    """The whole measurement, on a model so small that the figures say nothing of speed."""
+    small = replace(TINY, batch=2, toy=True)
+    monkeypatch.setattr(measure, "parity_problem", lambda given: given)
+    monkeypatch.setattr(prediction, "stage_bytes", lambda given, name: {"transition": 10, "reward": 20})
+    found = measure_group(BENCHMARK, group(small), toy=True)
+    rows = found.rows
+    assert list(rows) == [PUBLISHED, *OURS]
+    for name, row in rows.items():
+        assert row["fault"] is None
+        assert row["gradient_error"] < 1e-10
+        assert len(found.samples[name]) == 2
+        assert row["times_published"] == rows[PUBLISHED]["median_seconds"] / row["median_seconds"]
+        assert row["flops_per_second"] == row["flops"] / row["median_seconds"]
+        assert row["utilisation"] == row["flops_per_second"] / row["best_flops_per_second"]
+        assert row["peak_bytes"] == max(row["stage_bytes"].values()) > row["resident_bytes"]
+        assert row["flops_of_published"] == row["flops"] / rows[PUBLISHED]["flops"]
+    assert rows["joint"]["flops"] < rows[PUBLISHED]["flops"]
+    assert rows["staged"]["flops"] < rows["staged + checkpointing"]["flops"]
+    assert rows["staged"]["predicted_bytes"] == 20
+    assert rows[PUBLISHED]["predicted_bytes"] is None
+    stages = ["transition", "look-ahead", "reward", "look-ahead vjp", "policy vjp"]
+    assert list(rows["staged + checkpointing + offload"]["stage_bytes"]) == stages
 
 
 def test_with_its_quirks_it_is_what_our_options_for_them_give(ours):
@@ -162,10 +185,10 @@ def test_parity_refuses_what_is_wrong_and_everything_when_the_baseline_is(monkey
         PUBLISHED: step(truth * (1 + 1e-6)),
         "joint": step(truth * (1 - 2e-6)),
         "staged": step(truth * (1 + 4e-6)),
-        "staged + recompute": step(truth * float("nan")),
+        "staged + checkpointing": step(truth * float("nan")),
     }
     faults, errors = measure.parity(small, steps)
-    assert set(faults) == {"staged", "staged + recompute"}
+    assert set(faults) == {"staged", "staged + checkpointing"}
     assert "relative error 4.00e-06, budget 3.00e-06" in faults["staged"]
     assert errors["joint"] == pytest.approx(2e-6)
     faults, _ = measure.parity(small, {**steps, PUBLISHED: step(truth * 1.01)})
@@ -179,26 +202,26 @@ def step(gradient: torch.Tensor) -> Step:
     def call() -> None:
         parameter.grad = gradient.clone()
 
-    return Step(lambda: None, call, [parameter], (), lambda told: None)
+    return Step(lambda: None, call, [parameter], (), lambda announced: None)
 
 
 def test_memory_is_weights_and_what_each_stage_allocates():
     weight = torch.nn.Linear(256, 256, bias=False)  # 256 KiB
-    told = []
+    announced = []
 
     def call() -> None:
-        told[-1]("first")
+        announced[-1]("first")
         held = torch.empty(1 << 20, dtype=torch.uint8)
         torch.empty(3 << 20, dtype=torch.uint8)
-        told[-1]("second")
+        announced[-1]("second")
         del held
         torch.empty(2 << 20, dtype=torch.uint8)
 
     def watch(callback) -> None:
-        told.append(callback)
+        announced.append(callback)
 
     watch(lambda name: None)
-    resident, stages = measure.memory(Step(lambda: None, call, [], (weight, weight), watch), "cpu")
+    _, resident, stages = measure.memory(Step(lambda: None, call, [], (weight, weight), watch), "cpu")
     assert resident == 256 * 1024
     assert stages == {"first": resident + (4 << 20), "second": resident + (2 << 20)}
 
@@ -213,98 +236,21 @@ def test_flops_count_attention_on_the_cpu_and_what_is_checkpointed():
         (q @ q.mT).sum().backward()
 
     # Two products of 16 x 8 x 16 multiply-adds in each of two heads; one and its two gradients.
-    assert measure.flops(Step(lambda: None, attend, [], (), lambda told: None)) == 2 * 2 * 2 * 16 * 8 * 16
-    assert measure.flops(Step(lambda: None, multiply, [], (), lambda told: None)) == 3 * 2 * 2 * 16 * 8 * 16
+    assert measure.flops(Step(lambda: None, attend, [], (), lambda announced: None)) == 2 * 2 * 2 * 16 * 8 * 16
+    assert measure.flops(Step(lambda: None, multiply, [], (), lambda announced: None)) == 3 * 2 * 2 * 16 * 8 * 16
 
 
 def test_a_whole_step_has_its_share_of_a_refill():
     assert measure.whole_step_flops(step=100, trajectory=40, batch=4) == {"1": 260.0, "8": 120.0}
 
 
-def test_turns_are_taken_in_both_orders():
-    order = []
-    steps = {name: Step(lambda: None, lambda name=name: order.append(name), [], (), lambda told: None) for name in "ab"}
-    taken = measure.interleave(steps, "cpu", 3)
-    assert order == ["a", "b", "b", "a", "a", "b"]
-    assert [len(samples) for samples in taken.values()] == [3, 3]
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    output = tmp_path_factory.mktemp("bench") / "bench.json"
-    command = [sys.executable, "-m", "pytest", "bench/test_training_step.py", "--benchmark-only", "--toy"]
-    command += ["-p", "no:cacheprovider", f"--benchmark-json={output}"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout + found.stderr
-    rows = [benchmark["extra_info"] for benchmark in json.loads(output.read_text())["benchmarks"]]
-    return found.stdout, {row["implementation"]: row for row in rows}
-
-
-def test_every_way_is_measured_on_the_embedded_world(smoke):
-    output, rows = smoke
-    assert list(rows) == list(SUBJECTS)
-    assert all(row["toy"] and row["fault"] is None for row in rows.values())
-    # Rows of one sample: policy and reference both halves, of which the policy's go backwards, and the look-ahead.
-    assert rows["joint"]["flops"] < rows[PUBLISHED]["flops"] < rows["staged"]["flops"]
-    assert rows["staged"]["flops"] < rows["staged + recompute"]["flops"]
-    assert rows["staged + recompute"]["flops"] == rows["staged + recompute + residency"]["flops"]
-    peaks = [rows[way]["peak_bytes"] for way in SUBJECTS]
-    assert peaks == sorted(peaks, reverse=True)
-    assert rows[PUBLISHED]["resident_bytes"] > 2.5 * rows["joint"]["resident_bytes"]
-    moving = rows["staged + recompute + residency"]
-    assert list(moving["stage_bytes"]) == ["transition", "look-ahead", "reward", "look-ahead vjp", "policy vjp"]
-    assert moving["stage_bytes"]["reward"] < rows["staged + recompute"]["stage_bytes"]["reward"] - 3e6
-    assert rows["joint"]["training_step_of_joint"] == {"1": 1.0, "8": 1.0}
-    assert rows["staged"]["training_step_of_joint"]["1"] < 1.2
-    assert "training step of shapes, batch 2, float32, cpu, toy sizes" in output
-    assert "prediction" not in output  # there is one for each of ours
-    for row in list(rows.values())[1:]:
-        assert row["predicted_bytes"] == pytest.approx(row["peak_bytes"], rel=0.1)
-    assert rows["staged"]["training_step_of_joint"]["8"] < 1.2
-    assert "NOT MET" not in output  # toy sizes have no verdict
-
-
-def test_a_row_without_parity_has_no_figures(smoke):
-    rows = list(smoke[1].values())
-    text = "\n".join(summary.report(rows))
-    assert "staged takes 1.0" in text
-    assert "at most 1.2, met" in text
-    faulted = [
-        {name: row[name] for name in ("op", "implementation", "device", "size", "dtype", "batch", "toy")}
-        | {"gradient_error": 0.5, "fault": "gradient: relative error 5e-01, budget 3e-06"}
-        for row in rows
-    ]
-    text = "\n".join(summary.report([*rows[:2], *faulted[2:]]))
-    assert "staged: no parity, no figures: gradient" in text
-    assert "x the FLOPs" not in text
-    last = next(line for line in text.splitlines() if line.startswith("staged + recompute + residency "))
-    assert last.split()[5:] == ["5.0e-01"] + ["-"] * 11
-    assert "GiB" not in "\n".join(summary.report(faulted))
-
-
-@pytest.mark.parametrize("kind", [UserError, NotImplementedError])
-def test_a_problem_that_cannot_be_simulated_leaves_what_is_measured(monkeypatch, smoke, kind):
-    monkeypatch.setattr(prediction, "stage_bytes", raising(kind("not on the meta device\nmore")))
-    found, reason = measure._predicted(problem("shapes", "cpu"), "staged")
-    expected = f"{kind.__name__}: ['not on the meta device']"
-    assert (found, reason) == (None, expected)
-    row = {**smoke[1]["staged"], "predicted_bytes": None, "predicted_stage_bytes": None, "unpredicted": reason}
-    lines = summary.table([row])
-    assert lines[1].split()[-1] == "-"
-    assert f"prediction: not available ({expected})" in lines
-
-
 def test_a_fault_of_the_prediction_is_no_missing_prediction(monkeypatch):
-    monkeypatch.setattr(prediction, "stage_bytes", raising(KeyError("transition")))
-    with pytest.raises(KeyError, match="transition"):
-        measure._predicted(problem("shapes", "cpu"), "staged")
-
-
-def raising(error: Exception):
     def fails(given, name):
-        raise error
+        raise KeyError("transition")
 
-    return fails
+    monkeypatch.setattr(prediction, "stage_bytes", fails)
+    with pytest.raises(KeyError, match="transition"):
+        measure.predicted(problem("shapes", "cpu"), "staged")
 
 
 def test_utilisation_needs_a_known_gpu(monkeypatch):
@@ -320,15 +266,7 @@ def test_utilisation_needs_a_known_gpu(monkeypatch):
 
 
 def test_a_met_target_and_one_that_is_not():
-    row = {"implementation": "staged", "fault": None, "size": "shapes"}
-    found = summary.verdicts([{**row, "training_step_of_joint": {"1": 1.2, "8": 1.205}}])
+    row = {"op": "training_step", "implementation": "staged", "fault": None, "size": "shapes"}
+    found = verdicts([{**row, "training_step_of_joint": {"1": 1.2, "8": 1.205}}])
     assert [met for _, met in found] == [True, False]
     assert found[1][0].endswith("replay ratio 8: staged takes 1.205 x the FLOPs of joint, at most 1.2, NOT MET")
-
-
-def test_a_models_name_is_checked(capsys):
-    found = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "training_step"), "sd14"], capture_output=True, text=True
-    )
-    assert found.returncode == 2
-    assert "model sd14 is not measured; allowed: shapes, sd15, sdxl" in found.stderr

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from training_step import summary
+from cases.training_step.benchmark import verdicts
 
 
 def row(implementation, predicted, device="cpu", fault=None):
     return {
+        "op": "training_step",
         "implementation": implementation,
         "device": device,
         "size": "shapes",
@@ -26,12 +27,17 @@ def row(implementation, predicted, device="cpu", fault=None):
     ],
 )
 def test_a_prediction_is_within_its_bound_or_not(device, predicted, met):
-    ((text, found),) = summary.verdicts([row("staged", predicted, device)])
+    ((text, found),) = verdicts([row("staged", predicted, device)])
     assert found is met
     assert text.startswith(f"peak of staged on shapes: predicted {predicted / 10 - 100:+.1f}%, at most ")
     assert text.endswith(f"{2 if device == 'cpu' else 5}% off, {'met' if met else 'NOT MET'}")
 
 
 def test_every_way_that_is_planned_has_a_verdict():
-    rows = [row("published", None), row("joint", 990), row("staged", 1100), row("staged + recompute", 1, fault="wrong")]
-    assert [(text.split()[2], met) for text, met in summary.verdicts(rows)] == [("joint", True), ("staged", False)]
+    rows = [
+        row("published", None),
+        row("joint", 990),
+        row("staged", 1100),
+        row("staged + checkpointing", 1, fault="wrong"),
+    ]
+    assert [(text.split()[2], met) for text, met in verdicts(rows)] == [("joint", True), ("staged", False)]

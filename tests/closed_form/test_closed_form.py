@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.marks import slow
 
 from sqdf_fast.objective import credit_weight
 
@@ -100,7 +101,7 @@ def test_known_moments():
     assert moments(world.predicted_moments(fine, target, weight, 1.0)) == [0.969, 0.499]
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("gamma", [slow(1.0), 0.9])
 def test_mixture(gamma):
     """Total variation at most 0.02 to the chain of per-state minimizers, far from the untrained chain."""
     schedule, beta = world.stable_diffusion_schedule(8), 0.5

@@ -10,8 +10,8 @@ import torch
 from support.tiny import write_pipeline
 
 from sqdf_fast.commands.sample import draw
-from sqdf_fast.compare.jobs import Free, Job
-from sqdf_fast.compare.training_free import sample_free
+from sqdf_fast.compare.jobs import Job, TrainingFreeSpec
+from sqdf_fast.compare.training_free import sample_training_free
 from sqdf_fast.config import Config, make_config
 from sqdf_fast.errors import UserError
 from sqdf_fast.families.stable_diffusion import StableDiffusion
@@ -76,7 +76,7 @@ def test_samples_of_an_offloaded_run_have_their_stages_weights_on_the_device(mod
 
 def test_training_free_methods_have_their_stages_weights_on_the_device(model, tmp_path, on_device):
     job = Job("best-of-n", 0, config(model, tmp_path, offload="staged"), tmp_path / "free")
-    sample_free(job, Free("best-of-n", (2.0,)), threading.Event())
+    sample_training_free(job, TrainingFreeSpec("best-of-n", (2.0,)), threading.Event())
     assert set(on_device) == OFFLOADED
     assert read_metrics(tmp_path / "free" / "metrics.jsonl")[-1]["kind"] == "end"
 

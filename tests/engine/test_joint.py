@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import write_pipeline
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, Objective
@@ -16,11 +15,6 @@ from sqdf_fast.schedule import DenoisingSchedule
 
 PROMPTS = ["a red star", "a blue ring", "a ring", "a star", "a red ring"]
 SEEDS = sample_seeds(0, Stream.TRANSITION, 0, 5)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def brightness(images: torch.Tensor, prompts) -> torch.Tensor:

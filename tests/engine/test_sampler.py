@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from support.tiny import write_pipeline
+from support.marks import slow
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.engine import compilation
@@ -18,11 +18,6 @@ from sqdf_fast.kernels.philox import derive_seeds, philox_normal
 from sqdf_fast.schedule import DenoisingSchedule
 
 PROMPTS = ["a red star", "a blue ring", "a ring"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def sampler(model: Path, batch_size: int = 3, dtype: torch.dtype = torch.float64, **settings: Any) -> Sampler:
@@ -162,7 +157,7 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("merge_lora", [True, False])
+@pytest.mark.parametrize("merge_lora", [slow(True), False])
 def test_compiled_blocks_sample_what_the_uncompiled_do_in_every_role(model, traced, merge_lora):
     plain = trained(model, merge_lora=merge_lora)
     compiled = trained(model, merge_lora=merge_lora, compilation="regional")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import write_pipeline
+from support.marks import slow
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, Objective
@@ -31,11 +30,6 @@ LOOKAHEADS = [
     {"lookahead": "consistency"},
     {"lookahead": "deterministic", "lookahead_steps": 3},
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +84,9 @@ JOINT = Execution(executor="joint", micro_batch=5)
 
 
 @pytest.mark.parametrize("objective", LOOKAHEADS, ids=lambda objective: objective["lookahead"])
-@pytest.mark.parametrize("chunks", CHUNKS, ids=lambda chunks: f"chunks of {chunks['backward_batch_rows']}")
+@pytest.mark.parametrize(
+    "chunks", [*CHUNKS[:2], slow(CHUNKS[2])], ids=lambda chunks: f"chunks of {chunks['backward_batch_rows']}"
+)
 def test_equals_the_joint_executor(model, consistency_lora, objective, chunks):
     joint = make(model, consistency_lora, execution=JOINT, alpha=50.0, **objective)
     staged = make(model, consistency_lora, execution=Execution(**chunks), alpha=50.0, **objective)
@@ -143,7 +139,7 @@ def in_the_world(world, execution: Execution, guidance_scale: float = 4.0, **obj
     return gradients(executor).double()
 
 
-@pytest.mark.parametrize("lookahead", ["tweedie", "consistency"])
+@pytest.mark.parametrize("lookahead", [slow("tweedie"), "consistency"])
 def test_in_float64_every_chunking_of_the_embedded_world_is_the_joint_executor(exact_world, lookahead):
     joint = in_the_world(exact_world, Execution(executor="joint", micro_batch=3), lookahead=lookahead)
     for chunks in CHUNKS:
@@ -155,7 +151,13 @@ def test_in_float64_every_chunking_of_the_embedded_world_is_the_joint_executor(e
     ("lookahead", "guidance_scale", "size"),
     # A consistency model runs without guidance: beside a guided policy its chunks have the joint executor's number of
     # rows where all samples are one chunk.
-    [("tweedie", 4, 1), ("tweedie", 4, 2), ("consistency", 4, 3), ("consistency", 1, 1), ("consistency", 1, 2)],
+    [
+        slow("tweedie", 4, 1),
+        ("tweedie", 4, 2),
+        slow("consistency", 4, 3),
+        ("consistency", 1, 1),
+        slow("consistency", 1, 2),
+    ],
 )
 def test_in_float32_it_is_the_joint_executor_at_the_same_chunks(world, exact_world, lookahead, guidance_scale, size):
     rows = size if guidance_scale == 1 else 2 * size

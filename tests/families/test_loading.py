@@ -7,17 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
-from support.tiny import write_pipeline
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.families import load_family
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture

@@ -19,12 +19,17 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`target` is every implementation, `fused` all but the reference; with `dtype`, each in what it computes."""
+    """`target` is every implementation (of the module's OP), `fused` all but the reference.
+
+    With `dtype` each comes with every dtype that it computes in.
+    """
+    op = getattr(metafunc.module, "OP", None)
     for name, found in (("target", targets), ("fused", fused_targets)):
         if name not in metafunc.fixturenames:
             continue
+        places = [target for target in found() if op is None or target.runs(op)]
         if "dtype" in metafunc.fixturenames:
-            pairs = [(target, dtype) for target in found() for dtype in target.dtypes]
+            pairs = [(target, dtype) for target in places for dtype in target.dtypes]
             metafunc.parametrize((name, "dtype"), pairs, ids=[f"{t}-{str(d)[6:]}" for t, d in pairs])
         else:
-            metafunc.parametrize(name, found(), ids=str)
+            metafunc.parametrize(name, places, ids=str)

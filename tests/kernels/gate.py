@@ -1,11 +1,11 @@
-"""Compile every Triton kernel for every GPU generation, without a GPU, and look at the machine code.
+"""Compile every Triton kernel for every GPU generation, without a GPU, and check the machine code.
 
-The launchers run on tensors without memory under a stand-in driver: what is compiled is what they launch, with
-the very specialisation. Usage:
+The launchers run on tensors without memory under a stand-in driver: what is compiled is what they launch, with the same
+specialisation. Usage:
 
     python tests/kernels/gate.py            all kernels, dtypes, flags and architectures; exit status 1 on a violation
-    python tests/kernels/gate.py --quick    guided, with noise drawn, for each kernel and dtype; neither for the first
-    python tests/kernels/gate.py --write    also write docs/kernel_registers.md
+    python tests/kernels/gate.py --quick    a subset of the flags
+    python tests/kernels/gate.py --write    also write bench/results/kernel_registers.md
 """
 
 from __future__ import annotations
@@ -31,21 +31,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float16),
-]
-"""Of the latents and of the network outputs."""
+from sqdf_fast.kernels import registry
+from sqdf_fast.kernels.spec import SINGLE
 
-ALIGNED, RAGGED, LONG, SINGLE = 4096, 4099, 2**33, 1
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SCALAR_LOADS = 6  # index, seed or grad_kl, three coefficients, and one to spare
 SCALAR_STORES = 1  # the KL's partial sum
-TABLE = Path(__file__).parents[2] / "docs" / "kernel_registers.md"
+TABLE = Path(__file__).parents[2] / "bench" / "results" / "kernel_registers.md"
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "int32"}
+
+
+Cell = tuple[str, str, str, int]
+"""Kernel, dtypes, flags and architecture."""
 
 
 @dataclass(frozen=True)
@@ -142,57 +139,11 @@ def compile_only(architecture: int) -> Iterator[list[Launch]]:
         triton.runtime.driver._active = None
 
 
-def calls(quick: bool) -> Iterator[Callable[[], Any]]:
-    """Every call of a launcher; quick: one set of flags for each op and dtype, for the first dtype a second one."""
-    from sqdf_fast.kernels.discounted_loss import triton as discounted_loss
-    from sqdf_fast.kernels.philox import triton as philox
-
-    lengths = (ALIGNED,) if quick else (ALIGNED, RAGGED, LONG, SINGLE)
-    for (dtype, output), length in itertools.product(DTYPES, lengths):
-        few = quick or length in (LONG, SINGLE)
-        unguided = not few or (quick and (dtype, output) == DTYPES[0])
-        for g in (5.0, 1.0) if unguided else (5.0,):
-            yield from denoise_step_calls(dtype, output, length, g, few)
-            yield from posterior_mean_calls(dtype, output, length, g, few)
-    for length in lengths:
-        yield lambda length=length: philox.normal(empty(2, dtype=torch.int64), length)
-        yield lambda length=length: philox.words(empty(2, dtype=torch.int64), length)
-    masks = (True,) if quick else (True, False)
-    for dtype, mask in itertools.product((torch.float32, torch.float16, torch.bfloat16), masks):
-        yield lambda dtype=dtype, mask=mask: discounted_loss.forward(
-            empty(8, dtype=dtype), empty(8), empty(8, dtype=torch.int64), 0.9, 1.0, mask, 8.0
-        )
-
-
-def denoise_step_calls(dtype: Any, output: Any, length: int, g: float, few: bool) -> Iterator[Callable[[], Any]]:
-    from sqdf_fast.kernels.denoise_step import triton as denoise_step
-
-    halves = 1 if g == 1 else 2
-    table, index = empty(50, 3), empty(2, dtype=torch.int64)
-    x, policy, reference = empty(2, length, dtype=dtype), *(empty(2 * halves, length, dtype=output) for _ in range(2))
-    noise, seed, delta = empty(2, length, dtype=dtype), empty(2, dtype=torch.int64), empty(2, length, dtype=output)
-    for drawn, with_delta in [(g != 1, True)] if few else itertools.product((True, False), repeat=2):
-        given = (None, seed) if drawn else (noise, None)
-        yield lambda given=given, with_delta=with_delta: denoise_step.forward(
-            x, policy, reference, table, index, g, *given, 1.0, with_delta
-        )
-    for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
-        yield lambda needs=needs: denoise_step.backward(x, empty(2), delta, table, index, g, 1.0, dtype, output, *needs)
-
-
-def posterior_mean_calls(dtype: Any, output: Any, length: int, g: float, few: bool) -> Iterator[Callable[[], Any]]:
-    from sqdf_fast.kernels.posterior_mean import triton as posterior_mean
-
-    table, index, x = empty(50, 2), empty(2, dtype=torch.int64), empty(2, length, dtype=dtype)
-    model_output = empty(2 if g == 1 else 4, length, dtype=output)
-    yield lambda: posterior_mean.forward(x, model_output, table, index, g, dtype)
-    for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
-        yield lambda needs=needs: posterior_mean.backward(x, table, index, g, dtype, output, *needs)
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+def calls(quick: bool) -> Iterator[Callable[[], object]]:
+    """Every call of a launcher that the ops declare."""
+    for op in registry.OPS:
+        if launches := registry.spec(op).launches:
+            yield from launches(quick)
 
 
 def rows(architecture: int, quick: bool) -> list[Row]:
@@ -276,43 +227,61 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def table(found: list[Row]) -> str:
-    """docs/kernel_registers.md."""
-    cells: dict[tuple[str, str, str], dict[int, str]] = {}
-    for row in found:
-        cells.setdefault(row.label, {})[row.architecture] = f"{row.registers} / {row.shared}"
+def cells(found: list[Row]) -> dict[Cell, str]:
+    """Registers and shared memory of every kernel on every architecture."""
+    return {(*row.label, row.architecture): f"{row.registers} / {row.shared}" for row in found}
+
+
+def table(fresh: dict[Cell, str]) -> str:
+    """The file of `TABLE`."""
     lines = [
         "# Registers and shared memory of the Triton kernels",
         "",
-        "Written by `python tests/kernels/gate.py --write`; no GPU is needed.",
+        "Written by `make gate ARGS=--write`; no GPU is needed.",
         f"Compiled by Triton {triton.__version__}.",
         "",
-        "A cell holds the registers a thread and the bytes of shared memory a program. No kernel has a stack frame or",
-        "spills, none computes in float64, and where the elements of a sample are a multiple of 16 each access to a",
-        "tensor of samples is 128 bits wide.",
+        "A cell holds the registers of a thread and the bytes of shared memory of a program. No kernel has a stack",
+        "frame or spills, none computes in float64, and where the elements of a sample are a multiple of 16 each",
+        "access to a tensor of samples is 128 bits wide.",
         "",
-        "Flags: `ragged` is a sample whose elements are no multiple of 16, `64-bit length` one of more than 2^31;",
+        "Flags: `ragged` is a sample whose elements are not a multiple of 16, `64-bit length` one of more than 2^31;",
         "`no NAME` is a tensor that is not given or not wanted (`no noise`: drawn in the kernel).",
     ]
-    for kernel, labels in itertools.groupby(sorted(cells), key=lambda label: label[0]):
+    for kernel, labels in itertools.groupby(sorted({key[:3] for key in fresh}), key=lambda label: label[0]):
         lines += ["", f"## {kernel}", "", "| dtypes | flags | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |"]
         lines += ["| --- " * (2 + len(ARCHITECTURES)) + "|"]
-        lines += [f"| {' | '.join([*label[1:], *(cells[label][a] for a in ARCHITECTURES)])} |" for label in labels]
+        lines += [f"| {' | '.join([*label[1:], *(fresh[(*label, a)] for a in ARCHITECTURES)])} |" for label in labels]
     return "\n".join(lines) + "\n"
 
 
-def stale(fresh: str, quick: bool) -> list[str]:
-    """Lines that the committed table lacks or, unless quick, has too many. Another Triton's table is not compared."""
-    committed = TABLE.read_text().splitlines() if TABLE.exists() else []
-    if f"Compiled by Triton {triton.__version__}." not in committed and committed:
+def recorded() -> dict[Cell, str] | None:
+    """The cells of the committed table; None if another Triton wrote it, which is not compared."""
+    lines = TABLE.read_text().splitlines() if TABLE.exists() else []
+    if lines and f"Compiled by Triton {triton.__version__}." not in lines:
+        return None
+    kernel, found = "", {}
+    for line in lines:
+        if line.startswith("## "):
+            kernel = line.removeprefix("## ")
+        elif line.startswith("| ") and not line.startswith(("| dtypes", "| ---")):
+            dtypes, flags, *values = (cell.strip() for cell in line[1:-1].split("|"))
+            found |= {(kernel, dtypes, flags, a): value for a, value in zip(ARCHITECTURES, values, strict=True)}
+    return found
+
+
+def stale(fresh: dict[Cell, str], whole: bool) -> list[str]:
+    """Cells that the committed table lacks or, if everything was compiled, has too many."""
+    committed = recorded()
+    if committed is None:
         return []
-    missing = [line for line in fresh.splitlines() if line not in committed]
-    return missing if quick else missing + [line for line in committed if line not in fresh.splitlines()]
+    apart = list(fresh.items() - committed.items()) + (list(committed.items() - fresh.items()) if whole else [])
+    return [f"{' | '.join(label)} | sm_{architecture}: {text}" for (*label, architecture), text in sorted(apart)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one set of flags for each kernel and dtype")
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, help="(default: all)")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args()
@@ -320,15 +289,19 @@ def main() -> int:
         # for the processes that this one spawns
         os.environ["TRITON_CACHE_DIR"] = cache
         os.environ.pop("TRITON_INTERPRET", None)
-        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-            slowest_first = sorted(ARCHITECTURES, reverse=True)
-            found = list(itertools.chain(*pool.map(rows, slowest_first, itertools.repeat(options.quick))))
+        slowest_first, quick = sorted(options.architectures, reverse=True), itertools.repeat(options.quick)
+        if options.jobs == 1:
+            found = list(itertools.chain(*map(rows, slowest_first, quick)))
+        else:
+            with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+                found = list(itertools.chain(*pool.map(rows, slowest_first, quick)))
     report = [f"sm_{row.architecture} {' | '.join(row.label)}: {v}" for row in found for v in row.violations]
-    if options.write and not options.quick:
-        TABLE.write_text(table(found))
-    report += [f"not in {TABLE.name}, run with --write: {line}" for line in stale(table(found), options.quick)]
+    whole = not options.quick and set(options.architectures) == set(ARCHITECTURES)
+    if options.write and whole:
+        TABLE.write_text(table(cells(found)))
+    report += [f"{TABLE.name} differs, run with --write: {line}" for line in stale(cells(found), whole)]
     kernels = {row.label for row in found}
-    report.append(f"{len(found)} compiled: {len(kernels)} kernels on {len(ARCHITECTURES)} architectures")
+    report.append(f"{len(found)} compiled: {len(kernels)} kernels on {len(options.architectures)} architectures")
     sys.stdout.write("\n".join(report) + "\n")
     return 0 if len(report) == 1 else 1
 

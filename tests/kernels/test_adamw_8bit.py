@@ -347,15 +347,6 @@ def test_sum_of_squares_is_that_of_all_tensors_in_double_precision(impl: str) ->
         assert not torch.tensor(sum_of_squares([torch.ones(300), torch.tensor([bad])], impl=impl)).isfinite()
 
 
-def test_ops_hold_under_opcheck_and_fake_tensors() -> None:
-    parameter, states = torch.randn(300), fresh_states(300)
-    arguments = (parameter, torch.randn(300), *states, list(coefficients(1)), 0)
-    for impl in ("reference", *(["native"] if native.available() else [])):
-        torch.library.opcheck(torch.ops.sqdf_fast.adamw_8bit.default, (*arguments, impl))
-        wide = (parameter, torch.randn(300), torch.zeros(300), torch.zeros(300), list(coefficients(1)), 0, impl)
-        torch.library.opcheck(torch.ops.sqdf_fast.adamw_32bit.default, wide)
-
-
 def test_what_does_not_fit_is_refused_in_one_line() -> None:
     parameter, gradient, states = torch.ones(300), torch.ones(300), fresh_states(300)
     with pytest.raises(UserError, match=r"parameter is torch.float64; it must be one of float32, bfloat16$"):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernel_targets import assert_within_budget, without_gradient
+from support.kernel_targets import Target, assert_within_budget, slow_when_interpreted, without_gradient
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import discounted_loss
+
+OP = "discounted_loss"
 
 
 def make(shape, dtype, seed=0):
@@ -136,6 +138,19 @@ def test_a_cotangent_scales_both_gradients(target):
     torch.testing.assert_close(kl.grad.cpu(), 3 * grad_kl)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_timesteps_by_hand(target, masked):
+    reward = torch.tensor([[1.0, -2.0], [0.0, 3.0]], dtype=torch.float16)
+    kl, remaining = torch.tensor([[0.5, 0.25], [1.0, 2.0]]), torch.tensor([[0, 1], [2, 3]])
+    settings = {"gamma": 0.5, "alpha": 0.1, "mask_nonpositive": masked, "denominator": 8.0}
+    loss, grad_reward, grad_kl = run(target, reward, kl, remaining, **settings)
+    keep = torch.tensor([[1.0, 0.0], [0.0, 1.0]]) if masked else torch.ones(2, 2)
+    weight = torch.tensor([[1.0, 0.5], [0.25, 0.125]])
+    torch.testing.assert_close(loss, (keep * (0.1 * kl - weight * reward.float())).sum() / 8)
+    assert torch.equal(grad_reward.float(), -keep * weight / 8)
+    torch.testing.assert_close(grad_kl, keep * 0.1 / 8, rtol=1e-7, atol=0)
+
+
 def test_mask_is_off_by_default_and_keeps_out_a_masked_sample_whole(target):
     reward, kl = torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([torch.nan, 5.0, 1.0])
     remaining = torch.zeros(3, dtype=torch.int64)
@@ -190,6 +205,7 @@ def test_mixed_dtypes_add_up_in_float32(target):
     assert loss.item() == pytest.approx(-1.0009765625, rel=1e-6)
 
 
+@slow_when_interpreted
 def test_compiles_without_a_graph_break(target):
     reward, kl, remaining = (t.to(target.device) for t in make((5,), torch.float32))
     reward.requires_grad_()
@@ -204,6 +220,7 @@ def test_compiles_without_a_graph_break(target):
     torch.testing.assert_close(grad, torch.autograd.grad(loss(reward, kl, remaining), reward)[0])
 
 
+@slow_when_interpreted
 def test_a_changing_coefficient_compiles_too(target):
     """alpha, gamma and the denominator of a schedule of theirs: one graph each time, and the eager values."""
     torch.compiler.reset()
@@ -216,6 +233,25 @@ def test_a_changing_coefficient_compiles_too(target):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for values in ((2.0, 0.9, 5), (1.5, 0.8, 6), (1.25, 0.7, 7.5)):
         torch.testing.assert_close(compiled(*terms, *values), loss(*terms, *values))
+
+
+def test_native_is_the_reference_on_a_cpu():
+    """A run of native kernels needs no C++ for a few numbers."""
+    reward, kl, remaining = make((9,), torch.float32)
+    losses = [discounted_loss(reward, kl, remaining, gamma=0.9, alpha=2.0, impl=i) for i in ("native", "reference")]
+    assert torch.equal(*losses)
+    with pytest.raises(UserError, match="impl='native' of discounted_loss cannot run here"):
+        discounted_loss(*(t.to("meta") for t in (reward, kl, remaining)), gamma=0.9, alpha=2.0, impl="native")
+
+
+def test_the_reference_adds_up_in_float64():
+    """So that the loss and its gradients are those of the numbers given, rounded once."""
+    reward, kl, remaining = make((9,), torch.float32)
+    settings = {"gamma": 0.97, "alpha": 0.0137, "denominator": 7}
+    exact = run(Target("cpu", "reference"), reward.double(), kl.double(), remaining, **settings)
+    found = run(Target("cpu", "reference"), reward, kl, remaining, **settings)
+    for value, expected in zip(found, exact, strict=True):
+        assert torch.equal(value, expected.float())
 
 
 @pytest.mark.parametrize(

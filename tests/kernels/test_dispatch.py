@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels import discounted_loss, dispatch
-from sqdf_fast.kernels.discounted_loss import op as discounted_loss_op
+from sqdf_fast.kernels import dispatch, operators, posterior_mean
+from sqdf_fast.kernels.posterior_mean import op as posterior_mean_op
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 
@@ -18,9 +18,11 @@ CPU, FLOAT = torch.device("cpu"), torch.float32
 @pytest.fixture
 def forget():
     """Choices are made once a process; a test starts and ends without any."""
-    dispatch._resolve.cache_clear()
+    for choice in (dispatch._resolve, dispatch.fused):
+        choice.cache_clear()
     yield
-    dispatch._resolve.cache_clear()
+    for choice in (dispatch._resolve, dispatch.fused):
+        choice.cache_clear()
 
 
 @pytest.mark.parametrize("op", ["denoise_step", "posterior_mean", "discounted_loss"])
@@ -58,16 +60,39 @@ def test_explicit_choice_never_falls_back(forget, monkeypatch):
 
 def test_the_chosen_module_runs(forget, monkeypatch):
     """The dispatcher's answer is what computes; float64 falls back to the reference, an explicit choice does not."""
-    one, k = torch.ones(2), torch.zeros(2, dtype=torch.int64)
+    x, table, index = torch.ones(2, 3), torch.tensor([[2.0, 1.0]]), torch.zeros(2, dtype=torch.int64)
     chosen = types.SimpleNamespace(
         unavailable=lambda device, dtype: None if dtype == FLOAT else "float32 only",
-        forward=lambda *arguments: (torch.tensor(42.0), torch.zeros(2), torch.zeros(2)),
+        forward=lambda *arguments: torch.full((2, 3), 42.0),
     )
     module = dispatch.module
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name if "native" in name else None)
-    for place in (dispatch, discounted_loss_op):
+    for place in (dispatch, operators):
         monkeypatch.setattr(place, "module", lambda op, name: chosen if name == "native" else module(op, name))
-    assert discounted_loss(one, one, k, gamma=1.0, alpha=0.0, impl="native").item() == 42.0
-    assert discounted_loss(one.double(), one.double(), k, gamma=1.0, alpha=0.0).item() == -1.0
+    monkeypatch.setattr(posterior_mean_op.posterior_mean, "_modules", {})
+    assert (posterior_mean(x, x, table, index, impl="native") == 42).all()
+    assert (posterior_mean(x.double(), x, table, index) == 3).all()
     with pytest.raises(UserError, match="float32 only"):
-        discounted_loss(one.double(), one.double(), k, gamma=1.0, alpha=0.0, impl="native")
+        posterior_mean(x.double(), x, table, index, impl="native")
+
+
+def test_a_device_has_one_fused_kernel(forget, monkeypatch):
+    """Under Triton's interpreter the CPU's is Triton's; asking for the other one is an error, never a silent change."""
+    reasons = {"triton": None, "native": None, "reference": None}
+    monkeypatch.setattr(dispatch, "reason_against", lambda op, name, device, dtype: reasons[name])
+    assert dispatch.fused("denoise_step", "cpu") == "triton"
+    assert dispatch.resolve("denoise_step", "triton", CPU, FLOAT) == "triton"
+    assert dispatch.resolve("denoise_step", "reference", CPU, FLOAT) == "reference"
+    with pytest.raises(UserError, match="impl='native' of denoise_step cannot run here: triton takes its place"):
+        dispatch.resolve("denoise_step", "native", CPU, FLOAT)
+
+
+def test_a_device_without_a_fused_kernel_is_one_clear_line(forget):
+    with pytest.raises(UserError, match="discounted_loss has no fused kernel that runs on meta; use impl='reference'"):
+        dispatch.fused("discounted_loss", "meta")
+
+
+def test_no_such_implementation():
+    assert dispatch.reason_against("discounted_loss", "native", CPU, FLOAT) == (
+        "discounted_loss has no such implementation"
+    )

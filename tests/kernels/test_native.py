@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +9,8 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels import native
+from sqdf_fast.kernels import discounted_loss, native
 from sqdf_fast.kernels.denoise_step import native as denoise_step
-from sqdf_fast.kernels.discounted_loss import native as discounted_loss
 from sqdf_fast.kernels.philox import native as philox
 from sqdf_fast.kernels.posterior_mean import native as posterior_mean
 
@@ -363,38 +360,26 @@ def test_results_are_plainly_contiguous_where_an_input_has_odd_strides() -> None
     grads = denoise_step.backward(x, torch.ones(2), x, table, index, 1.0, 1.0, *DTYPES[:2], True, True)
     x0 = posterior_mean.forward(x, x, table[:, :2], index, 1.0, torch.float16)
     mean_grads = posterior_mean.backward(x, table[:, :2], index, 1.0, *DTYPES[:2], True, True)
-    loss_grads = discounted_loss.forward(x, x, torch.zeros(x.shape, dtype=torch.int64), 1.0, 0.1, False, 1.0)[1:]
-    for result in (x_prev, delta, *grads, x0, *mean_grads, *loss_grads):
+    for result in (x_prev, delta, *grads, x0, *mean_grads):
         assert result.stride() == (30, 30, 5, 1)
-
-
-ELSEWHERE = """
-import torch
-from sqdf_fast.kernels.denoise_step import native as denoise_step
-from sqdf_fast.kernels.discounted_loss import native as discounted_loss
-from sqdf_fast.kernels.philox import native as philox
-from sqdf_fast.kernels.posterior_mean import native as posterior_mean
-
-torch.set_default_device("meta")
-x, index = torch.ones(2, 300, device="cpu"), torch.zeros(2, dtype=torch.int64, device="cpu")
-table = torch.tensor([[2.0, 3.0, 1.0]], device="cpu")
-dtypes = torch.float32, torch.bfloat16
-results = [philox.words(index, 300), philox.normal(index, 300)]
-results += denoise_step.forward(x, x, x, table, index, 1.0, x, None, 1.0, True)
-results += denoise_step.forward(x, x, x, table, index, 1.0, None, index, 1.0, False)
-results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, True, True)
-results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, False, False)
-results += [posterior_mean.forward(x, x, table[:, :2], index, 1.0, torch.float16)]
-results += posterior_mean.backward(x, table[:, :2], index, 1.0, *dtypes, True, True)
-results += discounted_loss.forward(x, x, index[:, None].expand(2, 300), 0.5, 0.25, False, 600.0)
-print({result.device.type for result in results}, results[-3].item(), results[2].unique().item())
-"""
 
 
 @needs_native
 def test_results_are_on_the_device_of_the_inputs_and_not_on_the_default_one() -> None:
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "{'cpu'} -0.75 6.0\n"), done.stderr
+    x, index = torch.ones(2, 300), torch.zeros(2, dtype=torch.int64)
+    table, dtypes = torch.tensor([[2.0, 3.0, 1.0]]), (torch.float32, torch.bfloat16)
+    with torch.device("meta"):
+        results = [philox.words(index, 300), philox.normal(index, 300)]
+        results += denoise_step.forward(x, x, x, table, index, 1.0, x, None, 1.0, True)
+        results += denoise_step.forward(x, x, x, table, index, 1.0, None, index, 1.0, False)
+        results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, True, True)
+        results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, False, False)
+        results += [posterior_mean.forward(x, x, table[:, :2], index, 1.0, torch.float16)]
+        results += posterior_mean.backward(x, table[:, :2], index, 1.0, *dtypes, True, True)
+        loss = discounted_loss(x, x, index[:, None].expand(2, 300), gamma=0.5, alpha=0.25)
+        assert torch.empty(1).device.type == "meta"
+    assert {result.device.type for result in (*results, loss)} == {"cpu"}
+    assert (loss.item(), results[2].unique().item()) == (-0.75, 6.0)
 
 
 @needs_native
@@ -444,21 +429,8 @@ def test_a_dtype_that_the_library_does_not_know_is_refused() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("module", [denoise_step, posterior_mean, discounted_loss])
+@pytest.mark.parametrize("module", [denoise_step, posterior_mean])
 def test_what_the_ops_cannot_run_has_a_reason(module) -> None:
     assert module.unavailable(torch.device("cpu"), torch.float32) is None
     assert "reference" in module.unavailable(torch.device("cpu"), torch.float64)
     assert "CPU" in module.unavailable(torch.device("cuda"), torch.float32)
-
-
-@needs_native
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_loss_and_its_gradients_come_from_one_call(masked: bool) -> None:
-    reward = torch.tensor([[1.0, -2.0], [0.0, 3.0]], dtype=torch.float16)
-    kl, remaining = torch.tensor([[0.5, 0.25], [1.0, 2.0]]), torch.tensor([[0, 1], [2, 3]])
-    loss, grad_reward, grad_kl = discounted_loss.forward(reward, kl, remaining, 0.5, 0.1, masked, 8.0)
-    keep = torch.tensor([[1.0, 0.0], [0.0, 1.0]]) if masked else torch.ones(2, 2)
-    weight = torch.tensor([[1.0, 0.5], [0.25, 0.125]])
-    torch.testing.assert_close(loss, (keep * (0.1 * kl - weight * reward.float())).sum() / 8)
-    assert torch.equal(grad_reward, -keep * weight / 8)
-    torch.testing.assert_close(grad_kl, keep * 0.1 / 8, rtol=1e-7, atol=0)

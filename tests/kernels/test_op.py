@@ -2,66 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from support.kernel_targets import OPS
+from support.kernel_targets import OPS, fused_targets, slow_when_interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sqdf_fast
-from sqdf_fast.kernels import denoise_step, discounted_loss, philox_normal, posterior_mean
+from sqdf_fast.kernels import denoise_step, discounted_loss, native, philox_normal, posterior_mean, registry
+from sqdf_fast.kernels.spec import example as tensors
 
 TABLE = torch.tensor([[1.02, -0.031, 0.17], [1.4, -0.62, 0.29]])
 HALF = torch.bfloat16
 
 
-def tensors(device, *, guided=True):
-    """x, policy, reference, table, index, noise, seed; float32 latents and network outputs in half precision."""
-    generator = torch.Generator().manual_seed(0)
-    rows = 4 if guided else 2
-    x, noise = (torch.randn(2, 4, 5, 3, generator=generator) for _ in range(2))
-    policy, reference = (torch.randn(rows, 4, 5, 3, generator=generator).to(HALF) for _ in range(2))
-    found = x, policy, reference, TABLE, torch.tensor([1, 0]), noise, torch.tensor([7, -9])
-    return [t.to(device) for t in found]
+def calls(op, device):
+    """Every operator of `op` with arguments for it, by name."""
+    return registry.spec(op).operator_calls(device)
 
 
-def calls(impl, device):
-    """Every operator of ours with arguments for it, by name."""
-    ops = torch.ops.sqdf_fast
-    x, policy, reference, table, index, noise, seed = tensors(device)
-    x, policy, noise = x.requires_grad_(), policy.requires_grad_(), noise
-    kl, delta = torch.randn(2, device=device), torch.randn(2, 4, 5, 3, device=device).to(HALF)
-    step = x, policy, reference, table, index, 5.0
-    back = kl, delta, table, index, 5.0, 0.7, torch.float32, HALF
-    grad = torch.randn_like(noise)
-    alone = policy.detach()[:2].requires_grad_()
-    reward, remaining = torch.randn(3, device=device, requires_grad=True), torch.tensor([0, 3, 9], device=device)
-    terms = reward, torch.rand(3, device=device, requires_grad=True), remaining
-    return {
-        "denoise_step, noise": (ops.denoise_step, (*step, noise, None, 0.7, True, impl)),
-        "denoise_step, seed": (ops.denoise_step, (*step, None, seed, 0.7, True, impl)),
-        "denoise_step, one output a sample": (
-            ops.denoise_step,
-            (x, alone, reference[:2], table, index, 1.0, noise, None, 1.0, True, impl),
-        ),
-        "denoise_step, sampling": (
-            ops.denoise_step,
-            (x.detach(), policy.detach(), reference, table, index, 5.0, None, seed, 1.0, False, impl),
-        ),
-        "denoise_step_backward": (ops.denoise_step_backward, (grad, *back, True, True, impl)),
-        "denoise_step_backward, x alone": (ops.denoise_step_backward, (grad, *back, True, False, impl)),
-        "denoise_step_backward, policy alone": (ops.denoise_step_backward, (grad, *back, False, True, impl)),
-        "posterior_mean": (ops.posterior_mean, (x, policy, table[:, :2], index, 5.0, torch.float16, impl)),
-        "posterior_mean_backward": (
-            ops.posterior_mean_backward,
-            (grad, table[:, :2], index, 5.0, torch.float32, HALF, True, True, impl),
-        ),
-        "discounted_loss": (ops.discounted_loss, (*terms, 0.9, 2.0, True, 4.0, impl)),
-        "philox_normal": (ops.philox_normal, (seed, [4, 5], impl)),
-    }
-
-
-CASES = list(calls("native", "cpu"))
+CASES = [
+    pytest.param(target, op, name, id=f"{target}-{name}")
+    for target in fused_targets()
+    for op in registry.OPS
+    if target.runs(op)
+    for name in calls(op, "cpu")
+]
+each_case = pytest.mark.parametrize(("where", "op", "name"), CASES)
 
 
 def test_memory_is_poisoned():
@@ -71,32 +40,39 @@ def test_memory_is_poisoned():
     assert torch.empty_like(torch.ones(3, dtype=HALF)).isnan().all()
 
 
-def test_every_operator_has_cases():
-    """Those of the optimizer's CPU step apart: they change their arguments and have tests of their own."""
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sqdf_fast::")}
-    registered = {name.split("::")[1].split(".")[0] for name in registered} - {"adamw_8bit", "adamw_32bit"}
-    assert {op._qualified_op_name.split("::")[1] for op, _ in calls("reference", "cpu").values()} == registered
-    assert {name.removesuffix("_backward").removesuffix("_normal") for name in registered} == set(OPS)
+def test_every_operator_has_cases_and_every_folder_is_in_the_registry():
+    registered = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    called = {call[0]._qualified_op_name for op in registry.OPS for call in calls(op, "cpu").values()}
+    assert called == {name for name in registered if name.startswith("sqdf_fast::")}
+    folder = Path(native.__file__).parent
+    assert sorted(path.parent.name for path in folder.glob("*/reference.py")) == sorted(registry.OPS)
+    assert sorted(path.parent.name for path in folder.glob("*/triton.py")) == sorted(OPS)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_opcheck(fused, case):
+@slow_when_interpreted
+@each_case
+def test_opcheck(where, op, name):
     """Schema, autograd registration, fake tensors and AOT dispatch, as PyTorch checks them."""
-    op, arguments = calls(fused.impl, fused.device)[case]
-    torch.library.opcheck(op, arguments)
+    operator, arguments = calls(op, where.device)[name]
+    torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fake_outputs_are_the_real_ones_without_values(fused, case):
-    op, arguments = calls(fused.impl, fused.device)[case]
-    real = op(*arguments)
+@each_case
+def test_fake_outputs_are_the_real_ones_without_values(where, op, name):
+    operator, arguments = calls(op, where.device)[name]
+    real = operator(*arguments)
     with FakeTensorMode() as mode:
-        fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
-    for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (real, fake)), strict=True):
+        fake = operator(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    for a, b in zip(results(real), results(fake), strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
         assert a.is_contiguous()
     pointers = {a.data_ptr() for a in arguments if isinstance(a, torch.Tensor)}
-    assert not pointers & {o.data_ptr() for o in (real if isinstance(real, tuple) else (real,)) if o.numel()}
+    assert not pointers & {o.data_ptr() for o in results(real) if o.numel()}
+
+
+def results(returned):
+    """What an operator returned, as a tuple; one that writes its arguments returns None."""
+    return () if returned is None else returned if isinstance(returned, tuple) else (returned,)
 
 
 def loss_of(target, tensors):
@@ -134,13 +110,18 @@ def test_a_mode_sees_the_operators_and_both_lanes_agree(fused):
     with Names() as seen:
         observed = gradients(fused, loss_of)
     ours = [name.split(".")[1] for name in seen.names if name.startswith("sqdf_fast")]
-    forward = ["denoise_step", "posterior_mean", "philox_normal", "discounted_loss"]
+    forward = [
+        "denoise_step",
+        "posterior_mean",
+        "philox_normal",
+        *(["discounted_loss"] if fused.runs("discounted_loss") else []),
+    ]
     assert ours == [*forward, "posterior_mean_backward", "denoise_step_backward"]
     for a, b in zip(plain, observed, strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_loss_is_the_eager_one(fused, backend):
     plain = gradients(fused, loss_of)
     compiled = gradients(fused, torch.compile(loss_of, fullgraph=True, backend=backend))
@@ -148,6 +129,7 @@ def test_a_compiled_loss_is_the_eager_one(fused, backend):
         torch.testing.assert_close(a, b)
 
 
+@slow_when_interpreted
 def test_compiled_once_for_every_batch_size(fused):
     """dynamic=True: a second batch size compiles nothing new."""
     torch.compiler.reset()

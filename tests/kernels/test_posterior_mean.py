@@ -6,7 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernel_targets import Target, assert_within_budget, without_gradient
+from support.kernel_targets import (
+    Target,
+    assert_within_budget,
+    slow_interpreted,
+    slow_when_interpreted,
+    without_gradient,
+)
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import posterior_mean, posterior_mean_vjp
@@ -66,12 +72,16 @@ def check(target, dtype, shape, g, **keywords):
         terms = None
 
 
-@pytest.mark.parametrize("shape", [(1,), (127,), (16384 + 3,), (7, 5), (4, 9, 11), (3, 2, 5, 7)], ids=str)
+SHAPES = [(1,), (127,), pytest.param((16384 + 3,), marks=slow_interpreted), (7, 5), (4, 9, 11), (3, 2, 5, 7)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("g", [1.0, 5.0, 0.0])
 def test_equals_definition(target, dtype, shape, g):
     check(target, dtype, shape, g)
 
 
+@slow_when_interpreted
 @settings(deadline=None, max_examples=30)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
@@ -251,6 +261,7 @@ def test_the_table_gets_no_gradient(target):
     assert not posterior_mean(x, output, table, index, impl=target.impl).requires_grad
 
 
+@slow_when_interpreted
 def test_compiles_without_a_graph_break(target):
     x, output, index = (t.to(target.device) for t in make((4, 6, 5), torch.float32))
     table = POSTERIOR.to(target.device)

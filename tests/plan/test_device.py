@@ -37,7 +37,7 @@ def test_sizes_are_read(text, size):
         ("", None, "expected a size such as 24G, 8GiB or 80%"),
     ],
 )
-def test_what_is_no_size_is_refused(text, total, message):
+def test_an_invalid_size_is_refused(text, total, message):
     with pytest.raises(UserError, match=message):
         parse_memory(text, total)
 

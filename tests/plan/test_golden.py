@@ -7,13 +7,11 @@ each kind that no golden plan is of; all of them would take ten minutes.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-from plan.write_golden import BUDGETS, FAMILIES, FOLDER, PAGE, TITLES, lines
+from plan.write_golden import BUDGETS, FAMILIES, FOLDER, PAGE, TITLES, golden_plans, lines, made
+from pydantic import TypeAdapter
 
 from sqdf_fast.plan import Plan, find_device, parse_memory, reserve_bytes
 from sqdf_fast.plan.device import GIB
@@ -27,9 +25,18 @@ ROWS_MADE_AGAIN = ("SD1.5 512 px, full", "FLUX.1-dev 1024 px, LoRA, NF4 base")
 LATENTS = 7
 
 
+def golden_file(name):
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def plain(values):
+    """As they are read from JSON."""
+    return json.loads(json.dumps(values))
+
+
 def golden(family):
-    found = json.loads((FOLDER / f"{family}.json").read_text(encoding="utf-8"))
-    profiles = {name: Profile.from_values(values) for name, values in found["profiles"].items()}
+    found = golden_file(family)
+    profiles = {name: TypeAdapter(Profile).validate_python(values) for name, values in found["profiles"].items()}
     plans = {budget: Plan.from_json(json.dumps(plan)) for budget, plan in found["plans"].items()}
     return profiles, plans
 
@@ -67,16 +74,34 @@ def test_estimates_are_near_what_the_whole_simulation_says(family):
         assert estimate.peak_bytes / GIB == pytest.approx(plan.peak_gib, rel=0.15)
 
 
+def assert_made_again(again, recorded):
+    """Settings and texts are the recorded ones, numbers within .1 %."""
+    if isinstance(recorded, dict):
+        assert again.keys() == recorded.keys()
+        for key, value in recorded.items():
+            if key == "settings":
+                assert again[key] == value
+            else:
+                assert_made_again(again[key], value)
+    elif isinstance(recorded, list):
+        assert len(again) == len(recorded)
+        for one, other in zip(again, recorded, strict=True):
+            assert_made_again(one, other)
+    elif isinstance(recorded, int | float) and not isinstance(recorded, bool):
+        assert again == pytest.approx(recorded, rel=1e-3)
+    else:
+        assert again == recorded
+
+
+def test_one_plan_is_simulated_again():
+    again, recorded = plain(golden_plans("sd15", ["12G"])), golden_file("sd15")
+    assert_made_again(again, recorded | {"plans": {"12G": recorded["plans"]["12G"]}})
+
+
+@pytest.mark.slow  # minutes
 @pytest.mark.parametrize("name", [*FAMILIES, *ROWS_MADE_AGAIN])
 def test_everything_is_simulated_again(name):
-    # In a process of its own, as the command that plans is: what other tests left alive would be counted.
-    command = [sys.executable, "-P", str(FOLDER.parent / "write_golden.py"), name]
-    environment = os.environ | {"PYTHONPATH": str(FOLDER.parents[1])}
-    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    again = json.loads(made.stdout)
-    file = "table" if name in TITLES else name
-    recorded = json.loads((FOLDER / f"{file}.json").read_text(encoding="utf-8"))
-    assert again == (recorded[name] if name in TITLES else recorded)
+    assert_made_again(plain(made(name)), golden_file("table")[name] if name in TITLES else golden_file(name))
 
 
 @pytest.mark.parametrize(("row", "line"), list(zip(ROWS, lines(), strict=True)), ids=list(TITLES))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
+from pydantic import TypeAdapter
 
 from sqdf_fast.config import make_config, with_settings
 from sqdf_fast.display import format_duration
@@ -50,6 +52,18 @@ def test_it_is_read_back_from_json(plan):
     assert keys | {"flops_per_step", "predicted_seconds"} <= values.keys()
     assert values["flops_per_step"] == plan.flops_per_step
     assert values["predicted_seconds"] == plan.predicted_seconds
+
+
+def test_a_plan_stored_before_its_stages_were_renamed_is_read(plan):
+    assert "sampled images" in [stage.name for stage in plan.stages]
+    old = plan.as_json().replace('"sampled images"', '"sampled pictures"')
+    assert Plan.from_json(old) == plan
+
+
+def test_images_are_planned_as_they_are_decoded(plan):
+    (decoded,) = (stage for stage in plan.stages if stage.name == "sampled images")
+    assert plan.settings["execution.decode_images"] < plan.settings["sampling.batch_size"]
+    assert decoded.note == f"{plan.settings['execution.decode_images']} images at once"
 
 
 def test_the_table_has_a_line_a_stage_and_calls_the_time_a_model(plan):
@@ -169,8 +183,7 @@ def test_the_fastest_choice_of_a_profile_is_never_beaten(shapes):
 
 def test_a_profile_is_read_back(shapes):
     profile = shapes.profile("none")
-    again = Profile.from_values(json.loads(json.dumps(profile.as_values())))
-    assert again.as_values() == profile.as_values()
+    assert TypeAdapter(Profile).validate_json(json.dumps(asdict(profile))) == profile
 
 
 def test_quantization_is_tried_only_where_it_is_allowed():

@@ -6,15 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.marks import slow
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, make_config, with_settings
 from sqdf_fast.engine import ModuleGroups, make_executor
+from sqdf_fast.engine.module_groups import ALL_GROUPS
 from sqdf_fast.engine.optimizers import clip_grad_norm, make_optimizer
-from sqdf_fast.engine.sampler import Sampler
+from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.families import load_family
 from sqdf_fast.families.loading import family_from_configs
-from sqdf_fast.plan.simulate import PARTS, Simulation
+from sqdf_fast.plan.simulate import Simulation
 from sqdf_fast.plan.workspace import on_cpu
 from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.rewards import load_reward
@@ -52,7 +54,7 @@ def real_step(execution, dtype, config=CONFIG, updated=False):
         config.objective,
         guidance_scale=config.sampling.guidance_scale,
         execution=execution,
-        parts=ModuleGroups(backbone, reward),
+        groups=ModuleGroups(backbone, reward),
         impl="reference",
     )
     x = torch.randn(BATCH, *family.latent_shape, dtype=torch.float16)
@@ -72,22 +74,21 @@ def real_step(execution, dtype, config=CONFIG, updated=False):
     return run, family
 
 
-def executions():
-    staged = Execution(forward_batch_rows=4, backward_batch_rows=2, decode_images=1)
-    joint = Execution(executor="joint", micro_batch=2)
-    return [
-        staged,
-        staged.model_copy(update={"gradient_checkpointing": PARTS}),
-        joint,
-        joint.model_copy(update={"gradient_checkpointing": PARTS}),
-    ]
+CHECKPOINTED = {"gradient_checkpointing": ALL_GROUPS}
+STAGED = Execution(forward_batch_rows=4, backward_batch_rows=2, decode_images=1)
+JOINT = Execution(executor="joint", micro_batch=2)
+STAGED_CHECKPOINTED, JOINT_CHECKPOINTED = (execution.model_copy(update=CHECKPOINTED) for execution in (STAGED, JOINT))
 
 
 @pytest.mark.parametrize(
     ("execution", "dtype"),
-    [(execution, (torch.float32, torch.float64)[number % 2]) for number, execution in enumerate(executions())]
-    + [(executions()[1], torch.float32)],
-    ids=["staged 32", "staged recomputed 64", "joint 32", "joint recomputed 64", "staged recomputed 32"],
+    [
+        slow(STAGED, torch.float32, id="staged 32"),
+        slow(STAGED_CHECKPOINTED, torch.float64, id="staged checkpointed 64"),
+        pytest.param(JOINT, torch.float32, id="joint 32"),
+        slow(JOINT_CHECKPOINTED, torch.float64, id="joint checkpointed 64"),
+        slow(STAGED_CHECKPOINTED, torch.float32, id="staged checkpointed 32"),
+    ],
 )
 def test_the_allocators_peak_of_a_real_step_is_predicted_within_two_per_cent(execution, dtype, allocated_peak):
     run, family = real_step(execution, dtype)
@@ -106,9 +107,11 @@ def load_family_lora():
     return load_family("shapes", device=torch.device("cpu"), dtype=torch.float32).default_consistency_lora()
 
 
-@pytest.mark.parametrize("config", [CONFIG, WHOLE], ids=["LoRA, AdamW", "whole network, 8-bit AdamW"])
+@pytest.mark.parametrize(
+    "config", [slow(CONFIG, id="LoRA, AdamW"), pytest.param(WHOLE, id="whole network, 8-bit AdamW")]
+)
 def test_a_step_with_its_update_is_predicted_within_two_per_cent(config, allocated_peak):
-    execution = executions()[1]
+    execution = STAGED_CHECKPOINTED
     run, family = real_step(execution, torch.float32, config, updated=True)
     real = allocated_peak(run)
     counted = simulation(torch.float32, family.default_consistency_lora(), config).run(
@@ -118,8 +121,9 @@ def test_a_step_with_its_update_is_predicted_within_two_per_cent(config, allocat
     assert beside(counted, "weights", "optimizer") == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_step_whose_parts_come_and_go_is_predicted_within_two_per_cent(embedded, allocated_peak):
-    execution = executions()[1].model_copy(update={"offload": "staged"})
+    execution = STAGED_CHECKPOINTED.model_copy(update={"offload": "staged"})
     run, _ = real_step(execution, torch.float32)
     # What is there when the profiler begins is unknown to it: a first step brings every part anew.
     real = allocated_peak(lambda: (run(), run()))
@@ -130,23 +134,47 @@ def test_a_step_whose_parts_come_and_go_is_predicted_within_two_per_cent(embedde
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "adapter"])
 def test_sampling_is_predicted_within_two_per_cent(embedded, merged, allocated_peak):
-    backbone = real_policy(torch.float32)
-    sampler = Sampler(
-        backbone,
-        backbone.family.schedule(2, 1.0),
-        guidance_scale=CONFIG.sampling.guidance_scale,
-        batch_size=BATCH,
-        merge_lora=merged,
-        impl="reference",
-    )
+    settings = {"sampling.batch_size": BATCH, "sampling.merge_lora": merged, "impl": "reference"}
+    runtime = Runtime(with_settings(CONFIG, settings), real_policy(torch.float32))
 
     def run():
-        sampler.sample(PROMPTS, torch.arange(BATCH))
+        runtime.sample(PROMPTS, torch.arange(BATCH), stop=2)
 
     run()
     real = allocated_peak(run)
     counted = embedded.run(Execution(), 1, sampled=BATCH, merged=merged)
-    assert beside(replace(counted, stages={"": counted.stages["sampling"]}), "weights") == pytest.approx(real, rel=0.02)
+    assert beside(only(counted, "sampling"), "weights") == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_decoding_is_predicted_within_two_per_cent(embedded, images, allocated_peak):
+    execution = Execution(decode_images=images)
+    runtime = Runtime(CONFIG.model_copy(update={"execution": execution}), real_policy(torch.float32))
+    latents = torch.randn(images, *runtime.family.latent_shape)
+    runtime.decode(latents)
+    real = allocated_peak(lambda: runtime.decode(latents))
+    counted = only(embedded.run(execution, 1, sampled=BATCH), "sampled images")
+    # Latents and schedule were there before, too.
+    before = latents.nbytes + tables_bytes(runtime)
+    assert beside(counted, "weights") - before == pytest.approx(real, rel=0.02)
+
+
+def tables_bytes(runtime):
+    tables = runtime.sampler.schedule
+    return sum(value.nbytes for value in vars(tables).values() if isinstance(value, torch.Tensor))
+
+
+def test_images_are_decoded_as_many_at_once_as_the_execution_says_whatever_the_sampler_batch(embedded):
+    def peak(images, sampled):
+        counted = embedded.run(Execution(decode_images=images), 1, sampled=sampled)
+        return beside(only(counted, "sampled images"), "weights")
+
+    assert peak(2, sampled=1) == peak(2, sampled=2) == peak(2, sampled=8)
+    assert peak(4, sampled=2) == pytest.approx(2 * peak(2, sampled=2), rel=0.05)
+
+
+def only(counted, name):
+    return replace(counted, stages={name: counted.stages[name]})
 
 
 def beside(counted, *kinds):
@@ -176,8 +204,8 @@ def test_a_larger_batch_costs_latents_alone(embedded):
         assert stage.peak_bytes - small.stages[name].peak_bytes <= 8 * 12 * one, name
 
 
-def test_recomputing_trades_arithmetic_for_memory(embedded):
-    kept, again = (embedded.run(Execution(gradient_checkpointing=parts), 2) for parts in ((), PARTS))
+def test_gradient_checkpointing_trades_arithmetic_for_memory(embedded):
+    kept, again = (embedded.run(Execution(gradient_checkpointing=parts), 2) for parts in ((), ALL_GROUPS))
     for name in ("reward", "policy vjp"):
         assert again.stages[name].peak_bytes < kept.stages[name].peak_bytes
         assert again.stages[name].flops > kept.stages[name].flops

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sqdf_fast.kernels.adamw_8bit import Coefficients, adamw_32bit, reference
+from sqdf_fast.kernels.adamw_8bit.maps import Step
 from sqdf_fast.plan import workspace
+from sqdf_fast.plan.memory import MemoryCount
 
 aten = torch.ops.aten
 
@@ -53,6 +56,35 @@ def test_cuda_flash_attention_accumulates_query_gradients_in_float32():
     grad = torch.empty(2, 8, 4096, 64, dtype=torch.bfloat16, device="meta")
     op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     assert workspace.on_cuda(op, (grad, grad)) == 4 * 2 * 8 * 4096 * (64 + 1)
+
+
+def test_a_cuda_step_of_adamw_on_bfloat16_holds_what_the_reference_makes():
+    elements = 2**18
+    parameter, gradient = torch.randn(2, elements, dtype=torch.bfloat16)
+    states = torch.zeros(elements), torch.zeros(elements)
+    coefficients = Coefficients.of(1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0)
+    with MemoryCount() as count:
+        count.register([parameter, gradient, *states], "weights")
+        before = count.live_bytes
+        reference.update(Step(parameter, gradient, *states, coefficients, 1))
+    assert workspace.on_cuda(torch.ops.sqdf_fast.adamw_32bit.default, (parameter,)) == count.peak_bytes - before
+    with MemoryCount() as count:
+        # Parameter and gradient in float32, as bitsandbytes' step of a bfloat16 parameter makes them.
+        wide, wide_gradient = parameter.float(), gradient.float()
+        reference.round_stochastically(wide, 1)
+        del wide_gradient
+    assert workspace.on_cuda(torch.ops.sqdf_fast.adamw_8bit.default, (parameter,)) == count.peak_bytes
+    for op in (torch.ops.sqdf_fast.adamw_32bit.default, torch.ops.sqdf_fast.adamw_8bit.default):
+        assert workspace.on_cuda(op, (wide,)) == 0
+        assert workspace.on_cpu(op, (parameter,)) == 0
+
+
+def test_what_an_operator_without_outputs_holds_is_counted():
+    parameter = torch.empty(1000, dtype=torch.bfloat16, device="meta")
+    states = torch.empty(2, 1000, device="meta")
+    with MemoryCount("meta", workspace=workspace.on_cuda) as count:
+        adamw_32bit(parameter, parameter, *states, Coefficients.of(1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0))
+    assert count.peak_bytes == 32 * 1000
 
 
 def test_other_operators_have_none():

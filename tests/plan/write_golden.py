@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sqdf_fast.plan import Planner, find_device, parse_memory
+from sqdf_fast.plan.fake import only_new_garbage
 from sqdf_fast.plan.planner import paper_config
 from sqdf_fast.plan.table import ROWS, Line, memory_table, simulated, write_between_marks
 
@@ -27,14 +28,15 @@ BUDGETS = ("24G", "16G", "12G", "8G")
 TITLES = {row.title: row for row in ROWS}
 
 
-def golden_plans(family: str) -> dict[str, Any]:
+def golden_plans(family: str, budgets: Iterable[str] = BUDGETS) -> dict[str, Any]:
     """The plans of one family by budget, and the profiles that they were chosen from."""
     planner = Planner(paper_config(family), FAMILIES[family], use_cache=False)
     plans = {}
-    for budget in BUDGETS:
-        vram = parse_memory(budget)
-        plans[budget] = json.loads(planner.plan(vram, find_device(None, vram)).as_json())
-    profiles = {name: planner.profile(name).as_values() for name in planner.quantizations}
+    with only_new_garbage():
+        for budget in budgets:
+            vram = parse_memory(budget)
+            plans[budget] = json.loads(planner.plan(vram, find_device(None, vram)).as_json())
+    profiles = {name: asdict(planner.profile(name)) for name in planner.quantizations}
     return {"profiles": profiles, "plans": plans}
 
 

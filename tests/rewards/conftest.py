@@ -2,28 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers.pre_tokenizers import ByteLevel
-from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from support.rewards import CLIP_VOCABULARY, small_clip
+from transformers import CLIPTextConfig, CLIPTokenizer
 
-_ALPHABET = sorted(ByteLevel.alphabet())
-_WORDS = {word: index for index, word in enumerate([*_ALPHABET, *(f"{letter}</w>" for letter in _ALPHABET)])}
-_WORDS["<|startoftext|>"], _WORDS["<|endoftext|>"] = 512, 513
+
+@pytest.fixture(scope="session")
+def images():
+    return torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(scope="session")
 def whole_clip():
     """A small CLIP with both towers and a logit scale."""
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=28,
-        patch_size=7,
-        projection_dim=24,
-    )
     text = CLIPTextConfig(
         vocab_size=514,
         hidden_size=16,
@@ -35,9 +25,7 @@ def whole_clip():
         bos_token_id=512,
         eos_token_id=513,
     )
-    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    model = small_clip(text)
     model.logit_scale.data.fill_(3.5)
     return model
 
@@ -47,7 +35,7 @@ def clip_and_tokenizer(whole_clip, tmp_path_factory):
     """The folder of it with its tokenizer, as on the hub."""
     folder = tmp_path_factory.mktemp("whole_clip")
     whole_clip.save_pretrained(folder)
-    CLIPTokenizer(vocab=_WORDS, merges=[]).save_pretrained(folder)
+    CLIPTokenizer(vocab=CLIP_VOCABULARY, merges=[]).save_pretrained(folder)
     return folder
 
 

@@ -7,11 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.rewards import assert_gradient_is_of_finite_differences, small_clip
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPTextConfig
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.rewards import load_reward, preflight
+from sqdf_fast.rewards import load_reward
 from sqdf_fast.rewards.aesthetic import HEAD_FILE, fold_head
 from sqdf_fast.rewards.preprocess import preprocess
 
@@ -37,25 +38,10 @@ class PublishedHead(nn.Module):
 
 @pytest.fixture(scope="module")
 def clip():
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=28,
-        patch_size=7,
-        projection_dim=WIDTH,
-    )
     text = CLIPTextConfig(
         vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    model = CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)
-    ).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model
+    return small_clip(text, WIDTH)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +62,6 @@ def head_file(head, tmp_path_factory):
     path = tmp_path_factory.mktemp("head") / HEAD_FILE
     torch.save(head.state_dict(), path)
     return path
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(2))
 
 
 @torch.no_grad()
@@ -189,13 +170,7 @@ def test_half_precision_network_keeps_a_float32_score(clip_folder, head_file, im
 
 def test_gradient_matches_finite_differences(clip_folder, head_file, images):
     reward = load_reward("aesthetic", clip=str(clip_folder), head=str(head_file), dtype=torch.float64)
-    pixels = (0.1 + 0.8 * images[:1].double()).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(pixels, ["a"]).sum(), pixels)
-    direction = torch.randn(pixels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        ahead, behind = (reward(pixels + h * direction, ["a"]) for h in (1e-6, -1e-6))
-    torch.testing.assert_close((gradient * direction).sum(), (ahead - behind).squeeze() / 2e-6, rtol=1e-6, atol=1e-9)
-    preflight(reward, images.double(), ["a"] * 3)
+    assert_gradient_is_of_finite_differences(reward, images, "a")
 
 
 def test_missing_head_says_how_to_get_it(clip_folder, tmp_path):

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.rewards import assert_gradient_is_of_finite_differences, with_random_weights
 from torch import nn
 from transformers import SiglipConfig, SiglipModel
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.rewards import load_reward, preflight
+from sqdf_fast.rewards import load_reward
 from sqdf_fast.rewards.aesthetic_v2_5 import HEAD, HEAD_FILE
 from sqdf_fast.rewards.preprocess import stretch
 
@@ -28,7 +29,6 @@ class PublishedHead(nn.Module):
 
 @pytest.fixture(scope="module")
 def siglip():
-    torch.manual_seed(0)
     vision = {
         "hidden_size": WIDTH,
         "image_size": 30,
@@ -39,10 +39,7 @@ def siglip():
     }
     text = {"bos_token_id": 1, "eos_token_id": 2, "hidden_size": 16, "intermediate_size": 16, "vocab_size": 50}
     text |= {"num_attention_heads": 2, "num_hidden_layers": 1}
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model
+    return with_random_weights(lambda: SiglipModel(SiglipConfig(text_config=text, vision_config=vision)))
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +61,6 @@ def head_file(head, tmp_path_factory):
     path = tmp_path_factory.mktemp("head") / HEAD_FILE
     torch.save({name: value.bfloat16() for name, value in head.state_dict().items()}, path)
     return path
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture
@@ -113,13 +105,7 @@ def test_half_precision_network_keeps_a_float32_score(load, images):
 
 def test_gradient_matches_finite_differences(load, images):
     reward = load(dtype=torch.float64)
-    pixels = (0.1 + 0.8 * images[:1].double()).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(pixels, ["a"]).sum(), pixels)
-    direction = torch.randn(pixels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        ahead, behind = (reward(pixels + h * direction, ["a"]) for h in (1e-6, -1e-6))
-    torch.testing.assert_close((gradient * direction).sum(), (ahead - behind).squeeze() / 2e-6, rtol=1e-6, atol=1e-9)
-    preflight(reward, images.double(), ["a"] * 3)
+    assert_gradient_is_of_finite_differences(reward, images, "a")
 
 
 def test_head_is_downloaded_once_from_its_repository(load, head_file, images, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers.pre_tokenizers import ByteLevel
+from support.rewards import CLIP_VOCABULARY, assert_gradient_is_of_finite_differences, with_random_weights
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -20,9 +20,6 @@ PROMPTS = ["a cat", "a very long dog &amp; a fox", "a cat", ""]
 VISION = {"width": 32, "layers": 2, "heads": 4, "patch": 7, "image": 28, "mlp": 128}
 TEXT = {"width": 24, "layers": 2, "heads": 3, "length": 16, "mlp": 96}
 WIDTH = 20
-ALPHABET = sorted(ByteLevel.alphabet())
-WORDS = {word: index for index, word in enumerate([*ALPHABET, *(f"{letter}</w>" for letter in ALPHABET)])}
-WORDS["<|startoftext|>"], WORDS["<|endoftext|>"] = 512, 513
 
 
 class Block(nn.Module):
@@ -75,7 +72,7 @@ class PublishedModel(nn.Module):
         width, length = TEXT["width"], TEXT["length"]
         self.visual = Visual(**VISION)
         self.transformer = Blocks(width, TEXT["layers"], TEXT["heads"], TEXT["mlp"])
-        self.token_embedding = nn.Embedding(len(WORDS), width)
+        self.token_embedding = nn.Embedding(len(CLIP_VOCABULARY), width)
         self.positional_embedding = nn.Parameter(torch.zeros(length, width))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, WIDTH))
@@ -86,7 +83,7 @@ class PublishedModel(nn.Module):
         tokens = torch.zeros(len(prompts), TEXT["length"], dtype=torch.long)
         for row, prompt in zip(tokens, prompts, strict=True):
             words = prompt.replace("&amp;", "&").split()
-            letters = [WORDS[piece] for word in words for piece in (*word[:-1], f"{word[-1]}</w>")]
+            letters = [CLIP_VOCABULARY[piece] for word in words for piece in (*word[:-1], f"{word[-1]}</w>")]
             found = [512, *letters[: TEXT["length"] - 2], 513]
             row[: len(found)] = torch.tensor(found)
         mask = torch.full((TEXT["length"],) * 2, -torch.inf).triu(1)
@@ -101,12 +98,8 @@ class PublishedModel(nn.Module):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = PublishedModel().eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
     # Published in half precision.
-    return model.half().float()
+    return with_random_weights(PublishedModel).half().float()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +113,7 @@ def folder(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    CLIPTokenizer(vocab=WORDS, merges=[]).save_pretrained(folder)
+    CLIPTokenizer(vocab=CLIP_VOCABULARY, merges=[]).save_pretrained(folder)
     return folder
 
 
@@ -146,7 +139,7 @@ def small_architecture(tmp_path, monkeypatch):
         "num_attention_heads": TEXT["heads"],
         "num_hidden_layers": TEXT["layers"],
         "projection_dim": WIDTH,
-        "vocab_size": len(WORDS),
+        "vocab_size": len(CLIP_VOCABULARY),
     }
     (tmp_path / "hpsv2.json").write_text(json.dumps({"vision_config": vision, "text_config": text}))
     monkeypatch.setattr(architectures, "CONFIGS", tmp_path)
@@ -272,12 +265,7 @@ def test_half_precision_network_keeps_a_float32_score(load, images):
 
 def test_gradient_matches_finite_differences(load, images):
     reward = load(dtype=torch.float64)
-    pixels = (0.1 + 0.8 * images[:1].double()).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(pixels, ["a fox"]).sum(), pixels)
-    direction = torch.randn(pixels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        ahead, behind = (reward(pixels + h * direction, ["a fox"]) for h in (1e-6, -1e-6))
-    torch.testing.assert_close((gradient * direction).sum(), (ahead - behind).squeeze() / 2e-6, rtol=1e-6, atol=1e-9)
+    assert_gradient_is_of_finite_differences(reward, images, "a fox")
     preflight(reward, images.double(), PROMPTS)
 
 

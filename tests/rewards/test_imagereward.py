@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from support.rewards import assert_gradient_is_of_finite_differences, with_random_weights
 from torch import nn
 from transformers import BertTokenizer
 
@@ -157,11 +158,7 @@ class PublishedModel(nn.Module):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = PublishedModel().eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model
+    return with_random_weights(PublishedModel)
 
 
 @pytest.fixture(scope="module")
@@ -200,11 +197,6 @@ def small_architecture(tmp_path, monkeypatch):
     }
     (tmp_path / "imagereward.json").write_text(json.dumps(shipped))
     monkeypatch.setattr(architectures, "CONFIGS", tmp_path)
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture
@@ -261,12 +253,7 @@ def test_half_precision_network_keeps_a_float32_score(load, images):
 
 def test_gradient_matches_finite_differences(load, images):
     reward = load(dtype=torch.float64)
-    pixels = (0.1 + 0.8 * images[:1].double()).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(pixels, ["a fox"]).sum(), pixels)
-    direction = torch.randn(pixels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        ahead, behind = (reward(pixels + h * direction, ["a fox"]) for h in (1e-6, -1e-6))
-    torch.testing.assert_close((gradient * direction).sum(), (ahead - behind).squeeze() / 2e-6, rtol=1e-6, atol=1e-8)
+    assert_gradient_is_of_finite_differences(reward, images, "a fox", atol=1e-8)
     preflight(reward, images.double(), PROMPTS)
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.rewards import assert_gradient_is_of_finite_differences
 from transformers import CLIPTokenizer
 
 from sqdf_fast.errors import UserError
@@ -14,11 +15,6 @@ from sqdf_fast.rewards import load_reward, preflight
 from sqdf_fast.rewards.preprocess import preprocess
 
 PROMPTS = ["a cat", "a very long description of a dog", "salt &amp; pepper"]
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.rand(3, 3, 40, 56, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture
@@ -66,12 +62,7 @@ def test_half_precision_network_keeps_a_float32_score(load, images):
 
 def test_gradient_matches_finite_differences(load, images):
     reward = load(dtype=torch.float64)
-    pixels = (0.1 + 0.8 * images[:1].double()).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(pixels, ["a fox"]).sum(), pixels)
-    direction = torch.randn(pixels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        ahead, behind = (reward(pixels + h * direction, ["a fox"]) for h in (1e-6, -1e-6))
-    torch.testing.assert_close((gradient * direction).sum(), (ahead - behind).squeeze() / 2e-6, rtol=1e-6, atol=1e-7)
+    assert_gradient_is_of_finite_differences(reward, images, "a fox", atol=1e-7)
     preflight(reward, images.double(), PROMPTS)
 
 

@@ -18,6 +18,13 @@ from sqdf_fast.shapes.render import COLOURS, SHAPES, SIZES, sample_attributes
 from sqdf_fast.shapes.rewards import load_taste
 
 
+def test_a_taste_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["taste", "--smoke", "--weights", str(tmp_path), "--work", str(tmp_path / "work")])
+    assert "held-out correlation" in capsys.readouterr().out
+    assert load_taste(tmp_path / "taste.safetensors")(torch.rand(2, 3, 64, 64), ["a circle"] * 2).shape == (2,)
+
+
+@pytest.mark.slow
 def test_every_part_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, work = tmp_path / "weights", tmp_path / "work"
     for part in ("vae", "unet", "judge", "taste", "taste-held-out", "sheet"):

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from sqdf_fast.kernels import native
+from sqdf_fast.kernels import native, registry
+from sqdf_fast.kernels.dispatch import reason_against
 
-OPS = tuple(sorted(path.parent.name for path in Path(native.__file__).parent.glob("*/triton.py")))
-"""The fused ops: the folders of kernels/ with a Triton implementation. Lists of tests and benchmarks are held to it."""
+OPS = tuple(op for op in registry.OPS if registry.spec(op).launches is not None)
+"""The ops with a Triton implementation."""
 
 BUDGET = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative L2 error of a sample that a dtype is allowed; a fused kernel also twice what the reference errs."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this process runs Triton's kernels in its interpreter, on the CPU, an element at a time."""
+
+slow_interpreted = [pytest.mark.slow] if INTERPRETED else []
+"""Marks of a case that only the interpreter takes long for."""
+
+
+def slow_when_interpreted(test: Any) -> Any:
+    """`slow_interpreted` for a test function."""
+    return pytest.mark.slow(test) if INTERPRETED else test
 
 
 @dataclass(frozen=True)
@@ -35,13 +48,17 @@ class Target:
         """The most precise of them."""
         return self.dtypes[0]
 
+    def runs(self, op: str) -> bool:
+        """Whether the op has this implementation."""
+        return reason_against(op, self.impl, torch.device(self.device), torch.float32) is None
+
     def __str__(self) -> str:
         return f"{self.impl}-{self.device}"
 
 
 def targets() -> list[Target]:
     """Under Triton's interpreter the Triton kernels, on the CPU; otherwise all but them, and on a GPU them too."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         return [Target("cpu", "triton")]
     found = [Target("cpu", "reference")]
     if native.available():

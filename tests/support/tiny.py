@@ -69,6 +69,16 @@ def write_pipeline(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def write_low_contrast(folder: Path) -> Path:
+    """The same with decoded images that hardly leave grey."""
+    write_pipeline(folder)
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(0.3)
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     letters = [word[0] for word in WORDS]
     tokens = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters)])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.direct_reward import settings, write_model
+from support.direct_reward import settings
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.commands.evaluate import evaluate_models
@@ -26,8 +26,8 @@ PROMPTS = ["a red star", "a blue ring"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+def model(low_contrast_model) -> Path:
+    return low_contrast_model
 
 
 @pytest.fixture(scope="module")

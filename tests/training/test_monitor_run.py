@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.stopping import StopWhen
-from support.tiny import write_pipeline
 
 from sqdf_fast.config import Config, make_config
 from sqdf_fast.errors import Interrupted
@@ -25,11 +24,6 @@ def brightness(images, prompts):
 def darkness(images, prompts):
     return -images.mean(dim=(1, 2, 3))
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(autouse=True)

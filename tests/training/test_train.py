@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +17,15 @@ from diffusers import StableDiffusionPipeline
 from plan.conftest import allocated_peak
 from safetensors.torch import load_file
 from support.fake_gpu import CUDA, Cuda, fake_cuda, fake_nvml
+from support.marks import slow
 from support.stopping import stop_after
-from support.tiny import write_pipeline
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sqdf_fast.algorithms.sqdf import Sqdf
 from sqdf_fast.backbone import Backbone
+from sqdf_fast.cli import main
 from sqdf_fast.commands.sample import draw
-from sqdf_fast.config import make_config
+from sqdf_fast.config import Config, make_config
 from sqdf_fast.display import TrainingProgress
 from sqdf_fast.engine import Executor, optimizers
 from sqdf_fast.engine.meters import StageMeter
@@ -39,6 +42,8 @@ from sqdf_fast.training import evaluator, lifecycle, trainer
 from sqdf_fast.training.lifecycle import continue_run, new_run
 
 REWARDS = """
+import os
+import signal
 import torch
 
 def brightness(images, prompts):
@@ -50,6 +55,13 @@ def nan_later(images, prompts):
     global calls
     calls += 1
     return images.mean(dim=(1, 2, 3)) * (float("nan") if calls > 12 else 1.0)
+
+def ctrl_c_later(images, prompts):
+    global calls
+    calls += 1
+    if calls == 12:
+        os.kill(os.getpid(), signal.SIGINT)
+    return brightness(images, prompts)
 
 def wrong_shape(images, prompts):
     return images.mean()
@@ -66,11 +78,6 @@ def negative(images, prompts):
 def infinite_gradient(images, prompts):
     return (images.mean(dim=(1, 2, 3)) - images.mean(dim=(1, 2, 3)).detach()).sqrt()
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +107,21 @@ def config(model: Path, **changes):
     for key, value in changes.items():
         settings[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
     return make_config(file=settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Callable[[Config], Path]:
+    """The folder of a finished run of a configuration: made once, never written to again."""
+    runs: dict[str, Path] = {}
+
+    def run_of(config: Config) -> Path:
+        key = config.model_dump_json()
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp("finished") / "run"
+            new_run(config, runs[key])
+        return runs[key]
+
+    return run_of
 
 
 def lora(run: Path) -> dict[str, torch.Tensor]:
@@ -133,21 +155,21 @@ def test_the_run_folder_is_complete(model, folder):
     assert make_config(file=__import__("yaml").safe_load((run / "config.yaml").read_text())) == config(model)
 
 
-def test_the_lora_loads_into_a_plain_pipeline_and_changes_it(model, folder):
-    new_run(config(model), folder / "run")
+def test_the_lora_loads_into_a_plain_pipeline_and_changes_it(model, finished):
+    run = finished(config(model))
     pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     x, t, states = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 8, 16)
     before = pipeline.unet(x, t, states).sample
-    pipeline.load_lora_weights(folder / "run" / "lora")
+    pipeline.load_lora_weights(run / "lora")
     after = pipeline.unet(x, t, states).sample
     assert not torch.allclose(before, after)
     pipeline.unload_lora_weights()
     assert torch.allclose(pipeline.unet(x, t, states).sample, before)
 
 
-def test_a_limit_ends_the_run_and_spreads_its_evaluations(model, folder):
-    new_run(config(model), folder / "free")
-    each = [line["unet_evaluations"] for line in read_metrics(folder / "free" / "metrics.jsonl") if "loss" in line]
+def test_a_limit_ends_the_run_and_spreads_its_evaluations(model, folder, finished):
+    free = finished(config(model))
+    each = [line["unet_evaluations"] for line in read_metrics(free / "metrics.jsonl") if "loss" in line]
     # Reached by the third step.
     limits = {"unet_evaluations": sum(each[:3]) - 1}
     changes = {"steps": 100, "limits": limits, "evaluation": {"points": 2}}
@@ -166,7 +188,7 @@ def test_a_limit_ends_the_run_and_spreads_its_evaluations(model, folder):
 
 
 def test_the_reward_rises_and_the_kl_holds_it(model, folder):
-    changes = {"steps": 25, "optimizer": {"lr": 3e-2, "batch_size": 8}, "execution": {"micro_batch": 8}}
+    changes = {"steps": 18, "optimizer": {"lr": 3e-2, "batch_size": 8}, "execution": {"micro_batch": 8}}
     new_run(config(model, **changes, objective={"alpha": 0.0}), folder / "free")
     new_run(config(model, **changes, objective={"alpha": 10.0}), folder / "held")
 
@@ -186,7 +208,7 @@ def test_the_fused_ops_train_by_default_and_train_the_same_model(model, folder, 
     loras = {}
     for impl in ("auto", "native", "reference"):
         before = len(calls)
-        new_run(config(model, impl=impl), folder / impl)
+        new_run(config(model, impl=impl, steps=3), folder / impl)
         assert (len(calls) > before) == (impl != "reference")
         loras[impl] = lora(folder / impl)
     assert same(loras["auto"], loras["native"])
@@ -197,28 +219,29 @@ def test_the_fused_ops_train_by_default_and_train_the_same_model(model, folder, 
         assert error < 1e-4
 
 
-@pytest.mark.parametrize("mode", ["uniform", "prioritised", "on-policy"])
-def test_same_seed_same_run_bit_for_bit(model, folder, mode):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+@pytest.mark.parametrize("mode", ["uniform", slow("prioritised"), slow("on-policy")])
+def test_same_seed_same_run_bit_for_bit(model, folder, finished, mode):
+    one = finished(config(model, replay={"mode": mode}))
+    for name, seed in (("same", 0), ("other", 4)):
         new_run(config(model, replay={"mode": mode}, seed=seed), folder / name)
-    assert same(lora(folder / "a"), lora(folder / "b"))
-    assert not same(lora(folder / "a"), lora(folder / "c"))
+    assert same(lora(one), lora(folder / "same"))
+    assert not same(lora(one), lora(folder / "other"))
 
 
-@pytest.mark.parametrize("calls", [5, 13, 24, 30, 35])
-def test_stopped_and_resumed_equals_uninterrupted(model, folder, calls):
-    new_run(config(model, replay={"mode": "prioritised"}), folder / "whole")
+@pytest.mark.parametrize("calls", [slow(5), 13, slow(24), 30, slow(35)])
+def test_stopped_and_resumed_equals_uninterrupted(model, folder, finished, calls):
+    whole = finished(config(model, replay={"mode": "prioritised"}))
     with pytest.raises(Interrupted) as stop:
         new_run(config(model, replay={"mode": "prioritised"}), folder / "parts", stop_after(calls))
     assert str(stop.value) == str(folder / "parts")
     continue_run(folder / "parts")
-    assert same(lora(folder / "whole"), lora(folder / "parts"))
+    assert same(lora(whole), lora(folder / "parts"))
     untimed = [
         [
             {k: v for k, v in line.items() if k not in ("seconds", "spent_seconds", "stages", "memory_bytes")}
             for line in lines
         ]
-        for lines in (read_metrics(folder / name / "metrics.jsonl") for name in ("whole", "parts"))
+        for lines in (read_metrics(run / "metrics.jsonl") for run in (whole, folder / "parts"))
     ]
     assert untimed[0] == untimed[1]
 
@@ -230,56 +253,70 @@ def test_stopped_during_the_checks_nothing_is_written(model, folder):
     assert not (folder / "run").exists()
 
 
-def test_killed_before_the_first_checkpoint_it_starts_again_and_logs_once(model, folder):
-    new_run(config(model), folder / "whole")
-    shutil.copytree(folder / "whole", folder / "killed")
+def test_killed_before_the_first_checkpoint_it_starts_again_and_logs_once(model, folder, finished):
+    whole = finished(config(model))
+    shutil.copytree(whole, folder / "killed")
     shutil.rmtree(folder / "killed" / "checkpoints")
     continue_run(folder / "killed")
-    assert same(lora(folder / "whole"), lora(folder / "killed"))
+    assert same(lora(whole), lora(folder / "killed"))
     kinds = [
-        [(line["kind"], line["step"]) for line in read_metrics(folder / name / "metrics.jsonl")]
-        for name in ("whole", "killed")
+        [(line["kind"], line["step"]) for line in read_metrics(run / "metrics.jsonl")]
+        for run in (whole, folder / "killed")
     ]
     assert kinds[0] == kinds[1]
 
 
-def test_a_killed_run_continues_from_its_last_checkpoint(model, folder):
-    new_run(config(model), folder / "whole")
-    new_run(config(model), folder / "killed")
+def test_a_killed_run_continues_from_its_last_checkpoint(model, folder, finished):
+    whole = finished(config(model))
+    shutil.copytree(whole, folder / "killed")
     # As if killed after step 4's checkpoint: later checkpoints and the LoRA are not there, the log is longer.
     (folder / "killed" / "checkpoints" / "step_000005").rename(folder / "gone")
     continue_run(folder / "killed")
-    assert same(lora(folder / "whole"), lora(folder / "killed"))
+    assert same(lora(whole), lora(folder / "killed"))
     steps = [line["step"] for line in read_metrics(folder / "killed" / "metrics.jsonl") if line["kind"] == "step"]
     assert steps == [1, 2, 3, 4, 5]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(model, folder):
-    arguments = [
-        *("train", "--model", str(model), "--reward", "my_rewards:brightness", "--prompts", "prompts.txt"),
-        *("--output", "run", "--steps", "100000", "--set", "objective.lookahead=tweedie"),
-        *(
-            "--set",
-            "sampling.num_inference_steps=4",
-            "--set",
-            "optimizer.batch_size=2",
-            "--set",
-            "replay.refill=2",
-        ),
-        *("--set", "evaluation.num_prompts=1", "--set", "evaluation.images_per_prompt=2"),
+def endless(model: Path, reward: str) -> list[str]:
+    """Arguments of a run that only an interruption ends."""
+    settings = (
+        *("objective.lookahead=tweedie", "sampling.num_inference_steps=4", "optimizer.batch_size=2"),
+        *("replay.refill=2", "evaluation.num_prompts=1", "evaluation.images_per_prompt=2"),
+    )
+    return [
+        *("train", "--model", str(model), "--reward", f"my_rewards:{reward}", "--prompts", "prompts.txt"),
+        *("--output", "run", "--steps", "100000"),
+        *(argument for setting in settings for argument in ("--set", setting)),
     ]
-    process = subprocess.Popen([sys.executable, "-m", "sqdf_fast.cli", *arguments], stderr=subprocess.PIPE, text=True)
+
+
+def assert_interrupted_after(steps: int, status: int, said: str) -> None:
+    assert status == 130
+    assert "Continue with: sqdf-fast train --resume run" in said
+    (found,) = Path("run", "checkpoints").glob("step_*")
+    assert read_checkpoint(found)[1]["step"] >= steps
+    assert Path("run", "report.html").exists()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(model, folder, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        main(endless(model, "ctrl_c_later"))
+    assert_interrupted_after(1, stop.value.code, capsys.readouterr().err)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_saves_on_ctrl_c(model, folder):
+    command = [sys.executable, "-m", "sqdf_fast.cli", *endless(model, "brightness")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = folder / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and '"step": 3' in metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Continue with: sqdf-fast train --resume run" in said
-    (found,) = (folder / "run" / "checkpoints").glob("step_*")
-    assert read_checkpoint(found)[1]["step"] >= 3
-    assert (folder / "run" / "report.html").exists()
+    assert_interrupted_after(3, process.returncode, said)
 
 
 @pytest.mark.parametrize(
@@ -356,20 +393,22 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder, monkeypatch, place):
+FAST_PLACES = {"reward", "policy vjp, second chunk", "backward", "states of the optimizer"}
+
+
+@pytest.mark.parametrize("place", [place if place in FAST_PLACES else slow(place) for place in PLACES])
+def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder, finished, monkeypatch, place):
     stage, *failing = PLACES[place]
     settings = {"steps": 3, "dtype": "float64"}
     if stage not in ("forward", "backward"):
         settings["execution"] = STAGED
-    new_run(config(model, **settings), folder / "plain")
+    plain, squeezed = finished(config(model, **settings)), folder / "squeezed"
     out_of_memory_once(monkeypatch, *failing)
-    new_run(config(model, **settings), folder / "squeezed")
-    truth, found = final(folder / "plain"), final(folder / "squeezed")
+    new_run(config(model, **settings), squeezed)
+    truth, found = final(plain), final(squeezed)
     assert (found - truth).norm() / truth.norm() < 1e-9
     one, two = (
-        [line for line in read_metrics(folder / name / "metrics.jsonl") if line["kind"] == "step"]
-        for name in ("plain", "squeezed")
+        [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step"] for run in (plain, squeezed)
     )
     assert [line["step"] for line in two] == [1, 2, 3]
     assert [line["reward_mean"] for line in two] == pytest.approx([line["reward_mean"] for line in one], rel=1e-9)
@@ -378,7 +417,9 @@ def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder
 
 
 @pytest.mark.parametrize(("called", "step"), [(allocate_states, 0), (clip_grad_norm, 1)], ids=["states", "clipping"])
-def test_out_of_memory_before_every_update_saves_the_last_whole_step(model, folder, monkeypatch, called, step):
+def test_out_of_memory_before_every_update_saves_the_last_whole_step(
+    model, folder, finished, monkeypatch, called, step
+):
     calls = []
 
     def failing(*given):
@@ -393,13 +434,12 @@ def test_out_of_memory_before_every_update_saves_the_last_whole_step(model, fold
             new_run(config(model, steps=2, dtype="float64"), folder / "run")
     assert [path.name for path in sorted((folder / "run" / "checkpoints").glob("step_*"))] == [f"step_{step:06d}"]
     continue_run(folder / "run")
-    new_run(config(model, steps=2, dtype="float64"), folder / "whole")
-    truth, found = final(folder / "whole"), final(folder / "run")
+    truth, found = final(finished(config(model, steps=2, dtype="float64"))), final(folder / "run")
     assert (found - truth).norm() / truth.norm() < 1e-9
 
 
-def test_running_out_of_memory_while_sampling_halves_the_batch(model, folder, monkeypatch):
-    new_run(config(model, steps=1), folder / "plain")
+def test_running_out_of_memory_while_sampling_halves_the_batch(model, folder, finished, monkeypatch):
+    plain = finished(config(model, steps=1))
     walk = Sampler.walk
 
     def failing(self, prompts, *rest, **options):
@@ -409,13 +449,14 @@ def test_running_out_of_memory_while_sampling_halves_the_batch(model, folder, mo
 
     monkeypatch.setattr(Sampler, "walk", failing)
     new_run(config(model, steps=1), folder / "squeezed")
-    truth, found = final(folder / "plain"), final(folder / "squeezed")
+    truth, found = final(plain), final(folder / "squeezed")
     assert (found - truth).norm() / truth.norm() < 1e-4
     (step,) = (line for line in read_metrics(folder / "squeezed" / "metrics.jsonl") if line["kind"] == "step")
     assert "batch_size 4 -> 2" in step["budget_event"]
 
 
-def test_running_out_of_memory_while_decoding_takes_fewer_pictures(model, folder, monkeypatch):
+def test_running_out_of_memory_while_decoding_takes_fewer_pictures(model, folder, finished, monkeypatch):
+    plain = finished(config(model, steps=1, execution=STAGED))
     decode = StableDiffusion.decode
 
     def failing(family, latents):
@@ -423,10 +464,9 @@ def test_running_out_of_memory_while_decoding_takes_fewer_pictures(model, folder
             raise torch.OutOfMemoryError("no room")
         return decode(family, latents)
 
-    new_run(config(model, steps=1, execution=STAGED), folder / "plain")
     monkeypatch.setattr(StableDiffusion, "decode", failing)
     new_run(config(model, steps=1, execution=STAGED), folder / "squeezed")
-    truth, found = final(folder / "plain"), final(folder / "squeezed")
+    truth, found = final(plain), final(folder / "squeezed")
     assert (found - truth).norm() / truth.norm() < 1e-4
     (step,) = (line for line in read_metrics(folder / "squeezed" / "metrics.jsonl") if line["kind"] == "step")
     assert "decode_images 2 -> 1" in step["budget_event"]
@@ -442,7 +482,8 @@ def test_out_of_memory_before_the_first_step_is_one_line(model, folder, monkeypa
     assert not (folder / "run").exists()
 
 
-def test_out_of_memory_in_the_judges_saves_the_state(model, folder, monkeypatch):
+def test_out_of_memory_in_the_judges_saves_the_state(model, folder, finished, monkeypatch):
+    whole = finished(config(model))
     evaluate, calls = evaluator.evaluate_images, []
 
     def failing(*arguments, **options):
@@ -455,9 +496,7 @@ def test_out_of_memory_in_the_judges_saves_the_state(model, folder, monkeypatch)
     with pytest.raises(UserError, match="state is saved"):
         new_run(config(model), folder / "run")
     continue_run(folder / "run")
-    monkeypatch.setattr(evaluator, "evaluate_images", evaluate)
-    new_run(config(model), folder / "whole")
-    assert same(lora(folder / "run"), lora(folder / "whole"))
+    assert same(lora(folder / "run"), lora(whole))
 
 
 def test_out_of_memory_with_nothing_left_is_one_line(model, folder, monkeypatch):
@@ -472,10 +511,11 @@ def test_out_of_memory_with_nothing_left_is_one_line(model, folder, monkeypatch)
 @pytest.mark.parametrize(
     "execution", [STAGED, {**STAGED, "gradient_checkpointing": ["network", "decoder"], "offload": "staged"}]
 )
-def test_executors_train_the_same_lora(model, folder, execution):
-    new_run(config(model, dtype="float64", steps=3), folder / "joint")
-    new_run(config(model, dtype="float64", steps=3, execution=execution), folder / "staged")
-    truth, found = final(folder / "joint"), final(folder / "staged")
+def test_executors_train_the_same_lora(model, finished, execution):
+    truth, found = (
+        final(finished(config(model, dtype="float64", steps=3, **changes)))
+        for changes in ({}, {"execution": execution})
+    )
     assert (found - truth).norm() / truth.norm() < 1e-9
 
 
@@ -560,6 +600,7 @@ def test_without_a_budget_a_run_is_not_capped(model, folder, held):
     assert (held.asked, held.fractions, held.begun[0][1]) == ([], [], None)
 
 
+@pytest.mark.slow
 def test_half_the_joint_peak_is_enough_and_gives_the_same_weights(folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     joint = {"executor": "joint", "micro_batch": 8, "gradient_checkpointing": []}
@@ -607,7 +648,7 @@ def test_half_the_joint_peak_is_enough_and_gives_the_same_weights(folder, monkey
     assert not (folder / "none").exists()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_a_whole_network_is_trained_resumed_and_loaded(model, folder, dtype):
     settings = {
         "dtype": dtype,
@@ -666,8 +707,8 @@ def test_an_existing_folder_is_left_alone(model, folder):
     assert os.listdir(folder / "run") == ["mine.txt"]
 
 
-def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(model, folder):
-    new_run(config(model), folder / "run")
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(model, folder, finished):
+    shutil.copytree(finished(config(model)), folder / "run")
     newest = folder / "run" / "checkpoints" / "step_000005"
     (newest / "state.json").write_text("{")
     before = (folder / "run" / "metrics.jsonl").read_bytes()
@@ -676,30 +717,42 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(model, folder):
     assert (folder / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(model, folder):
-    new_run(config(model), folder / "run")
+def test_a_checkpoint_of_another_configuration_is_refused(model, folder, finished):
+    shutil.copytree(finished(config(model)), folder / "run")
     settings = (folder / "run" / "config.yaml").read_text().replace("rank: 4", "rank: 2")
     (folder / "run" / "config.yaml").write_text(settings)
     with pytest.raises(UserError, match="does not belong"):
         continue_run(folder / "run")
 
 
-def test_a_finished_run_resumed_changes_nothing(model, folder):
-    new_run(config(model), folder / "run")
+def test_a_finished_run_resumed_changes_nothing(model, folder, finished):
+    shutil.copytree(finished(config(model)), folder / "run")
     before, lines = lora(folder / "run"), json.dumps(read_metrics(folder / "run" / "metrics.jsonl"))
     continue_run(folder / "run")
     assert same(before, lora(folder / "run"))
     assert json.dumps(read_metrics(folder / "run" / "metrics.jsonl")) == lines
 
 
-def test_lookaheads_differ_and_all_train(model, folder):
+def test_lookaheads_differ_and_all_train(model, folder, finished):
     for number, objective in enumerate(({"lookahead": "deterministic", "lookahead_steps": 2}, {"credit": "posterior"})):
         new_run(config(model, objective=objective), folder / f"run{number}")
-    new_run(config(model), folder / "tweedie")
-    assert not same(lora(folder / "run0"), lora(folder / "tweedie"))
-    assert not same(lora(folder / "run1"), lora(folder / "tweedie"))
+    tweedie = finished(config(model))
+    assert not same(lora(folder / "run0"), lora(tweedie))
+    assert not same(lora(folder / "run1"), lora(tweedie))
 
 
 def test_half_precision_base_keeps_a_float32_lora(model, folder):
     new_run(config(model, dtype="bfloat16", steps=2), folder / "run")
     assert {tensor.dtype for tensor in lora(folder / "run").values()} == {torch.float32}
+
+
+def test_metrics_and_images_reach_tensorboard(model, folder):
+    run = folder / "run"
+    new_run(config(model, steps=2, logging={"trackers": ["tensorboard"]}), run)
+    steps = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step"]
+    folders = {path.parent for path in run.rglob("events.out.tfevents.*")}
+    (found,) = (log for log in (EventAccumulator(str(path)).Reload() for path in folders) if log.Tags()["scalars"])
+    rewards = [(event.step, event.value) for event in found.Scalars("train/reward_mean")]
+    assert rewards == [(line["step"], pytest.approx(line["reward_mean"], rel=1e-6)) for line in steps]
+    assert [event.step for event in found.Scalars("evaluation/proxy_reward")] == [0, 2]
+    assert len([tag for tag in found.Tags()["images"] if tag.startswith("samples/")]) == 3

@@ -82,7 +82,7 @@ def finish_decoder(folder: Path, seed: int, steps: int, batch: int = 16, pool: i
 
 def _train(vae: AutoencoderTiny, folder: Path, seed: int, steps: int, batch: int, pool: int, cycle: int) -> float:
     rng = np.random.default_rng(seed)
-    pictures, fresh = make_pictures(pool, rng), make_pictures(EVALUATION_PICTURES, rng)
+    pictures, fresh = make_pictures(pool, rng), make_pictures(min(EVALUATION_PICTURES, pool), rng)
     vae = vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=cycle, pct_start=0.1)
