@@ -313,9 +313,9 @@ def compare(
     After an interruption, continue with --resume FOLDER, or with the same command and --output FOLDER: finished runs
     are kept, an interrupted one loses at most the work since its last evaluation. Exit status 1 when a run failed.
     """
-    from sqdf_fast.commands.compare import chosen_protocol
     from sqdf_fast.compare.command import compare as run_comparison
     from sqdf_fast.compare.command import stored_protocol
+    from sqdf_fast.compare.options import chosen_protocol
     from sqdf_fast.config import parse_assignments
     from sqdf_fast.runs.folder import RunFolder
 

@@ -15,7 +15,7 @@ from sqdf_fast.config.layers import (
     with_settings,
 )
 from sqdf_fast.config.old_keys import OLD_KEYS
-from sqdf_fast.config.presets import PRESETS, default_preset
+from sqdf_fast.config.presets import PRESETS, default_preset, preset_for
 from sqdf_fast.config.schema import (
     Config,
     Execution,
@@ -44,6 +44,7 @@ __all__ = [
     "given_settings",
     "make_config",
     "parse_assignments",
+    "preset_for",
     "read_config_file",
     "refuse_without_effect",
     "section_of",

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sqdf_fast.commands.settings import preset_for
 from sqdf_fast.compare.command import protocol_of
 from sqdf_fast.compare.protocol import Protocol, read_protocol
-from sqdf_fast.config import parse_assignments
+from sqdf_fast.config import parse_assignments, preset_for
 from sqdf_fast.errors import UserError
 
 
