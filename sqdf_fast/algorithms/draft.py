@@ -51,13 +51,13 @@ class Pass(NamedTuple):
 
     Attributes:
         loss: [] with its graph, already divided by the whole batch; reward: [b].
-        kl, index: [N], of the transitions whose KL was measured.
+        kl, positions: [N], of the transitions whose KL was measured.
     """
 
     loss: Tensor
     reward: Tensor
     kl: Tensor | None = None
-    index: Tensor | None = None
+    positions: Tensor | None = None
 
 
 class DirectReward(Algorithm):
@@ -91,7 +91,7 @@ class DirectReward(Algorithm):
         start, size = self._start, self.runtime.execution.micro_batch
         losses, firsts = [], []
         for begin in range(0, len(start), size):
-            part = []
+            part: list[Tensor] = []
             for loss, reward, kl, index in self.passes(start[begin : begin + size], len(start)):
                 self.runtime.begin("backward", *ALL_GROUPS)
                 loss.backward()

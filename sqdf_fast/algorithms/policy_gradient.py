@@ -184,7 +184,7 @@ class PolicyGradient(Algorithm):
             reference = self.runtime.output("reference", x, index, conditioning)
         policy = self.runtime.output("policy", x, index, conditioning)
         # Without noise the step is its mean.
-        options = {"noise": torch.zeros_like(x), "kl_scale": kl_scale, "impl": impl}
+        options: dict[str, Any] = {"noise": torch.zeros_like(x), "kl_scale": kl_scale, "impl": impl}
         return denoise_step(x, policy, reference, rows, index, guidance_scale=scale, **options)
 
     def _key(self, pairs: Pairs) -> Tensor:

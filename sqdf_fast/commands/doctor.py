@@ -34,7 +34,7 @@ class Package(NamedTuple):
 class Gpu(NamedTuple):
     """A CUDA device as PyTorch numbers it. Memory in bytes; driver and utilization (percent) are None without NVML."""
 
-    index: int
+    number: int
     name: str
     capability: tuple[int, int]
     memory: int
@@ -44,7 +44,7 @@ class Gpu(NamedTuple):
 
     def __str__(self) -> str:
         memory = f"{self.memory_free / 2**30:.1f} of {self.memory / 2**30:.1f} GiB free"
-        text = f"GPU {self.index}: {self.name}, sm_{self.capability[0]}{self.capability[1]}, {memory}"
+        text = f"GPU {self.number}: {self.name}, sm_{self.capability[0]}{self.capability[1]}, {memory}"
         text += "" if self.driver is None else f", driver {self.driver}"
         return text if self.utilization is None else f"{text}, {self.utilization} % busy"
 

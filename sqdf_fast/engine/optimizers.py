@@ -236,12 +236,12 @@ class BlockwiseAdamW(torch.optim.Optimizer):
             state["step"], group["lr"], beta1, beta2, group["eps"], group["weight_decay"], scale
         )
         seed = derive_seed(self.seed, state["step"], number)
-        states = (_flat(state[name], layout) for name in ("state1", "state2"))
+        state1, state2 = (_flat(state[name], layout) for name in ("state1", "state2"))
         if "absmax1" in state:
             scales = state["absmax1"], state["absmax2"]
-            adamw_8bit(values, gradient, *states, *scales, coefficients, seed=seed, impl=self.impl)
+            adamw_8bit(values, gradient, state1, state2, *scales, coefficients, seed=seed, impl=self.impl)
         else:
-            adamw_32bit(values, gradient, *states, coefficients, seed=seed, impl=self.impl)
+            adamw_32bit(values, gradient, state1, state2, coefficients, seed=seed, impl=self.impl)
 
     def _fresh_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         device = self._home(parameter)

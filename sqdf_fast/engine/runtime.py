@@ -92,6 +92,7 @@ class Runtime:
             impl=config.impl,
         )
         self.groups = groups or ModuleGroups(backbone, reward)
+        self.execution: Execution
         self.use(config.execution)
         self.meter = meter or StageMeter(self.family.device)
         self.stop, self.progress = stop or threading.Event(), progress or NoProgress()
@@ -316,7 +317,7 @@ class Runtime:
 
     def use(self, execution: Execution) -> None:
         """Apply ``execution`` from now on."""
-        self.execution: Execution = execution
+        self.execution = execution
         self.groups.apply(execution)
 
     def _offload(self, where: str, refusal: str) -> None:

@@ -70,14 +70,14 @@ def new_run(config: Config, path: Path | None, stop: threading.Event | None = No
         reward = re.sub(r"[^\w.+-]+", "-", config.reward)
         path = RunFolder.next_free(Path("runs"), f"{Path(config.model).resolve().name}-{reward}")
     RunFolder.refuse_existing(path)
-    plan = None
-    if config.vram is not None:
+    plan, budget = None, config.vram
+    if budget is not None:
         device = pick_device(config.device)
         # Plan for the precision that will run here.
         config = config.model_copy(update={"dtype": str(pick_dtype(config.dtype, device)).removeprefix("torch.")})
-        plan = plan_for(config, config.vram, gpu=None if device.type == "cuda" else CPU.name, keep=keep)
+        plan = plan_for(config, budget, gpu=None if device.type == "cuda" else CPU.name, keep=keep)
         if not plan.fits:
-            raise UserError(f"--vram {config.vram}: {config.model} does not fit; {plan.advice}")
+            raise UserError(f"--vram {budget}: {config.model} does not fit; {plan.advice}")
         config = with_settings(config, plan.settings)
 
     def begin(trainer: Trainer) -> None:
