@@ -158,9 +158,9 @@ def plan(
     from sqdf_fast.training.lifecycle import plan_for
 
     config, keep = read_settings(flags, file, assignments)
-    found = plan_for(config, vram or config.vram or "100%", gpu=gpu, allow=allow, keep=keep)
-    click.echo(found.as_json() if as_json else found.as_text())
-    if not found.fits:
+    planned = plan_for(config, vram or config.vram or "100%", gpu=gpu, allow=allow, keep=keep)
+    click.echo(planned.as_json() if as_json else planned.as_text())
+    if not planned.fits:
         click.get_current_context().exit(1)
 
 

@@ -10,9 +10,9 @@ def advantages(rewards: Tensor, group: int, *, clip: float, epsilon: float, pool
 
     Args:
         rewards: [n] of one collection, consecutive within a group.
-        group: samples a group, a divisor of n; 1: the whole collection is one group.
+        group: samples per group, a divisor of n; 1: one group of all.
         epsilon: keeps equal rewards at an advantage of 0.
-        pooled: whether the standard deviation is that of the whole collection; the mean stays the group's.
+        pooled: whether the standard deviation is that of all rewards; the mean stays the group's.
 
     Returns:
         [n] in the rewards' dtype.

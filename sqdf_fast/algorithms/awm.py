@@ -20,7 +20,7 @@ POWER, OFFSET = 0.25, 1e-10
 
 
 class Awm(PolicyGradient):
-    """Xue et al., arXiv 2509.25050. In place of a log-probability stands the negative matching loss
+    """Xue et al., arXiv 2509.25050. The negative matching loss replaces the log-probability,
 
         -d,  d = mean over the elements of (m_theta(x_t) - target)^2,  x_t = signal x_0 + noise epsilon
 

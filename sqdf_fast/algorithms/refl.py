@@ -27,9 +27,9 @@ class Refl(DirectReward):
         index = torch.randint(steps - window, steps, (len(prompts),), generator=draw)
         # One call for each index, so that nothing is denoised further than needed.
         groups = [(index == i).nonzero().flatten() for i in index.unique()]
-        found = [self.sampled([prompts[row] for row in rows], seeds[rows], int(index[rows[0]])) for rows in groups]
-        back = torch.cat(groups).argsort().to(found[0].x.device)
-        x = torch.cat([start.x for start in found])[back]
+        starts = [self.sampled([prompts[row] for row in rows], seeds[rows], int(index[rows[0]])) for rows in groups]
+        back = torch.cat(groups).argsort().to(starts[0].x.device)
+        x = torch.cat([start.x for start in starts])[back]
         return Start(prompts, seeds.to(x.device), x, index.to(x.device))
 
     def passes(self, start: Start, size: int) -> Iterator[Pass]:

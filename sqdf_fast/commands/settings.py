@@ -1,4 +1,4 @@
-"""The configuration that a command line asks for."""
+"""The configuration of a command line."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class PolicyGradientSettings(AlgorithmSettings):
 
     reads: ClassVar[tuple[str, ...]] = _COLLECTION
 
-    group: Positive = Field(1, description="samples per prompt whose rewards are compared; 1: the whole collection")
+    group: Positive = Field(1, description="samples per prompt whose rewards are compared; 1: all samples of a refill")
     timesteps: Positive | None = Field(
         None, description="steps of each trajectory in an update; default: all trainable steps"
     )

@@ -1,4 +1,4 @@
-"""From what is given to a validated configuration, and back to YAML.
+"""From layers of settings to a validated configuration, and back to YAML.
 
 Layers, later ones win: defaults of the fields < preset < file < ``--set key=value`` < flags.
 """
@@ -19,8 +19,8 @@ from sqdf_fast.config.schema import Config, without_effect
 from sqdf_fast.config.section import Section, dotted, validate
 from sqdf_fast.errors import UserError
 
-# What every run's config.yaml has had since version 0.1.0, and no file written by hand.
-_WHOLE = frozenset(
+# In every run's config.yaml since version 0.1.0; no file written by hand has all of them.
+_OF_A_RUN = frozenset(
     {
         *("preset", "model", "vram", "resolution", "reward", "reward_options", "algorithm", "prompts"),
         *("consistency_lora", "steps", "seed", "device", "dtype", "impl", "checkpoint_every"),
@@ -87,8 +87,8 @@ def given_settings(
 
     A run's config.yaml does not count: it does not say which of its settings were planned.
     """
-    whole, *others = _current(file, assignments, flags)
-    layers = others if whole.keys() >= _WHOLE else (whole, *others)
+    layers = _current(file, assignments, flags)
+    layers = layers[1:] if layers[0].keys() >= _OF_A_RUN else layers
     return tuple(dict.fromkeys(key for layer in layers for key in dotted(layer)))
 
 

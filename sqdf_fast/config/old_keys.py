@@ -1,4 +1,4 @@
-"""Settings under the names that earlier versions had, for configuration files that are out there."""
+"""Names of settings in earlier versions, for existing configuration files."""
 
 from __future__ import annotations
 

@@ -93,10 +93,10 @@ class Optimizer(Section):
 
 
 class Execution(Section):
-    """How a step is computed: speed and memory, never the result beyond rounding; docs/engine.md."""
+    """How a step is computed: affects speed and memory, and results by rounding only; docs/engine.md."""
 
     executor: Literal["staged", "joint"] = Field(
-        "staged", description="a vector-Jacobian product at a time, or one graph of policy, look-ahead and reward"
+        "staged", description="one vector-Jacobian product at a time, or one graph of policy, look-ahead and reward"
     )
     micro_batch: Positive = Field(1, description="joint: samples whose graph is in memory at once")
     forward_batch_rows: Positive = Field(
@@ -105,10 +105,10 @@ class Execution(Section):
     backward_batch_rows: Positive = Field(1, description="staged: network rows whose graph is in memory at once")
     decode_images: Positive = Field(1, description="staged: images decoded and scored at once, their graph in memory")
     gradient_checkpointing: tuple[Literal["network", "decoder", "reward"], ...] = Field(
-        (), description="parts whose blocks are recomputed in the backward pass instead of kept"
+        (), description="groups of modules whose blocks use gradient checkpointing"
     )
     offload: Literal["none", "staged"] = Field(
-        "none", description="staged: a part's frozen weights are on the device only in the stages that use it"
+        "none", description="staged: frozen weights are on the device only in the stages that use them"
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none", description="bits of the frozen network under a LoRA (bitsandbytes); changes the base model slightly"
@@ -133,20 +133,21 @@ class Evaluation(Section):
 
     every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0 = only before and after")
     points: int = Field(
-        0, ge=0, description="with a limit: evaluations spread evenly over it, in place of every; 0 = by steps"
+        0, ge=0, description="with a limit: evaluations spread evenly over it, instead of every; 0 = by steps"
     )
     prompts: str | None = Field(None, description="named set or file of held-out prompts; default: the preset's")
     num_prompts: Positive = Field(16, description="held-out prompts used, a fixed choice of the set")
     images_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="diversity needs at least two")
     held_out: tuple[str, ...] = Field((), description="rewards that are never trained on, scored at each evaluation")
     judges: tuple[str, ...] = Field(
-        (), description="beside the model's own: clip, lpips, dreamsim, frechet or module:Class; docs/evaluation.md"
+        (),
+        description="in addition to the model's own: clip, lpips, dreamsim, frechet or module:Class; docs/evaluation.md",
     )
     judge_options: dict[str, dict[str, str | int | float | bool]] = Field(
         default_factory=dict, description="keywords by judge or held-out reward, e.g. judge_options.clip.model=..."
     )
     grid: Positive = Field(16, description="images kept on disk at each evaluation")
-    checkpoint: bool = Field(False, description="a checkpoint after each evaluation, beside checkpoint_every")
+    checkpoint: bool = Field(False, description="a checkpoint after each evaluation as well")
 
 
 class Limits(Section):
@@ -171,7 +172,7 @@ class Monitor(Section):
 
 
 class Logging(Section):
-    """Where metrics go beside metrics.jsonl."""
+    """Where metrics go in addition to metrics.jsonl."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="experiment trackers that get metrics and images, through accelerate"

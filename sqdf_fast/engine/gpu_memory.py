@@ -1,7 +1,7 @@
 """A run inside its memory budget: the GPU's memory, the share of other processes, and the cap.
 
-The driver is asked through NVML (package nvidia-ml-py). Without it, or without its permission, a figure is None and a
-sentence says why.
+The driver is queried through NVML (package nvidia-ml-py). Without it, or without its permission, a figure is None and a
+reason is given.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def cap_process(device: torch.device, nbytes: int, *, needed: int | None = None,
         nbytes: budget of the whole process, the CUDA context included.
         needed: minimum for the whole process; default: all of ``nbytes``. A plan that needs 20 GiB of a 24 GiB budget
             also runs on a card that shows 23.6.
-        context_bytes: of ``nbytes``, what the context and the libraries take beside PyTorch's allocator.
+        context_bytes: of ``nbytes``, what the context and the libraries take in addition to PyTorch's allocator.
 
     Returns:
         Bytes that the allocator may take from the driver.

@@ -99,13 +99,13 @@ def load_run_reward(config: Config, prompts: Sequence[str], device: torch.device
 
 def loading_device(config: Config) -> torch.device:
     """Where frozen weights are loaded: on the host if they are offloaded, else on the run's device."""
-    # Offloaded weights may be more than the device holds at once. Quantizing needs the device.
+    # Offloaded weights may exceed the device's memory. Quantizing needs the device.
     on_host = config.execution.offload == "staged" and config.execution.quantization == "none"
     return torch.device("cpu") if on_host else pick_device(config.device)
 
 
 def consistency_source(config: Config, family: Family) -> str | None:
-    """Folder, file or hub id of the consistency LoRA; None where none is needed. Raises UserError if there is none."""
+    """Folder, file or hub id of the consistency LoRA, if the run needs one. Raises UserError if it is missing."""
     if config.objective.lookahead != "consistency" and config.policy.base != "consistency":
         return None
     source = config.consistency_lora or family.default_consistency_lora()

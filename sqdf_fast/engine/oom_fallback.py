@@ -30,7 +30,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def normalize_oom_errors() -> Iterator[None]:
-    """Raise torch.OutOfMemoryError for whatever ran out of memory inside, however wrapped; also a decorator."""
+    """Raise torch.OutOfMemoryError for any out-of-memory error inside, even a wrapped one; also a decorator."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -82,7 +82,7 @@ def clip_grad_norm(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
 
 
 def gradient_norm(gradients: list[Tensor]) -> float:
-    """The L2 norm of all elements; on the CPU accumulated in float64, the same bits whatever the number of threads."""
+    """The L2 norm of all elements; on the CPU accumulated in float64, the same bits for any number of threads."""
     if any(gradient.device.type != "cpu" or gradient.dtype == torch.float64 for gradient in gradients):
         return float(nn.utils.get_total_norm(gradients))
     return math.sqrt(sum_of_squares([_flat(g, _memory_format(g) or torch.contiguous_format) for g in gradients]))
@@ -342,14 +342,14 @@ def _fill(state: dict[str, Any], tensors: Mapping[str, Any]) -> None:
     if names != tensors.keys() - set(_MAPS):
         raise ValueError(f"the optimizer's state has {sorted(names)}, not {sorted(tensors)}")
     for name in sorted(names):
-        given, place = torch.as_tensor(tensors[name]), torch.as_tensor(state[name])
+        given, target = torch.as_tensor(tensors[name]), torch.as_tensor(state[name])
         if name == "step":
-            state[name] = place.copy_(given) if isinstance(state[name], Tensor) else int(given)
-        elif given.dtype != place.dtype or given.shape != place.shape:
-            expected = f"{place.dtype} {tuple(place.shape)}"
+            state[name] = target.copy_(given) if isinstance(state[name], Tensor) else int(given)
+        elif given.dtype != target.dtype or given.shape != target.shape:
+            expected = f"{target.dtype} {tuple(target.shape)}"
             raise ValueError(f"the optimizer's {name} is {expected}, not {given.dtype} {tuple(given.shape)}")
         else:
-            place.copy_(given)
+            target.copy_(given)
 
 
 def _fresh_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Trajectories:
 
     Attributes:
         x0: final latents [n, ...]; those at index ``stop`` where sampling stopped early.
-        states: on the CPU, None unless asked for. "trainable": [n, K, ...] in the network's dtype. "all":
+        states: on the CPU, None if not kept. "trainable": [n, K, ...] in the network's dtype. "all":
             [n, T + 1, ...] in the family's precision, since a transition's probability is that of the very states.
     """
 

@@ -1,4 +1,4 @@
-"""A training run from start to end: planned, held to its memory budget, stopped and resumed."""
+"""A training run from start to end: planned, capped to its memory budget, stopped and resumed."""
 
 from __future__ import annotations
 

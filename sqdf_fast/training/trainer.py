@@ -104,7 +104,7 @@ class Trainer:
         policy = self.run.policy(self.config)
         if (restored := self.watch.restore(policy)) is not None:
             step = self.watch.alarm["best_step"] if restored and self.watch.alarm else self.step
-            self.progress.message(f"{policy} holds the weights of step {step}")
+            self.progress.message(f"{policy} has the weights of step {step}")
 
     def save(self) -> Path:
         """Write a checkpoint, and the policy."""
@@ -134,15 +134,15 @@ class Trainer:
         Raises:
             UserError: the checkpoint is damaged or of another configuration.
         """
-        found = checkpoints(self.run.checkpoints)
-        if not found:
+        saved = checkpoints(self.run.checkpoints)
+        if not saved:
             return
-        tensors, values = read_checkpoint(found[-1])
+        tensors, values = read_checkpoint(saved[-1])
         try:
             self._restore(tensors, values)
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"checkpoint {found[-1]} does not belong to this configuration ({str(error).splitlines()[0]}); "
+                f"checkpoint {saved[-1]} does not belong to this configuration ({str(error).splitlines()[0]}); "
                 "resume with the config.yaml of its run"
             ) from None
 

@@ -1,4 +1,4 @@
-"""SQDF on the consistency model itself, from the command line's flag to pictures."""
+"""SQDF on the consistency model itself, from the command line's flag to images."""
 
 from __future__ import annotations
 
