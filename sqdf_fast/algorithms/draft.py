@@ -1,4 +1,4 @@
-"""Direct reward fine-tuning: the reward's gradient through the last steps of the sampler (DRaFT-K), optionally with a KL.
+"""Direct reward fine-tuning: the reward's gradient through the sampler's last steps (DRaFT-K), optionally with a KL.
 
 DRaFT is Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", arXiv 2309.17400.
 """

@@ -140,8 +140,7 @@ class Evaluation(Section):
     images_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="diversity needs at least two")
     held_out: tuple[str, ...] = Field((), description="rewards that are never trained on, scored at each evaluation")
     judges: tuple[str, ...] = Field(
-        (),
-        description="in addition to the model's own: clip, lpips, dreamsim, frechet or module:Class; docs/evaluation.md",
+        (), description="added to the model's own: clip, lpips, dreamsim, frechet or module:Class; docs/evaluation.md"
     )
     judge_options: dict[str, dict[str, str | int | float | bool]] = Field(
         default_factory=dict, description="keywords by judge or held-out reward, e.g. judge_options.clip.model=..."

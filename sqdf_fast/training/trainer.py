@@ -104,7 +104,7 @@ class Trainer:
         policy = self.run.policy(self.config)
         if (restored := self.watch.restore(policy)) is not None:
             step = self.watch.alarm["best_step"] if restored and self.watch.alarm else self.step
-            self.progress.message(f"{policy} has the weights of step {step}")
+            self.progress.message(f"{policy} holds the weights of step {step}")
 
     def save(self) -> Path:
         """Write a checkpoint, and the policy."""
