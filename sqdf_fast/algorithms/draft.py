@@ -21,7 +21,7 @@ from sqdf_fast.engine.noise import Stream
 from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.engine.sampler import Step
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels import denoise_step, posterior_mean
+from sqdf_fast.kernels import posterior_mean
 from sqdf_fast.kernels.philox import derive_seeds
 
 
@@ -125,23 +125,12 @@ class DirectReward(Algorithm):
         kls, indices = [], []
 
         def transition(step: Step) -> Tensor:
-            m = self.runtime.output("policy", step.x, step.index, step.conditioning)
             if not (with_kl and trainable[step.i]):
+                m = self.runtime.output("policy", step.x, step.index, step.conditioning)
                 return sampler.add_noise(sampler.mean(step, m), step)
             # No gradient through the reference, nor through its x: as in NVIDIA's DRaFT+.
-            with torch.no_grad():
-                reference = self.runtime.output("reference", step.x, step.index, step.conditioning)
-            x, kl = denoise_step(
-                step.x,
-                m,
-                reference,
-                self.tables.transition,
-                step.index,
-                guidance_scale=self.guidance_scale,
-                seed=derive_seeds(Stream.DENOISING, step.i, ids=step.seeds),
-                kl_scale=self.config.objective.kl_scale,
-                impl=self.config.impl,
-            )
+            seed = derive_seeds(Stream.DENOISING, step.i, ids=step.seeds)
+            x, kl = self.runtime.step(step.x, step.index, step.conditioning, seed=seed)
             kls.append(kl)
             indices.append(step.index)
             return x

@@ -28,7 +28,7 @@ from sqdf_fast.engine.noise import Stream, generator
 from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.engine.sampler import Keep
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels import denoise_step, posterior_mean
+from sqdf_fast.kernels import posterior_mean
 
 
 @dataclass(frozen=True)
@@ -176,16 +176,12 @@ class PolicyGradient(Algorithm):
         """
         index = pairs.index.to(x.device)
         conditioning = self.family.encode([self._collected.prompts[i] for i in pairs.trajectory.tolist()])
-        scale, impl = self.guidance_scale, self.config.impl
-        if not regularize:
-            policy = self.runtime.output("policy", x, index, conditioning)
-            return posterior_mean(x, policy, rows[:, :2], index, guidance_scale=scale, impl=impl), None
-        with torch.no_grad():
-            reference = self.runtime.output("reference", x, index, conditioning)
-        policy = self.runtime.output("policy", x, index, conditioning)
-        # Without noise the step is its mean.
-        options: dict[str, Any] = {"noise": torch.zeros_like(x), "kl_scale": kl_scale, "impl": impl}
-        return denoise_step(x, policy, reference, rows, index, guidance_scale=scale, **options)
+        if regularize:
+            # Without noise the step is its mean.
+            zero = torch.zeros_like(x)
+            return self.runtime.step(x, index, conditioning, noise=zero, table=rows, kl_scale=kl_scale)
+        policy, scale = self.runtime.output("policy", x, index, conditioning), self.guidance_scale
+        return posterior_mean(x, policy, rows[:, :2], index, guidance_scale=scale, impl=self.config.impl), None
 
     def _key(self, pairs: Pairs) -> Tensor:
         """[N] int64: pairs of the same key have the same likelihood."""

@@ -223,6 +223,38 @@ class Runtime:
         with self.backbone.role(role):
             return self.backbone.predict(x, self.sampler.tables.timesteps[index], conditioning, unconditional)
 
+    def step(
+        self,
+        x: Tensor,
+        index: Tensor,
+        conditioning: Conditioning,
+        *,
+        noise: Tensor | None = None,
+        seed: Tensor | None = None,
+        table: Tensor | None = None,
+        kl_scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The policy's x_{t-1} [B, ...], and its KL to the reference [B], with the policy's graph.
+
+        Args:
+            x, index, conditioning: as for :meth:`output`; noise, seed: z shaped like x, or int64 [B]; exactly one.
+            table: [T, 3], p, q and sigma; default: the sampler's; kl_scale: default: the objective's.
+        """
+        with torch.no_grad():
+            reference = self.output("reference", x, index, conditioning)
+        return denoise_step(
+            x,
+            self.output("policy", x, index, conditioning),
+            reference,
+            self.sampler.tables.transition if table is None else table,
+            index,
+            guidance_scale=self.guidance_scale,
+            noise=noise,
+            seed=seed,
+            kl_scale=self.config.objective.kl_scale if kl_scale is None else kl_scale,
+            impl=self.config.impl,
+        )
+
     @torch.no_grad()
     def divergence(self, states: Tensor, prompts: Sequence[str]) -> Tensor:
         """KL of one step between policy and reference, at one state of each trajectory: [n] float32 on the CPU.
@@ -336,16 +368,5 @@ class Runtime:
 
     def _divergence(self, x: Tensor, index: Tensor, prompts: Sequence[str]) -> Tensor:
         x, index = x.to(self.family.device, self.family.precision), index.to(self.family.device)
-        conditioning = self.family.encode(prompts)
-        _, kl = denoise_step(
-            x,
-            self.output("policy", x, index, conditioning),
-            self.output("reference", x, index, conditioning),
-            self.sampler.tables.transition,
-            index,
-            guidance_scale=self.guidance_scale,
-            noise=torch.zeros_like(x),
-            kl_scale=self.config.objective.kl_scale,
-            impl=self.config.impl,
-        )
+        _, kl = self.step(x, index, self.family.encode(prompts), noise=torch.zeros_like(x))
         return kl.float().cpu()
