@@ -36,7 +36,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             partial.mkdir(parents=True)
             yield partial
             for file in partial.iterdir():
-                _sync(file)
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
             if path.exists():
                 # Moved aside first: at every moment the old or the new one is on the disk.
                 shutil.rmtree(old, ignore_errors=True)
@@ -53,8 +54,3 @@ def write_text(path: Path, text: str) -> None:
     with disk_errors(path):
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

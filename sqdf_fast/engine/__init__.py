@@ -12,15 +12,7 @@ from sqdf_fast.engine.module_groups import ModuleGroups
 from sqdf_fast.engine.staged import StagedExecutor
 from sqdf_fast.schedule import DenoisingSchedule
 
-__all__ = [
-    "Executor",
-    "JointExecutor",
-    "ModuleGroups",
-    "RewardFunction",
-    "StagedExecutor",
-    "StepResult",
-    "make_executor",
-]
+__all__ = ["Executor", "ModuleGroups", "RewardFunction", "StepResult", "make_executor"]
 
 
 def make_executor(
