@@ -20,9 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import UserError, first_line
 from sqdf_fast.families import Conditioning, Family
-from sqdf_fast.gradient_checkpointing import CheckpointedBlocks, Context, checkpoint_blocks
+from sqdf_fast.gradient_checkpointing import Context, checkpoint_blocks
 from sqdf_fast.kernels.adamw_8bit import round_stochastically
 
 Role = Literal["policy", "reference", "consistency"]
@@ -75,20 +75,20 @@ class Backbone:
     Args:
         family: a loaded family; its weights stay frozen.
         kind: "lora", or "full": every parameter of a copy of the network is trained.
-        rank, alpha: of the policy LoRA (alpha None: the rank, a scale of 1).
+        rank, alpha: rank and alpha of the policy LoRA (alpha None: the rank, a scale of 1).
         target_modules: suffixes of the layers that get a policy LoRA; None: the family's own choice.
-        seed: of the LoRA's Gaussian initialisation; B is zero, so policy == reference at the start, bit for bit.
+        seed: seed of the LoRA's Gaussian initialization; B is zero, so policy == reference at the start.
         policy: folder of trained LoRA weights to start from, whose own rank and layers count then; in full-parameter
             mode of a network.
         consistency_lora: folder, file or hub id of the consistency LoRA; None leaves that role out.
         base: what policy and reference start from: the network, or its consistency model.
 
     Attributes:
-        checkpointed: of the network's blocks in the backward pass, each in the role it ran in; off at first.
+        checkpointed: activation checkpointing of the network's blocks, each in the role it ran in; off at first.
         evaluations: rows that went through the network so far.
 
     Raises:
-        UserError: no layer matches target_modules, a LoRA does not fit the network, or the base is not to be had.
+        UserError: no layer matches target_modules, a LoRA does not fit the network, or the base is impossible.
     """
 
     def __init__(
@@ -136,7 +136,11 @@ class Backbone:
         for parameter in self._policy.values():
             parameter.requires_grad_(True)
         self._set("reference")
-        self.checkpointed = self._checkpoint()
+        networks = {id(network): network for network in (self._trained, family.network)}
+        kinds = family.checkpointed_block_types["network"]
+        self.checkpointed = [checkpoint_blocks(network, kinds, self._reenter) for network in networks.values()]
+        for checkpointed in self.checkpointed:
+            checkpointed.enabled = False
 
     @property
     def policy_parameters(self) -> dict[str, nn.Parameter]:
@@ -149,7 +153,7 @@ class Backbone:
 
     @contextmanager
     def role(self, role: Role) -> Iterator[None]:
-        """Run the network as ``role`` inside the block; afterwards it is what it was before."""
+        """Run the network as ``role`` inside the block, and as before after it."""
         with self._switched(role):
             yield
 
@@ -164,7 +168,7 @@ class Backbone:
         last place of most weights, and rounding to nearest would leave it out.
 
         The weights themselves are untouched and back afterwards, bit for bit: taking a LoRA off by subtraction is not
-        exact. Quantised layers run their adapter as ever.
+        exact. Quantized layers run their adapter as ever.
         """
         adapters = self._adapters(role)
         layers = [layer for layer in self._layers if any(name in layer.scaling for name in adapters)]
@@ -235,9 +239,9 @@ class Backbone:
             trained = type(self._trained).from_pretrained(folder, torch_dtype=self.family.dtype)
             self._trained.load_state_dict(trained.state_dict())
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"policy network {folder!r} cannot be loaded into this model ({reason}); give the network/ of its run"
+                f"policy network {folder!r} cannot be loaded into this model ({first_line(error)}); "
+                "give the network/ of its run"
             ) from None
 
     def _add_policy(self, rank: int, alpha: float, target_modules: tuple[str, ...], seed: int) -> None:
@@ -258,7 +262,7 @@ class Backbone:
     def _switched(self, role: _State) -> Iterator[None]:
         previous = self._role
         if role == previous:
-            # A recomputed block comes back to the role it is in: no walk through all adapters.
+            # A checkpointed block often runs again in its own role: no walk through all adapters.
             yield
             return
         self._set(role)
@@ -274,8 +278,8 @@ class Backbone:
             )
         active = self._adapters(role)
         for layer in self._layers:
-            # Not set_adapter, which also walks every parameter's requires_grad, and not by way of nn.Module: recomputed
-            # blocks come here thousands of times a step.
+            # Not set_adapter, which also walks every parameter's requires_grad, and not through nn.Module: this runs
+            # thousands of times a step with gradient checkpointing.
             object.__setattr__(layer, "_active_adapter", active)
         self._role: _State = role
 
@@ -285,14 +289,6 @@ class Backbone:
             return []
         below = ["consistency"] if role == "consistency" or self.base == "consistency" else []
         return [*below, "policy"] if role == "policy" and self.kind == "lora" else below
-
-    def _checkpoint(self) -> list[CheckpointedBlocks]:
-        networks = {id(network): network for network in (self._trained, self.family.network)}
-        kinds = self.family.checkpointed_block_types["network"]
-        found = [checkpoint_blocks(network, kinds, self._reenter) for network in networks.values()]
-        for checkpointed in found:
-            checkpointed.enabled = False
-        return found
 
     def _reenter(self) -> Context:
         return partial(self._switched, self._role)

@@ -1,7 +1,7 @@
-"""Activation checkpointing of chosen blocks: their insides are recomputed in the backward pass, not kept.
+"""Gradient checkpointing of chosen blocks: the backward pass runs them again instead of keeping their activations.
 
 The libraries' own switches act on whole stages of a network, some only in training mode; this one wraps any block by
-the name of its class, down to single residual blocks, and counts what it recomputes.
+the name of its class, down to single residual blocks, and counts the checkpoints.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class CheckpointedBlocks:
     """The wrapped blocks of one module.
 
     Attributes:
-        blocks: how many are wrapped; enabled: whether they recompute (else they run as they always did).
-        count: checkpointed so far.
+        blocks: number of wrapped blocks; enabled: whether they checkpoint.
+        count: blocks run again so far.
     """
 
     def __init__(self, reenter: Callable[[], Context] | None = None) -> None:
@@ -31,7 +31,7 @@ class CheckpointedBlocks:
         self._reenter = reenter
 
     def wrap(self, block: nn.Module) -> None:
-        """Recompute ``block`` from now on."""
+        """Checkpoint ``block`` from now on."""
         block.forward = partial(self._run, block.forward)
         self.blocks += 1
 
@@ -54,7 +54,7 @@ class CheckpointedBlocks:
 def checkpoint_blocks(
     module: nn.Module, kinds: Collection[str], reenter: Callable[[], Context] | None = None
 ) -> CheckpointedBlocks:
-    """Recompute every submodule whose class name is in ``kinds``; gradients stay the same.
+    """Checkpoint every submodule whose class name is in ``kinds``; gradients stay the same.
 
     A block inside a chosen block is chosen too. Without a graph, nothing changes. No random numbers may be drawn
     inside (frozen networks have no dropout).
@@ -63,8 +63,8 @@ def checkpoint_blocks(
         module: searched, itself included.
         reenter: called when a block runs; returns the context in which it has to run again (the network's role).
     """
-    found = CheckpointedBlocks(reenter)
+    blocks = CheckpointedBlocks(reenter)
     for block in module.modules():
         if type(block).__name__ in kinds:
-            found.wrap(block)
-    return found
+            blocks.wrap(block)
+    return blocks

@@ -5,8 +5,9 @@ Both spend at sampling what fine-tuning spends once, so both say what they cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -101,7 +102,7 @@ def score_shift(schedule: DenoisingSchedule) -> Tensor:
 
     A score that is larger by g is an epsilon_hat smaller by noise g and an x0_hat larger by noise^2 / signal g. Since
     x0_hat = a x + b m, the network's output moves by noise^2 / (signal b) g and the mean by q times that, whatever
-    the network predicts. 0 at pure noise, whose score says nothing of x_0.
+    the network predicts. 0 at pure noise, whose score does not depend on x_0.
     """
     signal, noise = schedule.levels.unbind(1)
     shift = schedule.transition[:, 1] * noise.square() / (signal * schedule.posterior[:, 1])
@@ -110,18 +111,15 @@ def score_shift(schedule: DenoisingSchedule) -> Tensor:
 
 def _best_of(runtime: Runtime, prompts: Sequence[str], seeds: Tensor, role: Role, candidates: int) -> TrainingFree:
     evaluations, scored = runtime.backbone.evaluations, runtime.reward_evaluations
-    best = best_reward = None
     for number in range(candidates):
         own = seeds if number == 0 else derive_seeds(Stream.CANDIDATE, number, ids=seeds)
         x0 = runtime.sample(prompts, own, f"candidate {number + 1} of {candidates}", role=role).x0
-        found = runtime.rewards(x0, prompts)
-        if best is None or best_reward is None:
-            best, best_reward = x0, found
-        else:
-            better = found > best_reward
-            best_reward = torch.where(better, found, best_reward)
-            best = torch.where(better.view(-1, *(1,) * (x0.ndim - 1)), x0, best)
-    assert best is not None
+        reward = runtime.rewards(x0, prompts)
+        if number == 0:
+            best, best_reward = x0, reward
+        better = reward > best_reward
+        best_reward = torch.where(better, reward, best_reward)
+        best = torch.where(better.view(-1, *(1,) * (x0.ndim - 1)), x0, best)
     spent = Cost(runtime.backbone.evaluations - evaluations, 0, runtime.reward_evaluations - scored)
     return TrainingFree(best, spent)
 
@@ -146,28 +144,25 @@ class _Guidance:
         evaluations, scored = self.backbone.evaluations, runtime.reward_evaluations
         self.unet_backward_rows = self.reward_backward_images = 0
         runtime.begin("guided sampling", *ALL_GROUPS)
-        starts, found = range(0, len(prompts), size), []
+        starts, samples = range(0, len(prompts), size), []
         for number, start in enumerate(starts):
             part = slice(start, start + size)
-            walk = self.sampler.walk(prompts[part], seeds[part], transition=self._transition(list(prompts[part])))
-            *_, x0 = self._reported(walk, number * steps, len(starts) * steps)
-            found.append(x0)
+            transition = partial(self._transition, prompts=list(prompts[part]))
+            for i, x in enumerate(self.sampler.walk(prompts[part], seeds[part], transition=transition)):
+                runtime.check_stop()
+                runtime.progress.phase("sampling", number * steps + i, len(starts) * steps)
+                x0 = x
+            samples.append(x0)
         spent = Cost(
             self.backbone.evaluations - evaluations,
             self.unet_backward_rows,
             runtime.reward_evaluations - scored,
             self.reward_backward_images,
         )
-        return TrainingFree(torch.cat(found), spent)
+        return TrainingFree(torch.cat(samples), spent)
 
-    def _reported(self, walk: Iterator[Tensor], done: int, total: int) -> Iterator[Tensor]:
-        for i, x in enumerate(walk):
-            self.runtime.check_stop()
-            self.runtime.progress.phase("sampling", done + i, total)
-            yield x
-
-    def _transition(self, prompts: list[str]) -> Callable[[Step], Tensor]:
-        return lambda step: self.sampler.add_noise(self._guided_mean(step, prompts), step)
+    def _transition(self, step: Step, prompts: list[str]) -> Tensor:
+        return self.sampler.add_noise(self._guided_mean(step, prompts), step)
 
     def _guided_mean(self, step: Step, prompts: list[str]) -> Tensor:
         guided = self.shifts[step.i] != 0
@@ -192,7 +187,7 @@ class _Guidance:
         """Of every sample's own reward at x_t."""
         reward = self.runtime.score_latents(x0_hat, prompts)
         if not reward.requires_grad:
-            raise UserError("this reward has no gradient to guide by; take best-of-n, which needs none")
+            raise UserError("this reward has no gradient to guide by; use best-of-n, which needs no gradient")
         self.unet_backward_rows += rows
         self.reward_backward_images += len(prompts)
         (gradient,) = torch.autograd.grad(reward.sum(), x)

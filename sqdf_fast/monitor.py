@@ -1,8 +1,7 @@
-"""Over-optimisation: the trained reward still rises while what training does not see falls.
+"""Over-optimization: the trained reward still rises while what training does not see falls.
 
-A pure function of the evaluation records, so that a run that goes on after an interruption knows what it knew. The rule
-and where its constants come from: docs/monitor.md. The true reward of the embedded world, which no user has, is not
-looked at.
+A pure function of the evaluation records: a resumed run decides as an uninterrupted one. The rule and the origin
+of its constants: docs/monitor.md. The true reward of the embedded world, which no user has, plays no part.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ PROXY = "eval_proxy_reward"
 HELD_OUT = "eval_held_out_"
 # Evaluations in a row that must say the same.
 PERSISTENCE = 2
-# Share of its best value that a judge may lose. Rewards have no zero: of them only the intervals tell.
+# Share of its best value that a judge may lose. Rewards have no zero, so only their intervals count.
 TOLERANCE = {"eval_alignment": 0.05, "eval_attribute_accuracy": 0.05, "eval_diversity": 0.5}
 
 
@@ -26,8 +25,8 @@ class Turn:
     """A judge that fell while the proxy rose.
 
     Attributes:
-        key: of the evaluation record; best_step: of the evaluation at which the judge said its best.
-        best, now: what it said then and last.
+        key: key of the evaluation record; best_step: step of the judge's best value.
+        best, now: its best and its last value.
     """
 
     key: str
@@ -37,7 +36,7 @@ class Turn:
 
     @property
     def name(self) -> str:
-        """As a person calls the judge."""
+        """The judge's name in messages."""
         if self.key.startswith(HELD_OUT):
             return f"held-out reward {self.key.removeprefix(HELD_OUT)}"
         return self.key.removeprefix("eval_").replace("_", " ")
@@ -45,12 +44,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Alarm:
-    """Over-optimisation, seen at an evaluation.
+    """Over-optimization, seen at an evaluation.
 
     Attributes:
-        step: of that evaluation; best_step: of the last one at which no judge was below its best yet.
-        proxy: the trained reward at both, (best_step's, step's).
-        kl: the same of the KL; None where it was not measured.
+        step: step of that evaluation; best_step: of the last one at which no judge was below its best yet.
+        proxy: trained reward at best_step and at step; kl: KL at both, None where it was not measured.
         turns: the judges that fell, at least one.
     """
 
@@ -62,7 +60,7 @@ class Alarm:
 
     @property
     def reason(self) -> str:
-        """One sentence for people."""
+        """One sentence."""
         fallen = ", ".join(f"{turn.name} fell from {turn.best:.4g} to {turn.now:.4g}" for turn in self.turns)
         at = f"step {self.best_step}"
         if self.kl is not None:
@@ -72,37 +70,32 @@ class Alarm:
     def record(self) -> dict[str, Any]:
         """The line of ``metrics.jsonl``."""
         judges = [turn.key.removeprefix("eval_") for turn in self.turns]
-        return {
-            "kind": "alarm",
-            "step": self.step,
-            "best_step": self.best_step,
-            "judges": judges,
-            "reason": self.reason,
-        }
+        steps = {"step": self.step, "best_step": self.best_step}
+        return {"kind": "alarm", **steps, "judges": judges, "reason": self.reason}
 
 
 def watched(evaluations: Sequence[Record]) -> list[str]:
-    """Keys of the judges that the monitor listens to and that say something in these records."""
+    """Keys of the judges that the monitor watches and that have values in these records."""
     keys = dict.fromkeys(key for record in evaluations for key in record)
-    heard = [key for key in keys if key in TOLERANCE or _is_held_out(key)]
-    return [key for key in heard if any(record.get(key) is not None for record in evaluations)]
+    judges = [key for key in keys if key in TOLERANCE or _is_held_out(key)]
+    return [key for key in judges if any(record.get(key) is not None for record in evaluations)]
 
 
 def is_good(evaluations: Sequence[Record]) -> bool:
-    """Whether at the last evaluation no judge is below its best so far: what a later alarm may go back to."""
+    """Whether no judge is below its best at the last evaluation: a point that a later alarm may return to."""
     last = evaluations[-1]
-    heard = [key for key in watched(evaluations) if last.get(key) is not None]
-    return not any(_fell(_best(evaluations, key), last, key) for key in heard)
+    judged = [key for key in watched(evaluations) if last.get(key) is not None]
+    return not any(_fell(_best(evaluations, key), last, key) for key in judged)
 
 
 def check(evaluations: Sequence[Record]) -> Alarm | None:
-    """What the last evaluation says, given those before it.
+    """The alarm at the last evaluation, given those before it; None without over-optimization.
 
     Args:
         evaluations: records of kind "evaluation" in order, of the same prompts and seeds, the first the base model's.
     """
-    found = [turn for key in watched(evaluations) if (turn := _turn(evaluations, key)) is not None]
-    if not found:
+    turns = [turn for key in watched(evaluations) if (turn := _turn(evaluations, key)) is not None]
+    if not turns:
         return None
     last = evaluations[-1]
     # The first evaluation is its own best.
@@ -114,12 +107,12 @@ def check(evaluations: Sequence[Record]) -> Alarm | None:
         best_step=int(best["step"]),
         proxy=(best[PROXY], last[PROXY]),
         kl=None if kl[0] is None or kl[1] is None else (kl[0], kl[1]),
-        turns=tuple(found),
+        turns=tuple(turns),
     )
 
 
 def new_alarm(evaluations: Sequence[Record]) -> Alarm | None:
-    """As :func:`check`, but only where the evaluation before the last was still quiet: an alarm is said once."""
+    """As :func:`check`, but None if the evaluation before the last raised it already: an alarm is raised once."""
     return check(evaluations) if check(evaluations[:-1]) is None else None
 
 
@@ -149,6 +142,6 @@ def _fell(best: Record, now: Record, key: str) -> bool:
     ends = best.get(f"{key}_low"), now.get(f"{key}_high")
     if ends[0] is None or ends[1] is None:
         return False
-    # Pictures of a single prompt have intervals without width, which say nothing.
-    told = ends[0] < best[key] or ends[1] > now[key]
-    return told and ends[1] < ends[0] and best[key] - now[key] > TOLERANCE.get(key, 0.0) * abs(best[key])
+    # Images of a single prompt have intervals without width, which mean nothing.
+    has_width = ends[0] < best[key] or ends[1] > now[key]
+    return has_width and ends[1] < ends[0] and best[key] - now[key] > TOLERANCE.get(key, 0.0) * abs(best[key])

@@ -1,6 +1,6 @@
 """The paper's equations on top of the kernels, and the loss that drops into a training script.
 
-SQDF (Kang et al., arXiv 2512.04559) maximises E[r(x_0) - alpha sum_t KL(p || p')] over the denoising
+SQDF (Kang et al., arXiv 2512.04559) maximizes E[r(x_0) - alpha sum_t KL(p || p')] over the denoising
 transitions p of a pretrained p'. The soft Q-function of a step is approximated by one look-ahead, and its
 gradient is reparameterised:
 
@@ -143,15 +143,12 @@ def sqdf_loss(
     """The SQDF loss of one denoising step, in one call.
 
     Args:
-        x: [B, ...] latents x_t at the schedule's `index`, from any policy (a replay buffer, the current
-            policy).
-        policy: the policy's network output at x, [2B, ...] ordered [uncond; cond]; [B, ...] if
-            guidance_scale = 1.
+        x: [B, ...] latents x_t at the schedule's `index`, from any policy (a replay buffer, the current policy).
+        policy: the policy's network output at x, [2B, ...] ordered [uncond; cond]; [B, ...] if guidance_scale = 1.
         reference: the frozen reference's, like `policy`; gets no gradient.
         schedule: of the sampler, on any device.
         index: [B] int64 on the device of x; draw trainable indices only.
-        reward: x_prev [B, ...] -> r [B], differentiable: usually decode and score of `look_ahead(x_prev,
-            index, ...)`.
+        reward: x_prev [B, ...] -> r [B], differentiable: usually decode and score of `look_ahead(x_prev, index, ...)`.
         alpha: KL coefficient; gamma: discount in (0, 1].
         noise, seed: z shaped like x, or int64 [B]; exactly one.
         kl_scale, mask_nonpositive, denominator, impl: as in `denoise_step` and `discounted_loss`.

@@ -184,8 +184,8 @@ class ReplayBuffer:
         n = min(state["added"], self.capacity)
         tensors = state["tensors"]
         stored = tensors.get(self.store)
-        found = 0 if stored is None else len(stored)
-        if not n == found == len(state["prompts"]) or (stored is not None and not self._fits(stored)):
+        count = 0 if stored is None else len(stored)
+        if not n == count == len(state["prompts"]) or (stored is not None and not self._fits(stored)):
             raise ValueError(
                 f"stored buffer does not fit capacity {self.capacity}, {len(self.indices)} indices and "
                 f"replay.store = {self.store}"

@@ -54,8 +54,7 @@ class Lookahead:
             m = network(x, lookahead.timesteps[index, j])
             x = posterior_mean(x, m, lookahead.rows[:, j], index)
 
-    At the last index, and wherever x_prev is clean already, every row is (1, 0): x0_hat = x_prev, m is not
-    read.
+    At the last index, and wherever x_prev is clean already, every row is (1, 0): x0_hat = x_prev, m is not read.
 
     Attributes:
         rows: [T, n, 2] float64, columns a, b; row i belongs to the x_prev that index i produces.
@@ -124,10 +123,9 @@ class DenoisingSchedule:
     ) -> DenoisingSchedule:
         """Read the coefficients off a diffusers scheduler, which is left as it was.
 
-        DDIMScheduler takes eta as its own eta. DDPMScheduler has a fixed variance (fixed_small,
-        fixed_small_log, fixed_large) and takes eta = 1 alone. FlowMatchEulerDiscreteScheduler is run in the
-        SDE form of its ODE with noise level eta (Flow-GRPO, arXiv 2505.05470, eq. 9); at s = 1 the
-        diffusion term uses the first level below 1, as its code does.
+        DDIMScheduler takes eta as its own eta. DDPMScheduler has a fixed variance (fixed_small, fixed_small_log,
+        fixed_large) and takes eta = 1 alone. FlowMatchEulerDiscreteScheduler runs in the SDE form of its ODE with noise
+        level eta (Flow-GRPO, arXiv 2505.05470, eq. 9); at s = 1 the diffusion term uses the first level below 1.
 
         Args:
             scheduler: DDIMScheduler, DDPMScheduler, their parallel twins, or FlowMatchEulerDiscreteScheduler.
@@ -137,8 +135,8 @@ class DenoisingSchedule:
             set_timesteps: passed on to scheduler.set_timesteps, such as mu for FLUX.
 
         Raises:
-            UserError: another scheduler; a setting that is not affine (thresholding, clip_sample, learned
-                variances); steps < 1; eta < 0; a schedule without a single trainable index (eta = 0).
+            UserError: another scheduler; a setting that is not affine (thresholding, clip_sample, learned variances);
+                steps < 1; eta < 0; a schedule without a trainable index (eta = 0).
         """
         read = _reader(scheduler)
         _check(scheduler, num_inference_steps, eta, set_timesteps)
@@ -163,10 +161,9 @@ class DenoisingSchedule:
         network is the consistency model's, called with guidance 1.
 
         Args:
-            scheduler: as for `from_scheduler`; it says what the network predicts and at which levels.
+            scheduler: as for `from_scheduler`; it defines the prediction and the levels.
             num_inference_steps: T, 4 to 8 as a rule.
-            grid: points of LCM's own grid of timesteps, of which T are taken; not for flow matching, where the
-                scheduler's own timesteps are.
+            grid: points of LCM's grid of timesteps, of which T are taken; flow matching takes the scheduler's.
             trainable_ratio: see TRAINABLE_RATIO.
 
         Raises:
@@ -264,20 +261,15 @@ class DenoisingSchedule:
         exact = self._exact
         return Lookahead(exact.lookahead[:, None], exact.lookahead_timesteps[:, None])
 
-    def consistency(
-        self, timestep_scaling: float = 10.0, sigma_data: float = 0.5, snap: int | None = None
-    ) -> Lookahead:
+    def consistency(self, snap: int | None = None) -> Lookahead:
         """x0_hat of a consistency model (arXiv 2310.04378): one call, x0 = c_skip x + c_out (a x + b m).
 
         Args:
-            timestep_scaling, sigma_data: of the boundary conditions, see `consistency_rows`.
-            snap: None: the model is asked at x_prev's own level. A number of grid points (50 for LCM):
-                timestep and coefficients are those of the nearest of the grid's timesteps, as in the
-                published SQDF code (961 -> 959, ..., 1 -> 19).
+            snap: number of grid points (50 for LCM): timestep and coefficients are those of the nearest of the grid's
+                timesteps, as in the published SQDF code (961 -> 959, ..., 1 -> 19); default: x_prev's own level.
 
         Raises:
-            UserError: snap outside 1 .. num_train_timesteps, or given for flow matching, which has no such
-                grid.
+            UserError: snap outside 1 .. num_train_timesteps, or given for flow matching, which has no such grid.
         """
         exact = self._exact
         timesteps, posterior = exact.lookahead_timesteps, exact.lookahead
@@ -290,15 +282,13 @@ class DenoisingSchedule:
             grid = exact.num_train_timesteps // snap * torch.arange(snap, 0, -1, dtype=torch.float64) - 1
             timesteps = grid[(timesteps[:, None] - grid).abs().argmin(1)]
             posterior, _ = _split(exact.prediction, _vp_levels(exact.alphas_cumprod[timesteps.long()]))
-        rows = consistency_rows(posterior, timesteps, timestep_scaling, sigma_data)
-        rows = _identity_where(rows, _is_last_or_clean(exact.lookahead_levels))
+        rows = _identity_where(consistency_rows(posterior, timesteps), _is_last_or_clean(exact.lookahead_levels))
         return Lookahead(rows[:, None], timesteps[:, None])
 
     def deterministic(self, n: int) -> Lookahead:
-        """x0_hat by n deterministic steps of the reference, from x_prev's level to 0 in even steps of the
-        timestep.
+        """x0_hat by n deterministic steps of the reference, from x_prev's level to 0, even in the timestep.
 
-        n = 1 is `tweedie`. A sub-step that rounding leaves without length is the row (1, 0).
+        n = 1 is `tweedie`. A sub-step of zero length after rounding is the row (1, 0).
 
         Raises:
             UserError: n < 1.
@@ -321,13 +311,11 @@ class DenoisingSchedule:
         return Lookahead(rows, timesteps[:, :-1])
 
 
-def consistency_rows(
-    posterior: Tensor, timesteps: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5
-) -> Tensor:
+def consistency_rows(posterior: Tensor, timesteps: Tensor) -> Tensor:
     """Rows (c_skip + c_out a, c_out b) of a consistency model at a level.
 
-    c_skip = sigma_data^2 / ((timestep_scaling t)^2 + sigma_data^2) and c_out = timestep_scaling t /
-    sqrt((timestep_scaling t)^2 + sigma_data^2): LCM's convention.
+    c_skip = d^2 / ((s t)^2 + d^2) and c_out = s t / sqrt((s t)^2 + d^2) with s = 10 and d = 1/2, LCM's
+    timestep_scaling and sigma_data.
 
     Args:
         posterior: [..., 2], rows (a, b) at the level.
@@ -336,9 +324,9 @@ def consistency_rows(
     Returns:
         [..., 2]; (1, 0) at t = 0.
     """
-    scaled = timesteps * timestep_scaling
-    c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
-    c_out = scaled / (scaled**2 + sigma_data**2).sqrt()
+    scaled = timesteps * 10.0
+    c_skip = 0.25 / (scaled**2 + 0.25)
+    c_out = scaled / (scaled**2 + 0.25).sqrt()
     return torch.stack([c_skip + c_out * posterior[..., 0], c_out * posterior[..., 1]], dim=-1)
 
 
@@ -461,14 +449,8 @@ def _check(scheduler: Any, steps: int | None, eta: float, set_timesteps: dict[st
         raise UserError(f"eta={eta}: give a noise level > 0")
     for setting in ("thresholding", "clip_sample", "stochastic_sampling", "invert_sigmas"):
         if config.get(setting):
-            raise UserError(
-                f"{name} has {setting}=True, which makes its step another one: load it with {setting}=False"
-            )
-    if "DDPM" in name and config.get("variance_type") not in (
-        "fixed_small",
-        "fixed_small_log",
-        "fixed_large",
-    ):
+            raise UserError(f"{name} has {setting}=True, which changes its step: load it with {setting}=False")
+    if "DDPM" in name and config.get("variance_type") not in ("fixed_small", "fixed_small_log", "fixed_large"):
         raise UserError(
             f"{name} has variance_type={config.get('variance_type')!r}: "
             "allowed are fixed_small, fixed_small_log and fixed_large"

@@ -126,11 +126,11 @@ def test_gradients_survive_a_switch_of_role_before_the_backward_pass(model, cons
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in others)
 
 
-def test_recomputation_takes_its_own_role_and_gives_the_same_gradient(model, consistency_lora):
+def test_a_checkpointed_block_takes_its_own_role_and_gives_the_same_gradient(model, consistency_lora):
     gradients = []
-    for recompute_blocks in (False, True):
+    for checkpoint in (False, True):
         backbone = make(model, torch.float64, consistency_lora=consistency_lora)
-        backbone.checkpointed[0].enabled = recompute_blocks
+        backbone.checkpointed[0].enabled = checkpoint
         stir(backbone)
         with backbone.role("policy"):
             first = backbone.predict(*inputs(backbone))
@@ -143,8 +143,8 @@ def test_recomputation_takes_its_own_role_and_gives_the_same_gradient(model, con
     (found,) = backbone.checkpointed
     # the policy's first two blocks come before any LoRA: no graph
     assert found.count == 2 * found.blocks - 2 > 10
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.allclose(plain, recomputed, rtol=1e-10, atol=1e-12)
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.allclose(plain, checkpointed, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("by_layer", [False, True])

@@ -30,7 +30,7 @@ def consistent(model, tmp_path_factory):
     found = make(settings(model, "draft"))
     found.backbone.family.save_lora(folder, "policy")
     changes = {"consistency_lora": str(folder), "objective": {"lookahead": "consistency"}}
-    return make(settings(model, "draft", **changes), stirred=False)
+    return make(settings(model, "sqdf", **changes), stirred=False)
 
 
 def drawn(algorithm, method: str, **options):

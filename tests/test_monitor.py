@@ -10,7 +10,7 @@ from sqdf_fast.monitor import check, is_good, new_alarm, watched
 from sqdf_fast.training.watch import BestWeights
 
 RECORDED = Path(__file__).parents[1] / "bench" / "study" / "monitor_results.json"
-# Half the width of a 95 % interval, as the recorded runs have them: 64 pictures of 32 prompts.
+# Half the width of a 95 % interval, as the recorded runs have them: 64 images of 32 prompts.
 HALF = {"proxy_reward": 0.25, "held_out_taste_held_out": 0.2, "alignment": 0.025, "attribute_accuracy": 0.09}
 FIRST = {"proxy_reward": -1.5, "held_out_taste_held_out": -1.4, "alignment": 0.59, "attribute_accuracy": 1.0}
 

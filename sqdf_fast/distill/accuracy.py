@@ -27,8 +27,8 @@ class Accuracy:
     Attributes:
         lookahead: "consistency" or "tweedie"; timestep: the network's.
         error: squared error of x0_hat over the mean square of x_0, in latents.
-        sharpness: mean absolute difference of neighbouring pixels in x0_hat's picture, over that in x_0's.
-        correlation: Pearson's, of the rewards of the two pictures; None without a reward.
+        sharpness: mean absolute difference of neighboring pixels in x0_hat's image, over that in x_0's.
+        correlation: Pearson's, of the rewards of the two images; None without a reward.
     """
 
     lookahead: str
@@ -84,11 +84,21 @@ def measure_accuracy(
             batch_size=batch_size,
             on_progress=report,
         )
-        true = _Judged.of(backbone, reached.x0, prompts, batch_size, reward)
+        x0 = reached.x0.double()
+        sharpness, rewards = _sharpness_and_rewards(backbone, reached.x0, prompts, batch_size, reward)
         for name, who, lookahead, scale in kinds:
             x0_hat = _foresee(backbone, who, reached.states[:, state], state, prompts, lookahead, scale, batch_size)
-            judged = _Judged.of(backbone, x0_hat, prompts, batch_size, reward)
-            table.append(_compare(name, float(lookahead.timesteps[state, 0]), judged, true))
+            own_sharpness, own_rewards = _sharpness_and_rewards(backbone, x0_hat, prompts, batch_size, reward)
+            both = torch.stack([own_rewards, rewards])
+            table.append(
+                Accuracy(
+                    name,
+                    timestep=float(lookahead.timesteps[state, 0]),
+                    error=float((x0_hat.double() - x0).square().mean() / x0.square().mean()),
+                    sharpness=own_sharpness / sharpness,
+                    correlation=None if reward is None else float(torch.corrcoef(both)[0, 1]),
+                )
+            )
     return table
 
 
@@ -116,51 +126,28 @@ def _foresee(
     family = backbone.family
     lookahead = lookahead.to(family.device, family.precision)
     unconditional = family.unconditional(guidance_scale)
-    parts = []
+    estimates = []
     with backbone.role(role):
         for start in range(0, len(x), batch_size):
-            part = x[start : start + batch_size].to(family.device, family.precision)
-            conditioning = family.encode(prompts[start : start + batch_size])
-            parts.append(
-                look_ahead(
-                    part,
-                    torch.full((len(part),), state, device=family.device),
-                    lookahead,
-                    partial(backbone.predict, conditioning=conditioning, unconditional=unconditional),
-                    guidance_scale=guidance_scale,
-                ).cpu()
-            )
-    return torch.cat(parts)
-
-
-@dataclass(frozen=True)
-class _Judged:
-    latents: Tensor
-    detail: float
-    rewards: Tensor | None
-
-    @staticmethod
-    def of(
-        backbone: Backbone,
-        latents: Tensor,
-        prompts: Sequence[str],
-        batch_size: int,
-        reward: RewardFunction | None,
-    ) -> _Judged:
-        family = backbone.family
-        detail, rewards = [], []
-        for start in range(0, len(latents), batch_size):
             part = slice(start, start + batch_size)
-            images = family.decode(latents[part].to(family.device, family.dtype)).float()
-            detail += [images.diff(dim=axis).abs().mean(dim=(1, 2, 3)).double().cpu() for axis in (2, 3)]
-            if reward is not None:
-                rewards.append(reward(images, prompts[part]).double().cpu())
-        return _Judged(latents.double(), float(torch.cat(detail).mean()), torch.cat(rewards) if rewards else None)
+            states = x[part].to(family.device, family.precision)
+            index = torch.full((len(states),), state, device=family.device)
+            conditioning = family.encode(prompts[part])
+            network = partial(backbone.predict, conditioning=conditioning, unconditional=unconditional)
+            estimates.append(look_ahead(states, index, lookahead, network, guidance_scale=guidance_scale).cpu())
+    return torch.cat(estimates)
 
 
-def _compare(name: str, timestep: float, judged: _Judged, true: _Judged) -> Accuracy:
-    error = (judged.latents - true.latents).square().mean() / true.latents.square().mean()
-    correlation = None
-    if judged.rewards is not None and true.rewards is not None:
-        correlation = float(torch.corrcoef(torch.stack([judged.rewards, true.rewards]))[0, 1])
-    return Accuracy(name, timestep, float(error), judged.detail / true.detail, correlation)
+def _sharpness_and_rewards(
+    backbone: Backbone, latents: Tensor, prompts: Sequence[str], batch_size: int, reward: RewardFunction | None
+) -> tuple[float, Tensor]:
+    """Mean difference of neighboring pixels in the decoded images, and the images' rewards, [n], empty without one."""
+    family = backbone.family
+    detail, rewards = [], [torch.empty(0, dtype=torch.float64)]
+    for start in range(0, len(latents), batch_size):
+        part = slice(start, start + batch_size)
+        images = family.decode(latents[part].to(family.device, family.dtype)).float()
+        detail += [images.diff(dim=axis).abs().mean(dim=(1, 2, 3)).double().cpu() for axis in (2, 3)]
+        if reward is not None:
+            rewards.append(reward(images, prompts[part]).double().cpu())
+    return float(torch.cat(detail).mean()), torch.cat(rewards)

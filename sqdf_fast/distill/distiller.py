@@ -1,4 +1,4 @@
-"""From a base model and prompts to a consistency LoRA. No pictures are needed: the model is its own data."""
+"""From a base model and prompts to a consistency LoRA. No images are needed: the model is its own data."""
 
 from __future__ import annotations
 
@@ -44,10 +44,9 @@ def distill(
 ) -> dict[str, Any]:
     """Make a consistency LoRA for ``model`` and write it to the new folder ``output``.
 
-    With it the network is a consistency function f(x_t, t) = c_skip x_t + c_out (a x_t + b m): one
-    conditional call returns the x_0 that the guided model's probability-flow ODE reaches from x_t.
-    ``output`` gets ``pytorch_lora_weights.safetensors`` (float16, diffusers format) and the summary as
-    ``distillation.json``.
+    With it the network is a consistency function f(x_t, t) = c_skip x_t + c_out (a x_t + b m): one conditional call
+    returns the x_0 that the guided model's probability-flow ODE reaches from x_t. ``output`` gets
+    ``pytorch_lora_weights.safetensors`` (float16, diffusers format) and the summary as ``distillation.json``.
 
     Args:
         model: 'shapes', a diffusers folder, or a hub id; prompts: at least one, drawn in turn.
@@ -63,16 +62,6 @@ def distill(
         UserError: ``output`` exists or cannot be written, no prompts, a model that cannot be loaded, float16,
             or a loss that stops being finite. Nothing is written then.
     """
-    _check(prompts, output, dtype)
-    distiller = Distiller(load_family(model, device=device, dtype=dtype), prompts, settings, progress)
-    summary = distiller.run(reward)
-    with atomic_folder(output) as partial:
-        distiller.save(partial)
-        (partial / "distillation.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    return summary
-
-
-def _check(prompts: Sequence[str], output: Path, dtype: torch.dtype) -> None:
     if not prompts:
         raise UserError("distillation without prompts: give at least one")
     if output.exists():
@@ -84,6 +73,12 @@ def _check(prompts: Sequence[str], output: Path, dtype: torch.dtype) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if dtype == torch.float16:
         raise UserError("distillation in float16: its gradients underflow; use bfloat16 or float32")
+    distiller = Distiller(load_family(model, device=device, dtype=dtype), prompts, settings, progress)
+    summary = distiller.run(reward)
+    with atomic_folder(output) as partial:
+        distiller.save(partial)
+        (partial / "distillation.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return summary
 
 
 class Distiller:
@@ -114,17 +109,17 @@ class Distiller:
 
     def run(self, reward: RewardFunction | None = None) -> dict[str, Any]:
         """Sample, train, measure; returns the summary. Then the policy LoRA is what :meth:`save` writes."""
-        clock = [time.monotonic()]
+        start = time.monotonic()
         trajectories = self.sample()
-        clock.append(time.monotonic())
+        sampled = time.monotonic()
         loss = self.train(trajectories)
-        clock.append(time.monotonic())
+        trained = time.monotonic()
         accuracy = self.measure(reward)
-        clock.append(time.monotonic())
-        stages = ("trajectories", "training", "evaluation")
+        seconds = {"trajectories": sampled - start, "training": trained - sampled}
+        seconds["evaluation"] = time.monotonic() - trained
         return {
             "settings": self.settings.model_dump(mode="json"),
-            "seconds": {stage: round(b - a, 1) for stage, a, b in zip(stages, clock, clock[1:], strict=False)},
+            "seconds": {stage: round(duration, 1) for stage, duration in seconds.items()},
             "network_evaluations": self.backbone.evaluations,
             "lora_parameters": sum(parameter.numel() for parameter in self.parameters),
             "loss": loss,
@@ -149,7 +144,7 @@ class Distiller:
         )
 
     def train(self, trajectories: Trajectories) -> float:
-        """Optimise the LoRA on the trajectories; returns the mean loss of the last tenth of the steps.
+        """Optimize the LoRA on the trajectories; returns the mean loss of the last tenth of the steps.
 
         Raises:
             UserError: the loss is not finite.
@@ -158,7 +153,9 @@ class Distiller:
         optimizer = torch.optim.Adam(self.parameters, lr=settings.lr)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
         draw = generator(settings.seed, Stream.DISTILL, 2)
-        weights = _every_state_alike(trajectories)
+        # Every state is equally likely, none before its trajectory's branch.
+        usable = (trajectories.branch[:, None] <= torch.arange(trajectories.states.shape[1])).double()
+        weights = (usable / usable.sum(0).clamp(min=1)).flatten()
         losses = []
         for step in range(settings.steps):
             chosen = torch.multinomial(weights, settings.batch_size, replacement=True, generator=draw)
@@ -170,7 +167,9 @@ class Distiller:
             optimizer.zero_grad()
             decay.step()
             self._report("training", step + 1, settings.steps, loss=losses[-1])
-        self._round_to_half()
+        for parameter in self.parameters:
+            # What is measured is what is saved.
+            parameter.data = parameter.data.half().to(parameter.dtype)
         tail = losses[-max(1, len(losses) // 10) :]
         return sum(tail) / len(tail)
 
@@ -200,27 +199,16 @@ class Distiller:
         family, size = self.backbone.family, self.settings.micro_batch_size
         total = 0.0
         for rows, states in zip(row.split(size), state.split(size), strict=True):
-            x, target = (
-                tensor.to(family.device, family.precision)
-                for tensor in (trajectories.states[rows, states], trajectories.x0[rows])
-            )
+            x = trajectories.states[rows, states].to(family.device, family.precision)
+            target = trajectories.x0[rows].to(family.device, family.precision)
             conditioning = family.encode([trajectories.prompts[i] for i in rows])
+            network = partial(self.backbone.predict, conditioning=conditioning)
             with self.backbone.role("policy"):
-                estimate = look_ahead(
-                    x,
-                    states.to(family.device),
-                    self.lookahead,
-                    partial(self.backbone.predict, conditioning=conditioning),
-                )
+                estimate = look_ahead(x, states.to(family.device), self.lookahead, network)
             loss = pseudo_huber(estimate - target) * (len(rows) / len(row))
             loss.backward()
             total += loss.item()
         return total
-
-    def _round_to_half(self) -> None:
-        # What is measured is what is saved.
-        for parameter in self.parameters:
-            parameter.data = parameter.data.half().to(parameter.dtype)
 
     def _prompts(self, count: int) -> list[str]:
         return [self.prompts[i % len(self.prompts)] for i in range(count)]
@@ -236,10 +224,3 @@ def pseudo_huber(difference: Tensor, c: float = 0.1) -> Tensor:
     Latents have unit scale. On the shapes model c = 0.02 and c = 1 end within 10 % of the default's error.
     """
     return (difference.square() + c**2).sqrt().mean() - c
-
-
-def _every_state_alike(trajectories: Trajectories) -> Tensor:
-    """Weights [n T] of drawing (trajectory, state): every state equally likely, none before its branch."""
-    steps = trajectories.states.shape[1]
-    usable = (trajectories.branch[:, None] <= torch.arange(steps)).double()
-    return (usable / usable.sum(0).clamp(min=1)).flatten()

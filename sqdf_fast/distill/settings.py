@@ -24,20 +24,8 @@ class Distillation(Section):
     rank: Positive = Field(64, description="LoRA rank")
     target_modules: tuple[str, ...] = Field(
         (
-            "to_q",
-            "to_k",
-            "to_v",
-            "to_out.0",
-            "proj_in",
-            "proj_out",
-            "ff.net.0.proj",
-            "ff.net.2",
-            "conv1",
-            "conv2",
-            "conv_shortcut",
-            "downsamplers.0.conv",
-            "upsamplers.0.conv",
-            "time_emb_proj",
+            *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+            *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
         ),
         min_length=1,
         description="layers that get a LoRA, by suffix",
@@ -47,7 +35,7 @@ class Distillation(Section):
     batch_size: Positive = Field(16, description="states an optimizer step averages over")
     micro_batch_size: Positive = Field(4, description="states whose graph is in memory at once")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this L2 norm")
-    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
+    gradient_checkpointing: bool = Field(False, description="activation checkpointing of the network's blocks")
     evaluation_trajectories: Annotated[int, Field(ge=2)] = Field(
         64, description="fresh stochastic trajectories that the closing table is measured on"
     )

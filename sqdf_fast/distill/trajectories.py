@@ -79,7 +79,7 @@ def guided_trajectories(
     with backbone.role("reference"):
         for number, start in enumerate(starts):
             part, kept = slice(start, start + batch_size), []
-            transition = _Branching(sampler, branch[part])
+            transition = _branching(sampler, branch[part])
             for i, x in enumerate(sampler.walk(prompts[part], seeds[part], transition=transition)):
                 kept.append(x.to("cpu", backbone.family.dtype))
                 if on_progress:
@@ -89,25 +89,23 @@ def guided_trajectories(
     return Trajectories(torch.cat(states), torch.cat(x0), branch, list(prompts))
 
 
-class _Branching:
-    """Transitions with the sampler's noise before each sample's branch, [B], and deterministic ones from there on."""
+def _branching(sampler: Sampler, branch: Tensor) -> Callable[[Step], Tensor]:
+    """Transitions with the sampler's noise before each sample's branch, [B], and deterministic ones after it."""
+    family, schedule = sampler.backbone.family, sampler.schedule
+    branch, sigmas = branch.to(family.device), schedule.transition[:, 2].tolist()
+    # Rows 0 .. T - 1 are the steps with noise, T .. 2T - 1 the same steps without.
+    table = torch.cat([schedule.transition[:, :2], schedule.ode]).to(family.device, family.precision)
 
-    def __init__(self, sampler: Sampler, branch: Tensor) -> None:
-        family, schedule = sampler.backbone.family, sampler.schedule
-        self.sampler, self.branch = sampler, branch.to(family.device)
-        self.sigmas: list[float] = schedule.transition[:, 2].tolist()
-        # Rows 0 .. T - 1 are the steps with noise, T .. 2T - 1 the same steps without.
-        self.rows = torch.cat([schedule.transition[:, :2], schedule.ode]).to(family.device, family.precision)
-
-    def __call__(self, step: Step) -> Tensor:
-        sampler, family = self.sampler, self.sampler.backbone.family
+    def transition(step: Step) -> Tensor:
         timesteps = sampler.tables.timesteps[step.index]
         m = sampler.backbone.predict(step.x, timesteps, step.conditioning, step.unconditional)
-        still, sigma = self.branch <= step.i, self.sigmas[step.i]
-        rows = step.i + len(self.sigmas) * still
-        x = posterior_mean(step.x, m, self.rows, rows, guidance_scale=sampler.guidance_scale)
+        still, sigma = branch <= step.i, sigmas[step.i]
+        rows = step.i + len(sigmas) * still
+        x = posterior_mean(step.x, m, table, rows, guidance_scale=sampler.guidance_scale)
         if sigma == 0 or still.all():
             return x
         seeds = derive_seeds(Stream.DENOISING, step.i, ids=step.seeds).to(family.device)
         noise = philox_normal(seeds, family.latent_shape, dtype=x.dtype, device=family.device)
         return x + per_sample(sigma * (~still).to(x.dtype), x) * noise
+
+    return transition

@@ -19,8 +19,7 @@ def bootstrap_interval(
 
     Args:
         values: N >= 1 numbers.
-        groups: N labels, such as prompts. Values of one label are alike, so whole groups are drawn; without
-            labels every value is drawn on its own.
+        groups: N labels, such as prompts. Values of one label are alike, so groups are drawn; default: each value.
         level: share of the resampled means inside the interval, in (0, 1).
 
     Returns:

@@ -1,40 +1,40 @@
-"""How much pictures differ, in the space of their embeddings."""
+"""How much images differ, in the space of their embeddings."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sqdf_fast.evaluate.judge import Judge, Measurement, Pictures, PromptJudge
+from sqdf_fast.evaluate.judge import ImageSet, Judge, Measurement, PromptJudge
 
 
 class EmbeddingDiversity(PromptJudge):
-    """Mean distance between two pictures of the same prompt."""
+    """Mean distance between two images of the same prompt."""
 
     name = "diversity"
 
-    def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
-        embeddings = pictures.embeddings[rows]
-        return mean_of_pairs(pictures.embedding.distances(embeddings, embeddings))
+    def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
+        embeddings = image_set.embeddings[rows]
+        return mean_of_pairs(image_set.embedding.distances(embeddings, embeddings))
 
 
 class Vendi(PromptJudge):
-    """The effective number of different pictures among those of one prompt, 1 to their number."""
+    """The effective number of different images among those of one prompt, 1 to their number."""
 
     name = "vendi"
 
-    def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
-        embeddings = pictures.embeddings[rows]
-        return vendi_score(pictures.embedding.similarities(embeddings, embeddings))
+    def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
+        embeddings = image_set.embeddings[rows]
+        return vendi_score(image_set.embedding.similarities(embeddings, embeddings))
 
 
 class VendiOfAll(Judge):
-    """The effective number of different pictures among all. No interval: a resample repeats pictures."""
+    """The effective number of different images among all. No interval: a resample repeats images."""
 
     name = "vendi_all"
 
-    def measure(self, pictures: Pictures) -> Measurement:
-        return Measurement(vendi_score(pictures.embedding.similarities(pictures.embeddings, pictures.embeddings)))
+    def measure(self, image_set: ImageSet) -> Measurement:
+        return Measurement(vendi_score(image_set.embedding.similarities(image_set.embeddings, image_set.embeddings)))
 
 
 def mean_of_pairs(distances: Tensor) -> float:
@@ -46,7 +46,7 @@ def mean_of_pairs(distances: Tensor) -> float:
 def vendi_score(similarities: Tensor) -> float:
     """Exponential of the von Neumann entropy of K / n.
 
-    Friedman & Dieng, "The Vendi Score", arXiv 2210.02410, definition 3.1: 1 for equal pictures, n for n that have
+    Friedman & Dieng, "The Vendi Score", arXiv 2210.02410, definition 3.1: 1 for equal images, n for n that have
     nothing in common.
 
     Args:

@@ -1,4 +1,4 @@
-"""Spaces in which pictures are compared: how far apart they are, and how alike."""
+"""Spaces in which images are compared: how far apart they are, and how alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIXEL_WIDTH = 0.2
 
 
 class Embedding:
-    """Pictures as vectors.
+    """Images as vectors.
 
     Attributes:
         description: what is compared, in a few words.
@@ -38,27 +38,27 @@ class Embedding:
 class RewardFeatures(Embedding):
     """Unit vectors of the reward's own backbone: distance 1 - cosine in [0, 2], similarity the cosine.
 
-    Thumbnails from the moment that the reward turns out to have no features after all.
+    Thumbnails once the reward turns out to have no features.
     """
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
-        self._instead: Embedding | None = None
+        self._fallback: Embedding | None = None
         self.description = f"features of the reward {reward.name!r} (1 - cosine)"
 
     def __call__(self, images: Tensor) -> Tensor:
-        features = None if self._instead else self.reward.features(images)
-        if features is None:
-            self._instead = self._instead or Thumbnails()
-            self.description = self._instead.description
-            return self._instead(images)
-        return F.normalize(features.double().cpu(), dim=1)
+        features = None if self._fallback else self.reward.features(images)
+        if features is not None:
+            return F.normalize(features.double().cpu(), dim=1)
+        self._fallback = self._fallback or Thumbnails()
+        self.description = self._fallback.description
+        return self._fallback(images)
 
     def distances(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._instead.distances(a, b) if self._instead else 1 - a @ b.T
+        return self._fallback.distances(a, b) if self._fallback else 1 - a @ b.T
 
     def similarities(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._instead.similarities(a, b) if self._instead else a @ b.T
+        return self._fallback.similarities(a, b) if self._fallback else a @ b.T
 
 
 class Coordinates(Embedding):
@@ -81,7 +81,7 @@ class Coordinates(Embedding):
 
 
 class Thumbnails(Coordinates):
-    """Pictures scaled to 16 x 16 pixels; distances in [0, 1]. Needs no network."""
+    """Images scaled to 16 x 16 pixels; distances in [0, 1]. Needs no network."""
 
     description = f"thumbnails of {PIXEL_SIDE} x {PIXEL_SIDE} pixels (root mean square difference)"
 

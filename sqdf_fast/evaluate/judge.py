@@ -1,34 +1,34 @@
-"""What a judge is: one number about a set of pictures, with an interval."""
+"""What a judge is: one number about a set of images, with an interval."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import UserError, describe
 from sqdf_fast.evaluate.bootstrap import bootstrap_interval
 from sqdf_fast.evaluate.embedding import Embedding
 
+Item = TypeVar("Item")
 Better = Literal["higher", "lower", "neither"]
 
 
-class Pictures:
-    """Pictures of one model, and what of them several judges need.
+class ImageSet:
+    """Images of one model, and what several judges need of them.
 
     Args:
         images: float [N, 3, H, W] in [0, 1].
         prompts: N prompts; many judges need prompts that occur more than once.
-        embedding: the space in which pictures are compared.
-        batch_size: pictures judged at once.
-        base: embeddings [N, F] of the base model's pictures of the same prompts and seeds, in the same order.
+        embedding: the space in which images are compared.
+        batch_size: images judged at once.
+        base: embeddings [N, F] of the base model's images of the same prompts and seeds, in the same order.
     """
 
     def __init__(
@@ -49,25 +49,19 @@ class Pictures:
 
     @cached_property
     def rows(self) -> dict[str, list[int]]:
-        """Which pictures each distinct prompt has."""
-        rows: dict[str, list[int]] = defaultdict(list)
-        for index, prompt in enumerate(self.prompts):
-            rows[prompt].append(index)
-        return dict(rows)
+        """Positions of each distinct prompt's images."""
+        return _grouped(self.prompts, range(len(self.prompts)))
 
     def scores(self, score: Callable[[Tensor, Sequence[str]], Tensor], prompts: Sequence[str] | None = None) -> Tensor:
-        """``score`` of every picture, a batch at a time, float64 [N]; ``prompts`` in place of their own."""
-        named = self.prompts if prompts is None else prompts
-        parts = [
-            score(self.images[start : start + self.batch_size], named[start : start + self.batch_size])
-            for start in range(0, len(named), self.batch_size)
-        ]
-        return torch.cat([part.double().cpu() for part in parts])
+        """``score`` of every image, a batch at a time, float64 [N]; ``prompts`` in place of their own."""
+        named, size = self.prompts if prompts is None else prompts, self.batch_size
+        starts = range(0, len(named), size)
+        return torch.cat([score(self.images[i : i + size], named[i : i + size]).double().cpu() for i in starts])
 
 
 @dataclass(frozen=True)
 class Values:
-    """Numbers and the prompt that each belongs to: one a picture, or one a prompt."""
+    """Numbers, one an image or one a prompt, and the prompt of each."""
 
     numbers: list[float]
     prompts: list[str]
@@ -75,18 +69,16 @@ class Values:
     @property
     def by_prompt(self) -> dict[str, float]:
         """The mean of each prompt's numbers."""
-        found: dict[str, list[float]] = defaultdict(list)
-        for prompt, number in zip(self.prompts, self.numbers, strict=True):
-            found[prompt].append(number)
-        return {prompt: sum(numbers) / len(numbers) for prompt, numbers in found.items()}
+        grouped = _grouped(self.prompts, self.numbers)
+        return {prompt: sum(numbers) / len(numbers) for prompt, numbers in grouped.items()}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A number with its 95 % interval over prompts; no interval where resampling would say something wrong.
+    """A number with its 95 % interval over prompts; no interval where resampling would mislead.
 
     Attributes:
-        by_prompt: the mean of each prompt's values, in the order in which prompts first occur; None for no mean.
+        by_prompt: mean of each prompt's values, in the order in which prompts first occur; None if not a mean.
     """
 
     value: float
@@ -96,13 +88,12 @@ class Measurement:
 
 
 class Judge:
-    """Subclasses implement one method: ``values``, or ``measure`` where the number is no mean.
+    """Subclasses implement one method: ``values``, or ``measure`` where the number is not a mean.
 
     Attributes:
         name: the record's key is ``eval_<name>``.
         better: which direction is good.
-        network: is on the pictures' device while the judge works and on the CPU otherwise, so that it takes no memory
-            from a training step.
+        network: on the images' device while the judge works, otherwise on the CPU, out of a training step's memory.
     """
 
     name: str
@@ -111,29 +102,25 @@ class Judge:
 
     @classmethod
     def load(cls, *, dtype: torch.dtype = torch.float32, **options: Any) -> Judge:
-        """The judge with its weights, which are on the CPU.
-
-        Args:
-            dtype: for the networks of judges that can work in less than float32.
-        """
+        """The judge with its weights on the CPU; ``dtype`` is for networks that can work in less than float32."""
         return cls(**options)
 
     def encode_prompts(self, prompts: Sequence[str]) -> None:
-        """Told all prompts before any picture; a judge that reads none does nothing."""
+        """Take all prompts before any image; a judge that reads none does nothing."""
 
-    def values(self, pictures: Pictures) -> Values | None:
-        """Numbers whose mean is the result; None where these pictures do not tell."""
+    def values(self, image_set: ImageSet) -> Values | None:
+        """Numbers whose mean is the result; None where these images do not determine it."""
         raise NotImplementedError
 
-    def measure(self, pictures: Pictures) -> Measurement | None:
+    def measure(self, image_set: ImageSet) -> Measurement | None:
         """The mean of the values and its bootstrap interval over prompts."""
-        found = self.values(pictures)
-        if found is None:
+        values = self.values(image_set)
+        if values is None:
             return None
-        mean = sum(found.numbers) / len(found.numbers)
+        mean = sum(values.numbers) / len(values.numbers)
         if not math.isfinite(mean):
             return Measurement(mean)
-        return Measurement(mean, *bootstrap_interval(found.numbers, found.prompts), found.by_prompt)
+        return Measurement(mean, *bootstrap_interval(values.numbers, values.prompts), values.by_prompt)
 
     @contextmanager
     def at(self, device: torch.device) -> Iterator[None]:
@@ -148,34 +135,33 @@ class Judge:
             self.network.to("cpu")
 
     @torch.no_grad()
-    def __call__(self, pictures: Pictures) -> Measurement | None:
-        """As :meth:`measure`, for judges of any origin.
+    def __call__(self, image_set: ImageSet) -> Measurement | None:
+        """As :meth:`measure`, with checks.
 
         Raises:
-            UserError: the judge raises, or says something that is not finite. Running out of memory passes through.
+            UserError: the judge raises, or its number is not finite. Running out of memory passes through.
         """
+        images = image_set.images
         try:
-            with self.at(pictures.images.device):
-                found = self.measure(pictures)
+            with self.at(images.device):
+                measurement = self.measure(image_set)
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            shown = f"{len(pictures.images)} pictures {list(pictures.images.shape[1:])}"
-            said = str(error).strip().splitlines()
             raise UserError(
-                f"judge {self.name!r} raised {type(error).__name__}: {said[0] if said else ''}; it was given {shown} "
-                f"on {pictures.images.device}"
+                f"judge {self.name!r} raised {describe(error)}; it was given {len(images)} images "
+                f"{list(images.shape[1:])} on {images.device}"
             ) from error
-        if found is not None and not math.isfinite(found.value):
-            raise UserError(f"judge {self.name!r} said {found.value}; a judgement must be finite")
-        return found
+        if measurement is not None and not math.isfinite(measurement.value):
+            raise UserError(f"judge {self.name!r} returned {measurement.value}; a judgement must be finite")
+        return measurement
 
 
-class PictureJudge(Judge):
-    """Judges every picture on its own: subclasses implement ``score``.
+class ImageJudge(Judge):
+    """Judges every image on its own: subclasses implement ``score``.
 
     Attributes:
-        exchanges: other prompts of the set that a picture is judged under where the level of chance is asked for.
+        exchanges: other prompts that each image is scored under for the chance level.
     """
 
     exchanges: ClassVar[int] = 8
@@ -184,19 +170,26 @@ class PictureJudge(Judge):
         """Of float [B, 3, H, W] in [0, 1] and B prompts, [B]."""
         raise NotImplementedError
 
-    def values(self, pictures: Pictures) -> Values:
-        return Values(pictures.scores(self.score).tolist(), pictures.prompts)
+    def values(self, image_set: ImageSet) -> Values:
+        return Values(image_set.scores(self.score).tolist(), image_set.prompts)
 
 
 class PromptJudge(Judge):
-    """Judges the pictures of one prompt together: subclasses implement ``of_prompt``."""
+    """Judges the images of one prompt together: subclasses implement ``of_prompt``."""
 
-    def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
-        """Of the pictures in ``rows``, two or more of the same prompt."""
+    def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
+        """Of the images in ``rows``, two or more of the same prompt."""
         raise NotImplementedError
 
-    def values(self, pictures: Pictures) -> Values | None:
-        several = {prompt: rows for prompt, rows in pictures.rows.items() if len(rows) > 1}
+    def values(self, image_set: ImageSet) -> Values | None:
+        several = {prompt: rows for prompt, rows in image_set.rows.items() if len(rows) > 1}
         if not several:
             return None
-        return Values([self.of_prompt(pictures, rows) for rows in several.values()], list(several))
+        return Values([self.of_prompt(image_set, rows) for rows in several.values()], list(several))
+
+
+def _grouped(prompts: Sequence[str], items: Iterable[Item]) -> dict[str, list[Item]]:
+    groups: dict[str, list[Item]] = {}
+    for prompt, item in zip(prompts, items, strict=True):
+        groups.setdefault(prompt, []).append(item)
+    return groups

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import UserError, did_you_mean
 from sqdf_fast.evaluate.distance import KernelDistance
 from sqdf_fast.evaluate.diversity import EmbeddingDiversity, Vendi, VendiOfAll
 from sqdf_fast.evaluate.embedding import Embedding, embedding_of
-from sqdf_fast.evaluate.judge import Better, Judge, PictureJudge
+from sqdf_fast.evaluate.judge import Better, ImageJudge, Judge
 from sqdf_fast.evaluate.reward_judges import held_out_judge
 from sqdf_fast.rewards import Reward
+from sqdf_fast.rewards.registry import import_attribute
 
 _REGISTERED = {
     "clip": "sqdf_fast.evaluate.reward_judges:ClipAlignment",
@@ -53,30 +50,30 @@ class Judges:
 
     @property
     def better(self) -> dict[str, Better]:
-        """Which direction is good, for each judge's name."""
+        """Which direction is good, by judge."""
         return {name: judge.better for name, judge in self.by_name.items()}
 
     @torch.no_grad()
     def alignment(self, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
-        """How well each picture fits its prompt, [B]; None where no judge can tell.
+        """How well each image fits its prompt, [B]; None without an alignment judge of images.
 
         Raises:
             UserError: a prompt that the judge cannot read.
         """
         judge = self.by_name.get("alignment")
-        if not isinstance(judge, PictureJudge):
+        if not isinstance(judge, ImageJudge):
             return None
         with judge.at(images.device):
             return judge.score(images, prompts)
 
     def encode_prompts(self, prompts: Sequence[str]) -> None:
-        """Tell the judges all prompts that will come, so that they can free what only serves new ones."""
+        """Give the judges all prompts of the run, so that they can free what only serves new ones."""
         for judge in self.by_name.values():
             judge.encode_prompts(prompts)
 
     @torch.no_grad()
     def embed(self, images: Tensor, batch_size: int = 16) -> Tensor:
-        """Embeddings [N, F] of pictures, such as the base model's."""
+        """Embeddings [N, F] of images, such as the base model's."""
         return torch.cat([self.embedding(batch) for batch in images.split(batch_size)])
 
 
@@ -96,51 +93,42 @@ def load_judges(
     """The judges of ``model``: those of the embedded world for "shapes", embeddings for every other; and more.
 
     Args:
-        reward: the one that training maximises, whose features are the embedding of other models.
-        names: of registered judges, or ``module:Class`` of a subclass of :class:`Judge`.
+        reward: the one that training maximizes, whose features are the embedding of other models.
+        names: registered judges, or ``module:Class`` of a subclass of :class:`Judge`.
         held_out: rewards, registered or ``module:function``, that training does not see.
         options: keywords for the judge or the held-out reward of that name.
-        dtype: of their networks, where they can work in less than float32.
+        dtype: dtype of their networks, where they can work in less than float32.
 
     Raises:
-        UserError: a name that is unknown, or a judge or reward that cannot be had.
+        UserError: an unknown name, or a judge or reward that cannot be loaded.
     """
     given = options or {}
-    own, embedding = _of_model(model, reward)
+    if model == "shapes":
+        from sqdf_fast.evaluate.shapes import ShapesEmbedding, shapes_judges
+        from sqdf_fast.shapes import load_judge
+
+        networks = load_judge()
+        own: list[Judge]
+        embedding: Embedding
+        own, embedding = shapes_judges(networks), ShapesEmbedding(networks)
+    else:
+        own, embedding = [EmbeddingDiversity(), Vendi(), VendiOfAll()], embedding_of(reward)
     more = [find_judge(name).load(dtype=dtype, **given.get(name, {})) for name in names]
     rewards = [held_out_judge(spec, dtype=dtype, **given.get(spec, {})) for spec in held_out]
     return Judges([*own, KernelDistance(), *more, *rewards], embedding)
 
 
-def _of_model(model: str, reward: Reward) -> tuple[list[Judge], Embedding]:
-    if model != "shapes":
-        return [EmbeddingDiversity(), Vendi(), VendiOfAll()], embedding_of(reward)
-    from sqdf_fast.evaluate.shapes import ShapesEmbedding, shapes_judges
-    from sqdf_fast.shapes import load_judge
-
-    networks = load_judge()
-    return shapes_judges(networks), ShapesEmbedding(networks)
-
-
 def find_judge(name: str) -> type[Judge]:
-    """The class that ``name`` means; no weights are read. Raises UserError when there is none."""
+    """The class that ``name`` means; no weights are read. Raises UserError if unknown."""
     address = _REGISTERED.get(name, name)
-    module_name, colon, attribute = address.partition(":")
-    if not colon:
-        close = difflib.get_close_matches(name, _REGISTERED, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+    if ":" not in address:
         raise UserError(
-            f"judge {name!r} is unknown; {hint}allowed: {', '.join(_REGISTERED)}, or module:Class of your own"
+            f"judge {name!r} is unknown; {did_you_mean(name, _REGISTERED)}allowed: {', '.join(_REGISTERED)}, "
+            "or module:Class of your own"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    judge = import_attribute(address, "judge")
+    if not (isinstance(judge, type) and issubclass(judge, Judge)):
         raise UserError(
-            f"judge {name!r} cannot be imported ({error}); put {module_name.replace('.', '/')}.py in the current "
-            "folder and check the name after the colon"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, Judge)):
-        raise UserError(f"judge {name!r} is no subclass of sqdf_fast.evaluate.Judge; write one, see docs/evaluation.md")
-    return found
+            f"judge {name!r} is not a subclass of sqdf_fast.evaluate.Judge; write one, see docs/evaluation.md"
+        )
+    return judge

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sqdf_fast.evaluate.bootstrap import percentile_interval, resampled_means
 from sqdf_fast.evaluate.diversity import Vendi, VendiOfAll
 from sqdf_fast.evaluate.embedding import Coordinates
-from sqdf_fast.evaluate.judge import Judge, Measurement, PictureJudge, Pictures, PromptJudge, Values
+from sqdf_fast.evaluate.judge import ImageJudge, ImageSet, Judge, Measurement, PromptJudge, Values
 
 if TYPE_CHECKING:
     from sqdf_fast.shapes.judge import Judge as Networks
@@ -33,11 +31,16 @@ class ShapesEmbedding(Coordinates):
         shapes = self.networks.attributes(images)[0].softmax(dim=1)
         # A shape drawn evenly among n has mean 1 / n and variance (1 - 1 / n) / n.
         mean = 1 / shapes.shape[1]
-        standardised = (shapes - mean) / (mean * (1 - mean)) ** 0.5
-        return torch.cat([self.networks.measures(images), standardised], dim=1).double()
+        standardized = (shapes - mean) / (mean * (1 - mean)) ** 0.5
+        return torch.cat([self.networks.measures(images), standardized], dim=1).double()
 
 
-class TrueReward(PictureJudge):
+class _NetworkJudge(Judge):
+    def __init__(self, networks: Networks) -> None:
+        self.networks = networks
+
+
+class TrueReward(ImageJudge):
     """The rule that the taste reward was made to learn; training never sees it."""
 
     name = "true_reward"
@@ -48,75 +51,54 @@ class TrueReward(PictureJudge):
         return hidden_rule(images.cpu(), prompts)
 
 
-class ShapesAlignment(PictureJudge):
-    """Cosine of picture and prompt in the embedded world's own pair of towers."""
+class ShapesAlignment(_NetworkJudge, ImageJudge):
+    """Cosine of image and prompt in the embedded world's own pair of towers."""
 
     name = "alignment"
-
-    def __init__(self, networks: Networks) -> None:
-        self.networks = networks
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.networks.alignment(images.cpu(), prompts)
 
 
-class AttributeAccuracy(Judge):
-    """Fraction of the shapes and of the colours named in the prompts that a classifier finds, mean of the two."""
+class AttributeAccuracy(_NetworkJudge):
+    """Fraction of the shapes and of the colors named in the prompts that a classifier finds, mean of the two."""
 
     name = "attribute_accuracy"
 
-    def __init__(self, networks: Networks) -> None:
-        self.networks = networks
+    def measure(self, image_set: ImageSet) -> Measurement:
+        from sqdf_fast.shapes.prompts import named_indices
 
-    def measure(self, pictures: Pictures) -> Measurement:
-        from sqdf_fast.shapes.prompts import parse
-        from sqdf_fast.shapes.render import COLOURS, SHAPES
-
-        seen = pictures.scores(self._seen)
-        named = [parse(prompt) for prompt in pictures.prompts]
-        right_shape = (seen[:, 0] == torch.tensor([SHAPES.index(name.shape) for name in named])).double()
-        resampled = resampled_means(right_shape.tolist(), pictures.prompts)
-        coloured = torch.tensor([name.colour is not None for name in named])
-        if not coloured.any():
-            return self._measurement(right_shape, resampled, pictures)
-        colours = torch.tensor([list(COLOURS).index(name.colour) if name.colour else -1 for name in named])
-        right_colour = (seen[:, 1] == colours).double()
-        colour_means = resampled_means(right_colour.tolist(), pictures.prompts, coloured.double().tolist())
-        # Each picture's share of the mean of the two fractions. That of colours is a ratio, since not all prompts name
-        # one; linearised about its value, so that the prompts' draw adds nothing where all are right.
-        fraction, weight = right_colour[coloured].mean(), coloured / coloured.double().mean()
-        shares = (right_shape + fraction + (right_colour - fraction) * weight) / 2
-        return self._measurement(shares, (resampled + colour_means) / 2, pictures)
-
-    def _measurement(self, shares: Tensor, resampled: NDArray[np.float64], pictures: Pictures) -> Measurement:
-        of_prompts = Values(shares.tolist(), pictures.prompts).by_prompt
-        return Measurement(float(shares.mean()), *percentile_interval(resampled), of_prompts)
+        seen = image_set.scores(self._seen)
+        shapes, colors = map(torch.from_numpy, named_indices(image_set.prompts))
+        shares = (seen[:, 0] == shapes).double()
+        resampled = resampled_means(shares.tolist(), image_set.prompts)
+        colored = colors >= 0
+        if colored.any():
+            right = (seen[:, 1] == colors).double()
+            means = resampled_means(right.tolist(), image_set.prompts, colored.double().tolist())
+            # Each image's share of the mean of the two fractions. That of colors is a ratio, since not all prompts
+            # name one; linearized about its value, so that the prompts' draw adds nothing where all are right.
+            fraction, weight = right[colored].mean(), colored / colored.double().mean()
+            shares, resampled = (shares + fraction + (right - fraction) * weight) / 2, (resampled + means) / 2
+        by_prompt = Values(shares.tolist(), image_set.prompts).by_prompt
+        return Measurement(float(shares.mean()), *percentile_interval(resampled), by_prompt)
 
     def _seen(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        shape, colour, _ = self.networks.attributes(images.cpu().float())
-        return torch.stack([shape.argmax(dim=1), colour.argmax(dim=1)], dim=1)
+        shape, color, _ = self.networks.attributes(images.cpu().float())
+        return torch.stack([shape.argmax(dim=1), color.argmax(dim=1)], dim=1)
 
 
-class ShapesDiversity(PromptJudge):
-    """Mean distance of two pictures of a prompt over the attributes that it leaves free."""
+class ShapesDiversity(_NetworkJudge, PromptJudge):
+    """Mean distance of two images of a prompt over the attributes that it leaves free."""
 
     name = "diversity"
     description = "attributes that the prompt leaves free"
 
-    def __init__(self, networks: Networks) -> None:
-        self.networks = networks
-
-    def of_prompt(self, pictures: Pictures, rows: list[int]) -> float:
-        return self.networks.diversity(pictures.images[rows].cpu(), [pictures.prompts[row] for row in rows])
+    def of_prompt(self, image_set: ImageSet, rows: list[int]) -> float:
+        return self.networks.diversity(image_set.images[rows].cpu(), [image_set.prompts[row] for row in rows])
 
 
 def shapes_judges(networks: Networks) -> list[Judge]:
-    """Everything that can be told of the embedded world, but for the distance to the base model."""
-    return [
-        TrueReward(),
-        ShapesAlignment(networks),
-        AttributeAccuracy(networks),
-        ShapesDiversity(networks),
-        Vendi(),
-        VendiOfAll(),
-    ]
+    """Every judge of the embedded world but the distance to the base model."""
+    own = ShapesAlignment(networks), AttributeAccuracy(networks), ShapesDiversity(networks)
+    return [TrueReward(), *own, Vendi(), VendiOfAll()]

@@ -1,10 +1,12 @@
-"""What the rectified-flow families share: their scheduler and the shift of its noise levels."""
+"""What the rectified-flow families share: a transformer, their scheduler and the shift of its noise levels."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
+
+from sqdf_fast.families.family import Family
 
 
 def flow_scheduler(scheduler: Any) -> Any:
@@ -25,3 +27,13 @@ def shift(scheduler: Any, tokens: int) -> dict[str, float]:
         return {}
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return {"mu": config.base_shift + slope * (tokens - config.base_image_seq_len)}
+
+
+class FlowFamily(Family):
+    """A transformer over 2 x 2 patches of latent positions; see Family."""
+
+    network_part = "transformer"
+    # Both streams' projections, as Flow-GRPO trains them.
+    lora_targets = (*Family.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    patch = 2
+    make_scheduler = staticmethod(flow_scheduler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
@@ -12,45 +12,35 @@ from torch import Tensor, nn
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.families.family import Conditioning, Defaults
-from sqdf_fast.families.flow import flow_scheduler, shift
-from sqdf_fast.families.pipeline import PipelineFamily
-from sqdf_fast.families.text import token_ids, visiting
+from sqdf_fast.families.flow import FlowFamily, shift
+from sqdf_fast.families.text import on_device, token_ids
 from sqdf_fast.schedule import DenoisingSchedule
 
 _T5_TOKENS = 512
+_BLOCKS = frozenset({"FluxTransformerBlock", "FluxSingleTransformerBlock"})
 _TRAINED_SIDE = 128
-"""Latent rows and columns of the pipeline's default picture; its configuration does not say."""
+"""Latent rows and columns of the pipeline's default image; its configuration does not say."""
 
 
-class Flux(PipelineFamily):
+class Flux(FlowFamily):
     """A FluxPipeline. Latents are packed: one sample is [L, 4 C], a row a patch of 2 x 2 latent positions.
 
     The guidance scale is an input of the network, the same for every sample; classifier-free guidance does not apply.
 
     Args:
-        pipeline, resolution: see PipelineFamily.
+        pipeline, resolution: see Family.
         embedded_guidance: that input; ignored by networks without it (FLUX.1-schnell).
 
     Raises:
         UserError: the pipeline has only one of its two text encoders.
     """
 
-    name: ClassVar[str] = "flux"
-    pipeline_class: ClassVar[Any] = FluxPipeline
-    network_part: ClassVar[Literal["unet", "transformer"]] = "transformer"
-    guided: ClassVar[bool] = False
+    name = "flux"
+    pipeline_class = FluxPipeline
+    guided = False
     # Steps: the pipeline's usual 28; noise level: Flow-GRPO's experiments with FLUX.1-dev.
-    defaults: ClassVar[Defaults] = Defaults(num_inference_steps=28, guidance_scale=1.0, eta=0.9)
-    # Both streams' projections, as Flow-GRPO trains them.
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        *PipelineFamily.lora_targets,
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
-    checkpointed_block_types: ClassVar[dict[str, frozenset[str]]] = {
-        **PipelineFamily.checkpointed_block_types,
-        "network": frozenset({"FluxTransformerBlock", "FluxSingleTransformerBlock"}),
-    }
-    patch: ClassVar[int] = 2
+    defaults = Defaults(num_inference_steps=28, guidance_scale=1.0, eta=0.9)
+    checkpointed_block_types = FlowFamily.checkpointed_block_types | {"network": _BLOCKS}
 
     def __init__(self, pipeline: FluxPipeline, resolution: int | None = None, embedded_guidance: float = 3.5) -> None:
         super().__init__(pipeline, resolution)
@@ -59,9 +49,6 @@ class Flux(PipelineFamily):
                 "this FLUX model has one text encoder; it needs both text_encoder (CLIP) and text_encoder_2 (T5)"
             )
         self.embedded_guidance = embedded_guidance
-
-    def make_scheduler(self, scheduler: Any) -> Any:
-        return flow_scheduler(scheduler)
 
     def trained_latent_side(self) -> int:
         return _TRAINED_SIDE
@@ -78,9 +65,9 @@ class Flux(PipelineFamily):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         (clip, t5), (short, long) = self.encoders(prompts), self.tokenizers
-        with visiting(clip, self.device):
+        with on_device(clip, self.device):
             pooled = clip(token_ids(short, prompts, self.clip_tokens, clip)).pooler_output
-        with visiting(t5, self.device):
+        with on_device(t5, self.device):
             states = t5(token_ids(long, prompts, _T5_TOKENS, t5))[0]
         tensors = {"encoder_hidden_states": states, "pooled_projections": pooled}
         return Conditioning({name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()})
@@ -116,13 +103,11 @@ class Flux(PipelineFamily):
         patches = latents.unflatten(2, (-1, self.patch, self.patch)).unflatten(1, (rows, rows))
         return super().decode(patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3))
 
-    def lora_state(self, source: str) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
-        state: tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]
-        state = self.pipeline_class.lora_state_dict(source, return_alphas=True, return_lora_metadata=True)
-        return state
+    def lora_options(self) -> dict[str, Any]:
+        return {"return_alphas": True}
 
     def image_ids(self, x: Tensor) -> Tensor:
-        """Positions [L, 3] of the packed latent: 0, row, column. Made anew, so that a fake x gives fake ids."""
+        """Positions [L, 3] of the packed latent: 0, row, column. Made at each call, so that a fake x gives fake ids."""
         rows = math.isqrt(self.latent_shape[0])
         grid = torch.arange(rows, device=x.device, dtype=torch.float32)
         row, column = torch.meshgrid(grid, grid, indexing="ij")

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from sqdf_fast import shapes
-from sqdf_fast.errors import UserError
-from sqdf_fast.families.pipeline import PipelineFamily
+from sqdf_fast.errors import UserError, first_line
+from sqdf_fast.families.family import Family
 
 Quantization = Literal["none", "nf4", "int8"]
 Attention = Literal["auto", "native", "xformers"]
@@ -44,8 +44,6 @@ _FAMILIES = {
     "FluxPipeline": ("flux", "Flux"),
 }
 
-SUPPORTED = tuple(_FAMILIES)
-
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -66,24 +64,20 @@ def load_family(
     dtype: torch.dtype,
     resolution: int | None = None,
     quantization: Quantization = "none",
-) -> PipelineFamily:
+) -> Family:
     """Load ``model``: 'shapes', a name in KNOWN_MODELS, a diffusers folder, or a hub id.
 
     Args:
-        device, dtype: of the frozen weights of network and VAE; text encoders go there while they run, if they fit.
-        resolution: side of the square pictures in pixels; default: what the network was trained for.
+        device, dtype: of the frozen weights of network and VAE; text encoders run on the device if they fit.
+        resolution: side of the square images in pixels; default: what the network was trained for.
         quantization: of the network's linear layers, by bitsandbytes; needs a CUDA device.
 
     Raises:
-        UserError: there is no such model, a file of it is damaged, its pipeline is of no supported family, or the
-            quantization or the resolution cannot be had.
+        UserError: no such model, a damaged file, a pipeline of another family, or an impossible quantization or
+            resolution.
     """
-    options: dict[str, Any] = {"resolution": resolution}
-    source = KNOWN_MODELS.get(model, model)
-    if model == "shapes":
-        source = str(shapes.pipeline_folder())
-        options["consistency_lora"] = str(shapes.consistency_lora_folder())
     refuse_unknown_model(model)
+    source = str(shapes.pipeline_folder()) if model == "shapes" else KNOWN_MODELS.get(model, model)
     # The index is one small file: a pipeline of another family is refused before its gigabytes are fetched.
     index = _index(model, source)
     family = _family_class(model, index)
@@ -98,10 +92,9 @@ def load_family(
             pipeline.vae.to(device)
     except (*_UNREADABLE, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
-            f"model {model!r} cannot be loaded ({_reason(error)}); check the folder or id, and the network"
+            f"model {model!r} cannot be loaded ({first_line(error)}); check the folder or id, and the network"
         ) from None
-    loaded: PipelineFamily = family(pipeline, **options)
-    return loaded
+    return family(pipeline, resolution=resolution, **_own_options(model))
 
 
 def known_model(name: str) -> Path | None:
@@ -118,7 +111,7 @@ def known_model(name: str) -> Path | None:
 
 def family_from_configs(
     model: str, *, device: torch.device, dtype: torch.dtype, resolution: int | None = None
-) -> PipelineFamily:
+) -> Family:
     """The family of ``model`` with random weights and no text encoder: what a simulation needs. Nothing is fetched.
 
     Args:
@@ -126,7 +119,7 @@ def family_from_configs(
         device: "meta" allocates nothing.
 
     Raises:
-        UserError: there is no such model here, or its configurations cannot be read.
+        UserError: no such model here, or unreadable configurations.
     """
     folder = known_model(model) or Path(model)
     if not folder.is_dir():
@@ -135,14 +128,13 @@ def family_from_configs(
             f"{', '.join(map(repr, KNOWN_MODELS))}, their hub ids, or a diffusers folder"
         )
     family = _family_class(model, _index(model, str(folder)))
-    options = {"consistency_lora": str(shapes.consistency_lora_folder())} if model == "shapes" else {}
     try:
-        return family.from_configs(folder, dtype=dtype, device=device, resolution=resolution, **options)
+        return family.from_configs(folder, dtype=dtype, device=device, resolution=resolution, **_own_options(model))
     except _UNREADABLE as error:
-        raise UserError(f"model {model!r} has a configuration that cannot be read ({_reason(error)})") from None
+        raise UserError(f"model {model!r} has a configuration that cannot be read ({first_line(error)})") from None
 
 
-def set_attention(family: PipelineFamily, attention: Attention, device: torch.device) -> None:
+def set_attention(family: Family, attention: Attention, device: torch.device) -> None:
     """Choose the attention implementation of the network.
 
     Args:
@@ -165,7 +157,7 @@ def set_attention(family: PipelineFamily, attention: Attention, device: torch.de
                     module.set_use_memory_efficient_attention_xformers(True)
     except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
         raise UserError(
-            f"execution.attention = {attention!r} cannot be used here ({_reason(error)}); use auto"
+            f"execution.attention = {attention!r} cannot be used here ({first_line(error)}); use auto"
         ) from None
 
 
@@ -174,21 +166,21 @@ def _quantization_config(
 ) -> dict[str, Any]:
     if quantization == "none":
         return {}
+    given = f"execution.quantization = {quantization!r}"
     if device.type != "cuda":
-        raise UserError(
-            f"execution.quantization = {quantization!r} needs a CUDA device, this one is {device}; use none"
-        )
+        raise UserError(f"{given} needs a CUDA device, this one is {device}; use none")
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     try:
-        if quantization == "nf4":
-            config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        else:
-            config = BitsAndBytesConfig(load_in_8bit=True)
+        config = BitsAndBytesConfig(**nf4 if quantization == "nf4" else {"load_in_8bit": True})
         return {"quantization_config": PipelineQuantizationConfig(quant_mapping={part: config})}
     except ImportError as error:
         raise UserError(
-            f"execution.quantization = {quantization!r} needs bitsandbytes ({_reason(error)}); "
-            "pip install bitsandbytes, or use none"
+            f"{given} needs bitsandbytes ({first_line(error)}); pip install bitsandbytes, or use none"
         ) from None
+
+
+def _own_options(model: str) -> dict[str, str]:
+    return {"consistency_lora": str(shapes.consistency_lora_folder())} if model == "shapes" else {}
 
 
 def _index(model: str, source: str) -> dict[str, Any]:
@@ -197,7 +189,7 @@ def _index(model: str, source: str) -> dict[str, Any]:
         index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"model {model!r} has no readable model_index.json ({_reason(error)}); give a diffusers folder"
+            f"model {model!r} has no readable model_index.json ({first_line(error)}); give a diffusers folder"
         ) from None
     return index
 
@@ -205,14 +197,14 @@ def _index(model: str, source: str) -> dict[str, Any]:
 def _family_class(model: str, index: dict[str, Any]) -> Any:
     kind = index["_class_name"]
     if kind not in _FAMILIES:
-        raise UserError(f"model {model!r} is a {kind}; allowed: {', '.join(SUPPORTED)}")
+        raise UserError(f"model {model!r} is a {kind}; allowed: {', '.join(_FAMILIES)}")
     module, name = _FAMILIES[kind]
     return getattr(import_module(f"sqdf_fast.families.{module}"), name)
 
 
 @contextmanager
 def _without_loading_bars() -> Iterator[None]:
-    # A bar for each part of a pipeline says nothing to a user; those of a download stay.
+    # Users need no bar for each part of a pipeline; those of a download stay.
     libraries = (diffusers_logging, transformers_logging)
     shown = [library for library in libraries if library.is_progress_bar_enabled()]
     for library in shown:
@@ -222,7 +214,3 @@ def _without_loading_bars() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,37 +11,27 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from sqdf_fast.families.family import Conditioning, Defaults
-from sqdf_fast.families.flow import flow_scheduler, shift
-from sqdf_fast.families.pipeline import PipelineFamily
-from sqdf_fast.families.text import penultimate, token_ids, visiting
+from sqdf_fast.families.flow import FlowFamily, shift
+from sqdf_fast.families.text import on_device, penultimate, token_ids
 from sqdf_fast.schedule import DenoisingSchedule
 
 _T5_TOKENS = 256
+_BLOCKS = frozenset({"JointTransformerBlock"})
 _CLIPS = 2
 
 
-class StableDiffusion3(PipelineFamily):
+class StableDiffusion3(FlowFamily):
     """A StableDiffusion3Pipeline. Without its T5 encoder, the T5 states are zeros, as in the pipeline.
 
     Args:
-        pipeline, resolution: see PipelineFamily.
+        pipeline, resolution: see Family.
     """
 
-    name: ClassVar[str] = "stable-diffusion-3"
-    pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
-    network_part: ClassVar[Literal["unet", "transformer"]] = "transformer"
+    name = "stable-diffusion-3"
+    pipeline_class = StableDiffusion3Pipeline
     # Steps and guidance: the model card of 3.5-medium; noise level: Flow-GRPO's experiments with it.
-    defaults: ClassVar[Defaults] = Defaults(num_inference_steps=40, guidance_scale=4.5, eta=0.7)
-    # Both streams' projections, as Flow-GRPO trains them.
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        *PipelineFamily.lora_targets,
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
-    checkpointed_block_types: ClassVar[dict[str, frozenset[str]]] = {
-        **PipelineFamily.checkpointed_block_types,
-        "network": frozenset({"JointTransformerBlock"}),
-    }
-    patch: ClassVar[int] = 2
+    defaults = Defaults(num_inference_steps=40, guidance_scale=4.5, eta=0.7)
+    checkpointed_block_types = FlowFamily.checkpointed_block_types | {"network": _BLOCKS}
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, resolution: int | None = None) -> None:
         super().__init__(pipeline, resolution)
@@ -49,24 +39,20 @@ class StableDiffusion3(PipelineFamily):
 
     @classmethod
     def loading_options(cls, index: dict[str, Any]) -> dict[str, Any]:
-        # A folder may lack its 9 GB of T5; the loader must be told.
+        # A folder may lack its 9 GB of T5.
         return {part: None for part in ("text_encoder_3", "tokenizer_3") if not any(index.get(part) or ())}
-
-    def make_scheduler(self, scheduler: Any) -> Any:
-        return flow_scheduler(scheduler)
 
     def schedule(self, num_inference_steps: int, eta: float) -> DenoisingSchedule:
         tokens = (self.latent_shape[-1] // self.patch) ** 2
-        return DenoisingSchedule.from_scheduler(
-            self.scheduler, num_inference_steps, eta, **shift(self.scheduler, tokens)
-        )
+        mu = shift(self.scheduler, tokens)
+        return DenoisingSchedule.from_scheduler(self.scheduler, num_inference_steps, eta, **mu)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         encoders = self.encoders(prompts)
         states, pooled = [], []
         for encoder, tokenizer in zip(encoders[:_CLIPS], self.tokenizers, strict=False):
-            with visiting(encoder, self.device):
+            with on_device(encoder, self.device):
                 hidden, projected = penultimate(encoder, token_ids(tokenizer, prompts, self.clip_tokens, encoder))
             states.append(hidden.to(self.device, self.dtype))
             pooled.append(projected.to(self.device, self.dtype))
@@ -75,7 +61,7 @@ class StableDiffusion3(PipelineFamily):
         clip = F.pad(clip, (0, width - clip.shape[-1]))
         long = self.zeros(len(prompts), _T5_TOKENS, width)
         for encoder, tokenizer in zip(encoders[_CLIPS:], self.tokenizers[_CLIPS:], strict=True):
-            with visiting(encoder, self.device):
+            with on_device(encoder, self.device):
                 long = encoder(token_ids(tokenizer, prompts, _T5_TOKENS, encoder))[0].to(self.device, self.dtype)
         return Conditioning(
             {
@@ -96,13 +82,9 @@ class StableDiffusion3(PipelineFamily):
     def predict(self, network: nn.Module, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         return network(x, timestep=timesteps, return_dict=False, **conditioning.tensors)[0]
 
-    def lora_state(self, source: str) -> tuple[dict[str, Tensor], dict[str, float] | None, dict[str, Any] | None]:
-        state, metadata = self.pipeline_class.lora_state_dict(source, return_lora_metadata=True)
-        return state, None, metadata
-
 
 def _crop_positions(network: Any, side: int) -> None:
-    """Keep the position embeddings of one resolution: 3.5-medium's table takes 432 MiB in bfloat16, its centre 12."""
+    """Keep the position embeddings of one resolution: 3.5-medium's table takes 432 MiB in bfloat16, its center 12."""
     embedding = network.pos_embed
     kept = side // network.config.patch_size
     if embedding.pos_embed_max_size and kept < embedding.pos_embed_max_size:

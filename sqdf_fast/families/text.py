@@ -14,8 +14,8 @@ CLIP_TOKENS = 77
 
 
 @contextmanager
-def visiting(encoder: Any, device: torch.device) -> Iterator[Any]:
-    """Run ``encoder`` on ``device``; afterwards it is where it was. One that does not fit there runs where it is.
+def on_device(encoder: Any, device: torch.device) -> Iterator[Any]:
+    """``encoder`` on ``device`` inside the block and back afterwards; one that does not fit stays where it is.
 
     A T5 of 9 GB has no room beside a network on most cards, and is needed once a prompt.
     """
@@ -38,9 +38,9 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, encoder: nn.M
 
 
 def penultimate(encoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a CLIP text encoder: the last but one layer's states [B, length, width], and its first output.
+    """A CLIP text encoder's last but one layer's states [B, length, width], and its first output.
 
-    That is the projected pooled embedding [B, projection] for a CLIPTextModelWithProjection.
+    The latter is a CLIPTextModelWithProjection's projected pooled embedding [B, projection].
     """
     output = encoder(ids, output_hidden_states=True)
     return output.hidden_states[-2], output[0]

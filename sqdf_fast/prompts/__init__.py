@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
-from sqdf_fast.errors import UserError
-
-_ANIMALS = Path(__file__).parent / "animals.txt"
+from sqdf_fast.errors import UserError, did_you_mean
 
 
-def _shapes() -> list[str]:
-    from sqdf_fast.shapes.prompts import TRAIN_PROMPTS
-
-    return list(TRAIN_PROMPTS)
-
-
-def _shapes_held_out() -> list[str]:
-    from sqdf_fast.shapes.prompts import HELD_OUT_PROMPTS
-
-    return list(HELD_OUT_PROMPTS)
+def _shapes(name: str) -> list[str]:
+    return list(getattr(import_module("sqdf_fast.shapes.prompts"), name))
 
 
 _NAMED: dict[str, Callable[[], list[str]]] = {
-    "animals": lambda: read_prompts(_ANIMALS),
-    "shapes": _shapes,
-    "shapes-held-out": _shapes_held_out,
+    "animals": lambda: read_prompts(Path(__file__).parent / "animals.txt"),
+    "shapes": lambda: _shapes("TRAIN_PROMPTS"),
+    "shapes-held-out": lambda: _shapes("HELD_OUT_PROMPTS"),
 }
 
 
@@ -48,10 +38,9 @@ def load_prompts(name_or_path: str | Path) -> list[str]:
     path = os.path.expanduser(name_or_path)
     if os.path.exists(path):
         return read_prompts(Path(path))
-    close = difflib.get_close_matches(name, _NAMED, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
     raise UserError(
-        f"prompts {name!r}: neither a file nor a named set; {hint}named sets: {', '.join(_NAMED)}; "
+        f"prompts {name!r}: neither a file nor a named set; {did_you_mean(name, _NAMED)}named sets: "
+        f"{', '.join(_NAMED)}; "
         "or give a UTF-8 text file with one prompt a line"
     )
 

@@ -1,9 +1,9 @@
-"""Backbones of rewards: built from shipped configurations, filled with tensors, read from transformers' format."""
+"""Networks of rewards: built from shipped configurations, filled with tensors, read in transformers' format."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqdf_fast.errors import UserError
-from sqdf_fast.rewards.published import first_line
+from sqdf_fast.errors import UserError, first_line
 
 # Architectures of the published backbones; numbers only.
 CONFIGS = Path(__file__).parent / "configs"
@@ -33,7 +32,7 @@ def filled(model: Any, config: Any, weights: Iterable[tuple[str, Tensor]], dtype
     """A model of ``config`` with ``weights``, on the CPU, for inference.
 
     Raises:
-        KeyError, RuntimeError: the tensors are of another architecture.
+        KeyError, RuntimeError: tensors of another architecture.
     """
     from accelerate import init_empty_weights
 
@@ -45,32 +44,36 @@ def filled(model: Any, config: Any, weights: Iterable[tuple[str, Tensor]], dtype
 
 
 def pretrained(
-    model: Any, place: str, dtype: torch.dtype, *, reward: str, option: str, kind: str, published: str
+    model: Any, place: str, dtype: torch.dtype, *, reward: str, option: str, published: str, kind: str = "CLIP"
 ) -> Any:
-    """A part of a model in transformers' format: ``model`` says which, the rest of the file is not loaded.
+    """The part ``model`` of a model in transformers' format; the rest of the file is not loaded.
 
     Args:
         place: folder or hub id.
-        reward: which reward asks; option: the option that gave ``place``; kind: what should be there, e.g. "CLIP".
-        published: the hub id that a user should get.
+        reward, option: names of the reward and of its option that gave ``place``, for messages.
+        published: hub id of the authors' model, for messages.
 
     Raises:
-        UserError: there is no such model, or it lacks a weight.
+        UserError: no such model, or one that lacks a weight.
     """
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
     try:
-        with _quiet():
-            network, loading = model.from_pretrained(
-                place, dtype=dtype, attn_implementation=_attention(model), output_loading_info=True
-            )
+        # A whole model is read for a part of it: no list of the other weights as unexpected.
+        logging.set_verbosity_error()
+        network, loading = model.from_pretrained(
+            place, dtype=dtype, attn_implementation=_attention(model), output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{reward} reward: no {kind} model at {place!r} ({first_line(error)}); "
             f"give a folder or hub id as the option {option}, e.g. after `hf download {published}`"
         ) from None
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"{reward} reward: {place} holds no weights for {missing[0]} (of {len(missing)} missing); "
             f"a whole {kind} model is needed, e.g. {published}"
@@ -78,18 +81,26 @@ def pretrained(
     return network
 
 
-def of_published(make: Callable[[], Any], path: Path, *, reward: str, what: str, expected: str) -> Any:
-    """``make()``, with tensors of another architecture refused.
+def load_tokenizer(tokenizer: Any, place: str, *, reward: str, published: str) -> Any:
+    """A tokenizer of the class ``tokenizer``; arguments and errors as for :func:`pretrained`."""
+    try:
+        return tokenizer.from_pretrained(place)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{reward} reward: no tokenizer at {place!r} ({first_line(error)}); "
+            f"give a folder or hub id as the option tokenizer, e.g. after `hf download {published}`"
+        ) from None
+
+
+@contextmanager
+def refuse_other_architectures(path: Path, *, reward: str, what: str, expected: str) -> Iterator[None]:
+    """Turn what :func:`filled` raises for the tensors of ``path`` into a UserError.
 
     Args:
-        path: where the tensors are from; reward: which reward asks; what: what the file should be; expected: where
-            that is found.
-
-    Raises:
-        UserError: ``make`` raised KeyError or RuntimeError.
+        what: kind of model that the file should be; expected: description of the published one.
     """
     try:
-        return make()
+        yield
     except (KeyError, RuntimeError) as error:
         # load_state_dict names the class in its first line and what does not fit in the second.
         lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
@@ -99,16 +110,3 @@ def of_published(make: Callable[[], Any], path: Path, *, reward: str, what: str,
 
 def _attention(model: Any) -> str:
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # A whole model is read for a part of it: no list of the other weights as unexpected.
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

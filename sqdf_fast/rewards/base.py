@@ -11,14 +11,13 @@ from torch import Tensor, nn
 class Reward(nn.Module):
     """A score r(image, prompt), the higher the better. Subclasses implement ``forward``.
 
-    A subclass may have two more constructors: ``load(**options)``, then used in place of the ordinary one to load it,
-    and ``from_config(*, device, dtype)``, which builds the same modules without weights, network or tokenizer, so that
-    its memory can be simulated. Both are class methods.
+    A subclass may have two more constructors, class methods: ``load(**options)``, used in place of the ordinary one,
+    and ``from_config(*, device, dtype)``, which builds the same modules without weights, for simulating its memory.
 
     Attributes:
-        name: what the reports call it.
+        name: name in reports.
         differentiable: whether the score has a gradient with respect to the images.
-        checkpointed_block_types: class names of the blocks whose insides may be recomputed in the backward pass.
+        checkpointed_block_types: class names of the blocks that gradient checkpointing may act on.
     """
 
     name: str = "reward"
@@ -48,7 +47,7 @@ class Reward(nn.Module):
         return None
 
     def parts(self) -> Sequence[Reward]:
-        """The rewards that this one is made of; none but in a sum."""
+        """The rewards of a sum; empty for every other."""
         return ()
 
 
@@ -66,6 +65,11 @@ class FunctionReward(Reward):
         return self.function(images, prompts, **self.options)
 
 
-def scoring_dtype(images: Tensor) -> torch.dtype:
-    """Scores are float32, and float64 for float64 images: gradients are checked to 1e-10."""
-    return torch.float64 if images.dtype == torch.float64 else torch.float32
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of scores, heads and text features beside ``dtype``: float32; float64 for float64, for exact gradients."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """Embeddings [B, F] divided by their norms."""
+    return embeddings / embeddings.norm(dim=-1, keepdim=True)

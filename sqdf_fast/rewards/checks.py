@@ -1,4 +1,4 @@
-"""A reward is somebody else's code: what it returns is checked before it can reach the weights."""
+"""Checks of rewards, which are users' code: what they return is checked before it can reach the weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sqdf_fast.errors import UserError
-from sqdf_fast.rewards.base import Reward, scoring_dtype
+from sqdf_fast.errors import UserError, describe
+from sqdf_fast.rewards.base import Reward, exact
 
 _GRADIENT_FREE = "use an objective that needs no gradient, --set algorithm=ddpo (or dpok, awm)"
 
@@ -42,8 +42,17 @@ def checked_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Te
 
 
 def called(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """As :func:`checked_reward`, without a look at the values: neither a wait for the device nor a need for any."""
-    scores = _call(reward, images, prompts)
+    """As :func:`checked_reward`, without a look at the values, which would wait for the device."""
+    try:
+        scores = reward(images, prompts)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        dtype = str(images.dtype).removeprefix("torch.")
+        raise UserError(
+            f"reward {reward.name!r} raised {describe(error)}; it was given images {dtype} {list(images.shape)} "
+            f"in [0, 1] on {images.device} and {len(images)} prompts"
+        ) from error
     if not isinstance(scores, Tensor):
         raise UserError(f"reward {reward.name!r} returned {type(scores).__name__}, not a torch tensor of shape [B]")
     if scores.shape != (len(images),):
@@ -58,7 +67,7 @@ def called(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
             f"reward {reward.name!r} returned scores on {scores.device} for images on {images.device}; "
             "keep the computation on the images' device"
         )
-    return scores.to(torch.promote_types(scores.dtype, scoring_dtype(images)))
+    return scores.to(torch.promote_types(scores.dtype, exact(images.dtype)))
 
 
 def preflight(reward: Reward, images: Tensor, prompts: Sequence[str], *, needs_gradient: bool = True) -> None:
@@ -97,7 +106,12 @@ def preflight(reward: Reward, images: Tensor, prompts: Sequence[str], *, needs_g
                 "compute them with torch operations on `images`, without .detach(), .item(), numpy or no_grad; "
                 f"if that cannot be, {_GRADIENT_FREE}"
             )
-        gradient = _gradient(reward, scores, pixels)
+        try:
+            gradient = torch.autograd.grad(scores.sum(), pixels, allow_unused=True)[0]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UserError(f"reward {reward.name!r} raised {describe(error)} in its backward pass") from error
     if gradient is None:
         raise UserError(
             f"reward {reward.name!r} has a gradient, but not with respect to the images: "
@@ -110,34 +124,6 @@ def preflight(reward: Reward, images: Tensor, prompts: Sequence[str], *, needs_g
         )
     if not gradient.any():
         raise UserError(
-            f"reward {reward.name!r} has a gradient of zero at every pixel: nothing would be learnt; "
+            f"reward {reward.name!r} has a gradient of zero at every pixel: training would change nothing; "
             f"replace rounding, comparisons, argmax and hard clamps by smooth operations, or {_GRADIENT_FREE}"
         )
-
-
-def _call(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    try:
-        return reward(images, prompts)
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UserError(f"reward {reward.name!r} raised {_described(error)}; it was given {_shown(images)}") from error
-
-
-def _gradient(reward: Reward, scores: Tensor, pixels: Tensor) -> Tensor | None:
-    try:
-        return torch.autograd.grad(scores.sum(), pixels, allow_unused=True)[0]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"reward {reward.name!r} raised {_described(error)} in its backward pass") from error
-
-
-def _described(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _shown(images: Tensor) -> str:
-    dtype = str(images.dtype).removeprefix("torch.")
-    return f"images {dtype} {list(images.shape)} in [0, 1] on {images.device} and {len(images)} prompts"

@@ -1,19 +1,91 @@
-"""CLIP towers: from a shipped configuration, from transformers' format and from OpenCLIP's."""
+"""CLIP: its towers, from a shipped configuration and from OpenCLIP's weights, and rewards that are its cosines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sqdf_fast.rewards.architectures import architecture, empty, filled, pretrained
+from sqdf_fast.rewards.architectures import architecture, empty, filled, load_tokenizer, pretrained
+from sqdf_fast.rewards.base import Reward, exact, unit
+from sqdf_fast.rewards.preprocess import preprocess
+from sqdf_fast.rewards.text_features import ConstantFeatures, PromptFeatures, TextTower, unescaped
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+    from typing_extensions import Self
 
+VIT_L_14 = "openai/clip-vit-large-patch14"
 BLOCKS = frozenset({"CLIPEncoderLayer"})
+
+
+class CosineReward(Reward):
+    """r(x, c) = (e / |e|) . (f / |f|), e and f the embeddings of image and prompt.
+
+    Args:
+        vision: image tower with projection; its dtype is that of the network's arithmetic.
+        prompts: normalized text features [B, F] of B prompts, float32 or float64; the score is of that dtype.
+
+    Class attributes:
+        model: published model, a hub id; config: name of its shipped configuration.
+    """
+
+    checkpointed_block_types = BLOCKS
+    model: ClassVar[str]
+    config: ClassVar[str]
+
+    def __init__(self, vision: CLIPVisionModelWithProjection, prompts: PromptFeatures | ConstantFeatures) -> None:
+        super().__init__()
+        self.vision, self.prompts = vision, prompts
+        self.size: int = vision.config.image_size
+
+    @classmethod
+    def from_config(cls, *, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """The image tower with random weights, from the shipped configuration; one vector for every prompt."""
+        vision = vision_tower(cls.config, device=device, dtype=dtype)
+        return cls(vision, ConstantFeatures(vision.config.projection_dim, exact(dtype)))
+
+    @classmethod
+    def towers(
+        cls, model: str, tokenizer: str | None, dtype: torch.dtype, clean: Callable[[str], str] = unescaped
+    ) -> tuple[CLIPVisionModelWithProjection, PromptFeatures]:
+        """The arguments of the constructor, of a model in transformers' format; errors as for :func:`pretrained`."""
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+        words = load_tokenizer(CLIPTokenizer, tokenizer or model, reward=cls.name, published=cls.model)
+        vision = cls.part(CLIPVisionModelWithProjection, model, dtype)
+
+        def text() -> TextTower:
+            network = cls.part(CLIPTextModelWithProjection, model, exact(dtype))
+            return TextTower(network, words, clean, reward=cls.name, published=cls.model)
+
+        return vision, PromptFeatures(text(), text)
+
+    @classmethod
+    def part(cls, kind: Any, model: str, dtype: torch.dtype) -> Any:
+        """The part ``kind`` of a model in transformers' format."""
+        return pretrained(kind, model, dtype, reward=cls.name, option="model", published=cls.model)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> None:
+        self.prompts.encode(prompts)
+
+    def drop_text_tower(self) -> None:
+        self.prompts.tower = None
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the image tower sees of images in [0, 1]: [B, 3, size, size], float32 or float64."""
+        return preprocess(images, self.size)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalized image embeddings, [B, F]."""
+        pixels = self.pixels(images).to(self.vision.dtype)
+        return unit(self.vision(pixel_values=pixels).image_embeds.to(self.prompts.dtype))
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        features = self.features(images)
+        return (features * self.prompts(prompts, features.device)).sum(dim=-1)
 
 
 def vision_tower(name: str, *, device: torch.device | str, dtype: torch.dtype) -> CLIPVisionModelWithProjection:
@@ -24,61 +96,13 @@ def vision_tower(name: str, *, device: torch.device | str, dtype: torch.dtype) -
     return empty(CLIPVisionModelWithProjection, config, device=device, dtype=dtype)
 
 
-def load_vision_tower(
-    clip: str, dtype: torch.dtype, *, reward: str, published: str, option: str = "clip"
-) -> CLIPVisionModelWithProjection:
-    """The image tower of a CLIP model in transformers' format.
-
-    Args:
-        clip: folder or hub id; reward: which reward asks; published: the hub id that a user should get; option: the
-            reward's option that gave ``clip``.
-
-    Raises:
-        UserError: there is no such model, or it holds no image tower.
-    """
-    from transformers import CLIPVisionModelWithProjection
-
-    return pretrained(
-        CLIPVisionModelWithProjection, clip, dtype, reward=reward, option=option, kind="CLIP", published=published
-    )
-
-
-def load_text_tower(
-    clip: str, dtype: torch.dtype, *, reward: str, published: str, option: str = "clip"
-) -> CLIPTextModelWithProjection:
-    """The text tower; see :func:`load_vision_tower`."""
-    from transformers import CLIPTextModelWithProjection
-
-    return pretrained(
-        CLIPTextModelWithProjection, clip, dtype, reward=reward, option=option, kind="CLIP", published=published
-    )
-
-
-def load_logit_scale(clip: str, dtype: torch.dtype, *, reward: str, published: str, option: str = "clip") -> Tensor:
-    """What CLIP multiplies its cosines by, exp of the learnt logarithm: a number on the CPU."""
-    from transformers import CLIPConfig, CLIPPreTrainedModel
-
-    class LogitScale(CLIPPreTrainedModel):
-        """The one tensor of a CLIP model that belongs to neither tower."""
-
-        config_class = CLIPConfig
-
-        def __init__(self, config: CLIPConfig) -> None:
-            super().__init__(config)
-            self.logit_scale = torch.nn.Parameter(torch.zeros(()))
-            self.post_init()
-
-    found = pretrained(LogitScale, clip, dtype, reward=reward, option=option, kind="CLIP", published=published)
-    return found.logit_scale.detach().exp()
-
-
 def open_clip_vision_tower(
     name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> CLIPVisionModelWithProjection:
     """The image tower of ``configs/<name>.json`` with the weights of an OpenCLIP state dict, on the CPU.
 
     Raises:
-        KeyError, RuntimeError: the tensors are of another architecture.
+        KeyError, RuntimeError: tensors of another architecture.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 

@@ -1,20 +1,26 @@
-"""ImageReward: BLIP reads prompt and picture together, and a linear head scores what it understood."""
+"""ImageReward: BLIP reads prompt and image together, and a linear head scores what it understood."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.rewards.aesthetic import fold_head
-from sqdf_fast.rewards.architectures import architecture, empty, filled, of_published
-from sqdf_fast.rewards.base import Reward
+from sqdf_fast.rewards.architectures import (
+    architecture,
+    empty,
+    filled,
+    load_tokenizer,
+    refuse_other_architectures,
+)
+from sqdf_fast.rewards.base import Reward, exact, unit
+from sqdf_fast.rewards.head import fold_head
 from sqdf_fast.rewards.preprocess import preprocess
-from sqdf_fast.rewards.published import PublishedFile, first_line
+from sqdf_fast.rewards.published import PublishedFile
+from sqdf_fast.rewards.text_features import PromptTensors
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
 WEIGHTS = "THUDM/ImageReward"
 FILE = "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
-# The authors' normalisation of the raw score.
+# The authors' normalization of the raw score.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35
 _CONFIG = "imagereward"
@@ -35,14 +41,14 @@ class ImageReward(Reward):
     """ImageReward v1.0, typically -2 to 2.
 
     r(x, c) = (w . h + b - mean) / std, h = the first token of BLIP's text encoder, which reads the prompt and attends
-    to the picture's ViT-L/16 tokens in every layer; w and b are the published head, five Linear layers without
+    to the image's ViT-L/16 tokens in every layer; w and b are the published head, five Linear layers without
     activation, multiplied out; mean and std are the authors'. Source: github.com/THUDM/ImageReward (arXiv 2304.05977).
-    Prompts are cut after 35 tokens. The text encoder sees the pictures and stays.
+    Prompts are cut after 35 tokens. The text encoder reads the images too and stays.
 
     Args:
         vision, text: of one dtype, that of the network's arithmetic.
         head: from the text encoder's width to the raw score, float32 or float64; the score is of that dtype.
-        tokens: prompts to token numbers and mask, both int64 [B, 35].
+        tokens: token numbers and mask of prompts, int64 [B, 2, 35].
     """
 
     name = "imagereward"
@@ -62,52 +68,52 @@ class ImageReward(Reward):
         """The published weights.
 
         Args:
-            weights: the published ``.pt``, the same tensors as ``.safetensors``, a folder that holds the published
-                file, or the id of a hub repository.
+            weights: the published ``.pt``, its tensors as ``.safetensors``, a folder with it, or a hub id.
             tokenizer: folder or hub id of bert-base-uncased's tokenizer.
             dtype: of BLIP; head and score are float32 (float64 with float64).
 
         Raises:
             UserError: weights or a tokenizer that cannot be found or are of another architecture.
         """
-        published = PublishedFile(cls.name, "weights", "weights", FILE, f"huggingface.co/{WEIGHTS}")
+        published = PublishedFile(cls.name, "weights", FILE, f"huggingface.co/{WEIGHTS}")
         path = published.find(weights)
         tensors = published.read(path)
         expected = f"BLIP with ViT-L/16 as in {FILE} from huggingface.co/{WEIGHTS}"
-        vision, text = of_published(
-            partial(_blip, tensors, dtype), path, reward=cls.name, what="ImageReward model", expected=expected
-        )
-        head = fold_head(tensors, path, _LINEAR, reward=cls.name, filename=FILE)
+        with refuse_other_architectures(path, reward=cls.name, what="ImageReward model", expected=expected):
+            vision, text = (
+                filled(model, config, renamed(tensors), dtype, **options)
+                for renamed, (model, config, options) in zip(
+                    (_vision_weights, _text_weights), _architecture(), strict=True
+                )
+            )
+        head = fold_head(tensors, path, _LINEAR, published)
         width = text.config.hidden_size
         if head.in_features != width:
             raise UserError(
                 f"{cls.name} reward: the head of {path} reads {head.in_features} numbers but its text encoder gives "
                 f"{width}; expected {expected}"
             )
-        words = _load_tokenizer(tokenizer, text.config.vocab_size)
-        return cls(vision, text, head.to(torch.promote_types(dtype, torch.float32)), Tokens(words))
+        return cls(vision, text, head.to(exact(dtype)), Tokens(_tokenizer(tokenizer, text.config.vocab_size)))
 
     @classmethod
     def from_config(cls, *, device: torch.device | str, dtype: torch.dtype) -> ImageReward:
         """The same modules with random weights, from the shipped configuration; the same tokens for every prompt."""
-        parts = [
+        vision, text = (
             empty(model, config, device=device, dtype=dtype, **options) for model, config, options in _architecture()
-        ]
-        exact = torch.promote_types(dtype, torch.float32)
-        head = nn.Linear(parts[1].config.hidden_size, 1, device=device, dtype=exact)
-        return cls(parts[0], parts[1], head, ConstantTokens())
+        )
+        head = nn.Linear(text.config.hidden_size, 1, device=device, dtype=exact(dtype))
+        return cls(vision, text, head, ConstantTokens())
 
     def encode_prompts(self, prompts: Sequence[str]) -> None:
         self.tokens.encode(prompts)
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised first token of the image encoder, [B, 1024]."""
-        embeddings = self._seen(images)[:, 0].to(self.head.weight.dtype)
-        return embeddings / embeddings.norm(dim=-1, keepdim=True)
+        """Normalized first token of the image encoder, [B, 1024]."""
+        return unit(self._seen(images)[:, 0].to(self.head.weight.dtype))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         seen = self._seen(images)
-        numbers, mask = self.tokens(prompts, seen.device)
+        numbers, mask = self.tokens(prompts, seen.device).unbind(1)
         # 0 where a token may be looked at, almost minus infinity at padding: [B, 1, 1, 35], for all heads and queries.
         additive = (1 - mask)[:, None, None].to(seen.dtype) * torch.finfo(seen.dtype).min
         read = self.text(input_ids=numbers, attention_mask=additive, encoder_hidden_states=seen, is_decoder=False)
@@ -119,36 +125,26 @@ class ImageReward(Reward):
         return self.vision(pixel_values=pixels).last_hidden_state
 
 
-class Tokens:
-    """Token numbers of prompts, each cut once and kept on the CPU."""
+class Tokens(PromptTensors):
+    """Token numbers and mask of prompts, int64 [B, 2, 35]."""
 
     def __init__(self, tokenizer: BertTokenizer) -> None:
+        super().__init__()
         self.tokenizer = tokenizer
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def compute(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        return torch.stack([tokens.input_ids, tokens.attention_mask], dim=1)
+
+
+class ConstantTokens(PromptTensors):
+    """As many tokens for every prompt, all the same, where no tokenizer is loaded."""
 
     def encode(self, prompts: Sequence[str]) -> None:
-        """Cut those that are new."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
-        if not new:
-            return
-        found = self.tokenizer(new, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-        self._known.update(zip(new, zip(found.input_ids, found.attention_mask, strict=True), strict=True))
+        """Nothing to compute."""
 
-    def __call__(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        self.encode(prompts)
-        numbers, masks = zip(*(self._known[prompt] for prompt in prompts), strict=True)
-        return torch.stack(numbers).to(device), torch.stack(masks).to(device)
-
-
-class ConstantTokens:
-    """As many tokens for every prompt, all the same: what stands in where there is no tokenizer."""
-
-    def encode(self, prompts: Sequence[str]) -> None:
-        """Nothing to do."""
-
-    def __call__(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        shape = (len(prompts), LENGTH)
-        return torch.zeros(shape, dtype=torch.int64, device=device), torch.ones(shape, dtype=torch.int64, device=device)
+    def forward(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        return torch.ones(len(prompts), 2, LENGTH, dtype=torch.int64, device=device)
 
 
 def _architecture() -> list[tuple[Any, Any, dict[str, Any]]]:
@@ -160,15 +156,6 @@ def _architecture() -> list[tuple[Any, Any, dict[str, Any]]]:
     return [
         (BlipVisionModel, BlipVisionConfig(**architecture(_CONFIG, "vision_config")), {}),
         (BlipTextModel, BlipTextConfig(**architecture(_CONFIG, "text_config")), {"add_pooling_layer": False}),
-    ]
-
-
-def _blip(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[Any]:
-    """Both encoders with published weights. Raises KeyError and RuntimeError for another architecture."""
-    weights = (_vision_weights(tensors), _text_weights(tensors))
-    return [
-        filled(model, config, found, dtype, **options)
-        for (model, config, options), found in zip(_architecture(), weights, strict=True)
     ]
 
 
@@ -210,16 +197,10 @@ def _text_weights(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]
             yield name.removeprefix(source), tensor
 
 
-def _load_tokenizer(place: str, vocabulary: int) -> BertTokenizer:
+def _tokenizer(place: str, vocabulary: int) -> BertTokenizer:
     from transformers import BertTokenizer
 
-    try:
-        tokenizer = BertTokenizer.from_pretrained(place)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"imagereward reward: no tokenizer at {place!r} ({first_line(error)}); "
-            f"give a folder or hub id as the option tokenizer, e.g. after `hf download {TOKENIZER}`"
-        ) from None
+    tokenizer = load_tokenizer(BertTokenizer, place, reward=ImageReward.name, published=TOKENIZER)
     # BLIP's own two tokens; its text encoder has an embedding for each.
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     if len(tokenizer) != vocabulary:

@@ -1,4 +1,4 @@
-"""JPEG compressibility: how small a picture gets."""
+"""JPEG compressibility: how small an image gets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sqdf_fast.rewards.preprocess import to_pil
 
 
 class JpegCompressibility(Reward):
-    """Minus the kilobytes (1000 bytes) of the picture as JPEG at quality 95 (Black et al., arXiv 2305.13301).
+    """Minus the kilobytes (1000 bytes) of the image as JPEG at quality 95 (Black et al., arXiv 2305.13301).
 
-    It has no gradient: it can be evaluated, and optimised as a black box.
+    It has no gradient: it can be evaluated, and optimized as a black box.
     """
 
     name = "jpeg"
@@ -23,8 +23,8 @@ class JpegCompressibility(Reward):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         sizes = []
-        for picture in to_pil(images):
+        for image in to_pil(images):
             buffer = io.BytesIO()
-            picture.save(buffer, format="JPEG", quality=95)
+            image.save(buffer, format="JPEG", quality=95)
             sizes.append(-buffer.tell() / 1000)
         return torch.tensor(sizes, dtype=torch.float32, device=images.device)

@@ -1,4 +1,4 @@
-"""From a picture in [0, 1] to what a CLIP-like network expects, with a gradient, and to 8-bit pictures."""
+"""From an image in [0, 1] to what a CLIP-like network expects, with a gradient, and to 8-bit images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from sqdf_fast.rewards.base import exact
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,69 +32,49 @@ def saturate(images: Tensor) -> Tensor:
     return _StraightThroughClamp.apply(images)
 
 
-def preprocess(
-    images: Tensor,
-    size: int,
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
-) -> Tensor:
-    """Bicubic antialiased resize of the shorter edge to ``size``, centre crop, normalisation.
+def preprocess(images: Tensor, size: int) -> Tensor:
+    """Bicubic antialiased resize of the shorter edge to ``size``, center crop, CLIP's normalization.
 
     The numbers of the PIL path of CLIP's image processor, up to its rounding to 8 bits, with a gradient.
 
     Args:
         images: float [B, 3, H, W] in [0, 1].
         size: side of the square that the network sees, in pixels.
-        mean: per channel, of images in [0, 1].
-        std: per channel.
 
     Returns:
-        [B, 3, size, size], float32 (float64 for float64 images), also for pictures in half precision.
+        [B, 3, size, size], float32 (float64 for float64 images), also for images in half precision.
     """
     height, width = images.shape[-2:]
     shorter = min(height, width)
     # Integer arithmetic, as PIL's callers do: a float ratio can be one pixel off.
-    resized = (size * height // shorter, size * width // shorter)
-    images = _resize(images, resized)
-    top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
-    images = images[..., top : top + size, left : left + size]
-    return (images - _per_channel(images, mean)) / _per_channel(images, std)
+    rows, columns = size * height // shorter, size * width // shorter
+    top, left = (rows - size) // 2, (columns - size) // 2
+    images = _resize(images, (rows, columns))[..., top : top + size, left : left + size]
+    return _normalize(images, CLIP_MEAN, CLIP_STD)
 
 
-def stretch(
-    images: Tensor,
-    size: int,
-    mean: Sequence[float] = (0.5, 0.5, 0.5),
-    std: Sequence[float] = (0.5, 0.5, 0.5),
-) -> Tensor:
-    """Bicubic antialiased resize of both edges to ``size``, whatever the picture's shape, and normalisation.
+def stretch(images: Tensor, size: int) -> Tensor:
+    """Bicubic antialiased resize of both edges to ``size``, whatever the image's shape, to [-1, 1].
 
     The numbers of the PIL path of SigLIP's image processor, up to its rounding to 8 bits, with a gradient. (Pillow 13
-    takes tall pictures along y first; at hard edges of those its numbers differ.)
+    takes tall images along y first; at hard edges of those its numbers differ.)
 
     Args and returns: as :func:`preprocess`.
     """
-    images = _resize(images, (size, size))
-    return (images - _per_channel(images, mean)) / _per_channel(images, std)
+    half = (0.5, 0.5, 0.5)
+    return _normalize(_resize(images, (size, size)), half, half)
 
 
-def letterbox(
-    images: Tensor,
-    size: int,
-    mean: Sequence[float] = CLIP_MEAN,
-    std: Sequence[float] = CLIP_STD,
-) -> Tensor:
-    """Bicubic antialiased resize of the longer edge to ``size``, black borders, normalisation.
+def letterbox(images: Tensor, size: int) -> Tensor:
+    """Bicubic antialiased resize of the longer edge to ``size``, black borders, CLIP's normalization.
 
-    HPSv2's validation transform (``ResizeMaxSize`` in github.com/tgxs002/HPSv2), which resizes float pictures: what
+    HPSv2's validation transform (``ResizeMaxSize`` in github.com/tgxs002/HPSv2), which resizes float images: what
     bicubic weights overshoot at edges is kept, unlike in :func:`preprocess`. Antialiased, as torchvision >= 0.17
     resizes tensors.
 
     Args and returns: as :func:`preprocess`.
     """
-    if images.dtype != torch.float64:
-        images = images.float()
-    images = saturate(images)
+    images = saturate(images.to(exact(images.dtype)))
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     resized = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -100,14 +82,12 @@ def letterbox(
         images = F.interpolate(images, resized, mode="bicubic", antialias=True)
     rows, columns = size - resized[0], size - resized[1]
     images = F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-    return (images - _per_channel(images, mean)) / _per_channel(images, std)
+    return _normalize(images, CLIP_MEAN, CLIP_STD)
 
 
 def _resize(images: Tensor, resized: tuple[int, int]) -> Tensor:
-    """As PIL resizes 8-bit pictures: values stay in [0, 1]. float32, or float64 for float64 pictures."""
-    if images.dtype != torch.float64:
-        images = images.float()
-    images = saturate(images)
+    """As PIL resizes 8-bit images: values stay in [0, 1]. float32, or float64 for float64 images."""
+    images = saturate(images.to(exact(images.dtype)))
     # Bicubic weights overshoot at edges. PIL resizes along x, then along y, and saturates after each.
     for step in ((images.shape[-2], resized[1]), resized):
         if step != tuple(images.shape[-2:]):
@@ -115,11 +95,12 @@ def _resize(images: Tensor, resized: tuple[int, int]) -> Tensor:
     return images
 
 
-def _per_channel(images: Tensor, values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
+def _normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    center, scale = torch.tensor([mean, std], dtype=images.dtype, device=images.device)[:, :, None, None]
+    return (images - center) / scale
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """8-bit RGB pictures of float [B, 3, H, W] in [0, 1], rounded to the nearest level."""
+    """8-bit RGB images of float [B, 3, H, W] in [0, 1], rounded to the nearest level."""
     levels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).cpu().numpy()]

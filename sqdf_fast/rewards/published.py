@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -18,83 +18,68 @@ class PublishedFile:
     """A file of weights that a reward's authors published.
 
     Attributes:
-        reward: which reward asks; option: the option that says where the file is; part: what the file holds.
-        filename: its published name; source: where a user gets it.
+        reward, option: names of the reward and of its option that locates the file.
+        filename: published name; source: where a user gets it.
     """
 
     reward: str
     option: str
-    part: str
     filename: str
     source: str
 
     def find(self, place: str) -> Path:
-        """The file at ``place``: itself, a folder that holds it, a repository of the hub, or an address (https).
+        """The file at ``place``: itself, a folder that holds it, a hub repository, or an address (https).
 
-        From an address it is downloaded once, into torch's own cache (``TORCH_HOME``).
+        An address is downloaded once, into torch's own cache (``TORCH_HOME``).
 
         Raises:
-            UserError: it is at none of them.
+            UserError: no such file.
         """
-        if place.startswith("https://"):
-            return self._download(place)
         path = Path(place).expanduser()
-        for candidate in (path, path / self.filename):
-            if candidate.is_file():
-                return candidate
-        from huggingface_hub import hf_hub_download
-
         try:
+            if place.startswith("https://"):
+                path = Path(torch.hub.get_dir()) / "checkpoints" / self.filename
+                if not path.is_file():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    torch.hub.download_url_to_file(place, str(path), progress=False)
+                return path
+            for candidate in (path, path / self.filename):
+                if candidate.is_file():
+                    return candidate
+            from huggingface_hub import hf_hub_download
+
             return Path(hf_hub_download(place, self.filename))
         except (OSError, ValueError) as error:
-            raise self._missing(place, error) from None
-
-    def _download(self, address: str) -> Path:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / self.filename
-        if not path.is_file():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(address, str(path), progress=False)
-            except (OSError, ValueError) as error:
-                raise self._missing(address, error) from None
-        return path
-
-    def _missing(self, place: str, error: Exception) -> UserError:
-        return UserError(
-            f"{self.reward} reward: no {self.part} at {place!r} ({first_line(error)}); download {self.filename} "
-            f"from {self.source} and give its path as the option {self.option}"
-        )
+            raise UserError(
+                f"{self.reward} reward: no {self.option} at {place!r} ({first_line(error)}); download {self.filename} "
+                f"from {self.source} and give its path as the option {self.option}"
+            ) from None
 
     def read(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of a ``.safetensors`` file or of a pickle (under ``state_dict`` where there is one), on the CPU.
+        """The tensors of a ``.safetensors`` file or of a pickle (or of its ``state_dict``), on the CPU.
 
         Raises:
-            UserError: a damaged file, one that holds more than tensors, or none.
+            UserError: a damaged file, or one that holds anything but tensors.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        found: Any
+        loaded: Any
         try:
             if path.suffix == ".safetensors":
-                found = load_file(path)
+                loaded = load_file(path)
             else:
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise UserError(
                 f"{self.reward} reward: {path} cannot be read ({first_line(error)}); "
                 f"download it again from {self.source}"
             ) from None
-        if isinstance(found, dict):
-            found = found.get("state_dict", found)
-        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        if isinstance(loaded, dict):
+            loaded = loaded.get("state_dict", loaded)
+        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
             raise UserError(
-                f"{self.reward} reward: {path} holds something else than named tensors; "
+                f"{self.reward} reward: {path} does not hold named tensors; "
                 f"give {self.filename} from {self.source} as the option {self.option}"
             )
-        return dict(found)
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return dict(loaded)

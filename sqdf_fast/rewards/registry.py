@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sqdf_fast.errors import UserError
+from sqdf_fast.errors import UserError, did_you_mean
 from sqdf_fast.rewards.base import FunctionReward, Reward
 from sqdf_fast.rewards.catalogue import CATALOGUE
 from sqdf_fast.rewards.weighted import WeightedSum, is_sum, options_of, parse_sum
@@ -33,23 +32,20 @@ def load_reward(
     """A frozen reward on ``device``.
 
     Args:
-        spec: a registered name, or ``module:attribute``: a function ``(images, prompts) -> [B]`` or a
-            subclass of :class:`Reward`; or a weighted sum of such, ``aesthetic*1.0 + clip*0.5``. The module is looked
-            for in the current folder too.
-        dtype: given to rewards that take a ``dtype``, for their networks.
-        options: keywords of the reward's class method ``load``, of its constructor where it has none (of the
-            function, at each call); in a sum, with the reward's name and a dot before them, ``clip.model``.
+        spec: registered name; ``module:attribute``, a function ``(images, prompts) -> [B]`` or a subclass of
+            :class:`Reward`, in the current folder too; or a weighted sum of such, ``aesthetic*1.0 + clip*0.5``.
+        dtype: dtype of the networks of rewards that take a ``dtype``.
+        options: keywords of the reward's class method ``load``, or else of its constructor (of the function, at each
+            call); in a sum, with the reward's name and a dot before them, ``clip.model``.
 
     Raises:
-        UserError: an unknown name, a module or attribute that is not there, options that do not fit, an expression
-            that is no sum, or a constructor that raises.
+        UserError: an unknown name, module or attribute, options that do not fit, an invalid sum, or a constructor
+            that raises.
     """
     if is_sum(spec):
         terms = parse_sum(spec)
-        parts = [
-            load_reward(term.name, device=device, dtype=dtype, **own)
-            for term, own in zip(terms, options_of(terms, options), strict=True)
-        ]
+        own = zip(terms, options_of(terms, options), strict=True)
+        parts = [load_reward(term.name, device=device, dtype=dtype, **given) for term, given in own]
         return WeightedSum(spec, parts, [term.weight for term in terms]).eval().requires_grad_(False)
     target = find_reward(spec)
     if inspect.isclass(target) and issubclass(target, Reward):
@@ -75,10 +71,9 @@ def reward_from_config(name: str, *, device: torch.device | str = "cpu", dtype: 
     Its forward has no branch on values, so that it runs on fake tensors; its scores mean nothing.
 
     Args:
-        name: a registered name, ``module:Class`` of a subclass of :class:`Reward` with ``from_config``, or a weighted
+        name: registered name, ``module:Class`` of a subclass of :class:`Reward` with ``from_config``, or a weighted
             sum of such.
-        device: of the weights; ``meta`` needs no memory.
-        dtype: of its networks, as for :func:`load_reward`.
+        device: device of the weights; ``meta`` needs no memory.
 
     Raises:
         UserError: an unknown name, or a reward whose memory cannot be known without running it.
@@ -103,22 +98,20 @@ def reward_from_config(name: str, *, device: torch.device | str = "cpu", dtype: 
 
 
 def find_reward(spec: str) -> Any:
-    """The function or class that ``spec`` names, no sum; no weights are read. Raises UserError when there is none."""
+    """The function or class that ``spec`` names, not a sum; no weights are read. Raises UserError if unknown."""
     if spec in CATALOGUE:
-        return _resolve(CATALOGUE[spec].address)
+        return import_attribute(CATALOGUE[spec].address)
     if ":" in spec:
-        return _resolve(spec)
-    close = difflib.get_close_matches(spec, CATALOGUE, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+        return import_attribute(spec)
     raise UserError(
-        f"reward {spec!r} is unknown; {hint}allowed: {', '.join(CATALOGUE)}, module:function of your own, or a sum "
-        "such as aesthetic*1.0 + clip*0.5"
+        f"reward {spec!r} is unknown; {did_you_mean(spec, CATALOGUE)}allowed: {', '.join(CATALOGUE)}, module:function "
+        "of your own, or a sum such as aesthetic*1.0 + clip*0.5"
     )
 
 
 def _class_method(target: Any, name: str) -> Callable[..., Reward] | None:
-    found = getattr(target, name, None)
-    return found if inspect.isclass(target) and inspect.ismethod(found) else None
+    method = getattr(target, name, None)
+    return method if inspect.isclass(target) and inspect.ismethod(method) else None
 
 
 def _make(spec: str, constructor: Callable[..., Reward], options: dict[str, Any]) -> Reward:
@@ -130,30 +123,27 @@ def _make(spec: str, constructor: Callable[..., Reward], options: dict[str, Any]
         raise UserError(f"reward {spec!r} cannot be made ({type(error).__name__}: {error})") from error
 
 
-def _resolve(address: str) -> Any:
-    module_name, _, attribute = address.partition(":")
-    module = _import(module_name)
-    try:
-        return getattr(module, attribute)
-    except AttributeError:
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        close = difflib.get_close_matches(attribute, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "check the name after the colon"
-        raise UserError(f"reward {address!r}: module {module_name} has no {attribute!r}; {hint}") from None
+def import_attribute(address: str, kind: str = "reward") -> Any:
+    """``module:attribute``, from the current folder if it is not installed; ``kind`` is for messages.
 
-
-def _import(name: str) -> Any:
-    """Import ``name``, from the current folder where it is not installed."""
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
+    Raises:
+        UserError: a module that cannot be imported, or one without the attribute.
+    """
+    name, _, attribute = address.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except Exception as error:
         raise UserError(
-            f"reward module {name!r} cannot be imported ({type(error).__name__}: {error}); "
+            f"{kind} module {name!r} cannot be imported ({type(error).__name__}: {error}); "
             f"put {name.replace('.', '/')}.py in the current folder or install it"
         ) from error
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        hint = did_you_mean(attribute, names).strip() or "check the name after the colon"
+        raise UserError(f"{kind} {address!r}: module {name} has no {attribute!r}; {hint}")
+    return getattr(module, attribute)
 
 
 def _check_options(spec: str, target: Any, positional: tuple[str, ...], options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Taste: the learned reward of the embedded world."""
+"""Taste: the learned reward of the embedded world, and a second one that judges the first."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sqdf_fast.rewards.base import Reward
+from sqdf_fast.rewards.base import Reward, exact
 
 
 class TasteReward(Reward):
-    """A small network trained on few, noisy ratings of a rule that stays hidden from it; 64 x 64 pictures.
+    """A small network trained on few, noisy ratings of a rule that stays hidden from it; 64 x 64 images.
 
-    Its distance to the rule is what reward over-optimisation exploits. The prompt is not read.
+    Its distance to the rule is what reward over-optimization exploits. The prompt is not read.
 
     Args:
         network: images and prompts to [B].
@@ -30,7 +30,7 @@ class TasteReward(Reward):
         """The shipped network, in float32 at least: it is too small for half precision to save anything."""
         from sqdf_fast.shapes import load_taste
 
-        return cls(load_taste().to(torch.promote_types(dtype, torch.float32)))
+        return cls(load_taste(cls.name).to(exact(dtype)))
 
     @classmethod
     def from_config(cls, *, device: torch.device | str, dtype: torch.dtype) -> TasteReward:
@@ -38,7 +38,16 @@ class TasteReward(Reward):
         from sqdf_fast.shapes.rewards import TasteNetwork
 
         with torch.device(device):
-            return cls(TasteNetwork().to(torch.promote_types(dtype, torch.float32)))
+            return cls(TasteNetwork().to(exact(dtype)))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.network(images.to(next(self.network.parameters()).dtype), prompts)
+
+
+class HeldOutTasteReward(TasteReward):
+    """A network as `TasteReward`'s, trained on other ratings of the same rule from another seed.
+
+    It judges runs that are trained on ``taste``; what both networks get wrong it cannot see.
+    """
+
+    name = "taste-held-out"

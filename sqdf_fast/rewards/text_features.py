@@ -1,4 +1,4 @@
-"""What a CLIP reward needs of prompts: each encoded once, by a text tower that can then be dropped."""
+"""What rewards need of prompts: computed once a prompt, by a text tower that can then be dropped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.rewards.published import first_line
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
@@ -26,11 +25,15 @@ def unescaped(prompt: str) -> str:
 
 
 class TextTower(nn.Module):
-    """Prompts to normalised features [B, F].
+    """Prompts to normalized features [B, F].
 
     Args:
-        network: its dtype is that of the features.
+        network: text tower; its dtype is that of the features.
         clean: what is done to a prompt before it is cut into tokens.
+        reward, published: reward and hub id of CLIP's tokenizer, for messages.
+
+    Raises:
+        UserError: a tokenizer that does not end prompts with the token at which the tower is read.
     """
 
     def __init__(
@@ -38,9 +41,20 @@ class TextTower(nn.Module):
         network: CLIPTextModelWithProjection,
         tokenizer: CLIPTokenizer,
         clean: Callable[[str], str] = unescaped,
+        *,
+        reward: str,
+        published: str,
     ) -> None:
         super().__init__()
         self.network, self.tokenizer, self.clean = network, tokenizer, clean
+        expected = network.config.eos_token_id
+        if expected == _LEGACY_END:
+            expected = network.config.vocab_size - 1
+        if tokenizer.eos_token_id != expected:
+            raise UserError(
+                f"{reward} reward: the tokenizer ends a prompt with token {tokenizer.eos_token_id}, the text tower "
+                f"expects {expected}; give CLIP's, e.g. {published}, as the option tokenizer"
+            )
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Tensor:
@@ -48,15 +62,38 @@ class TextTower(nn.Module):
         length = self.network.config.max_position_embeddings
         tokens = self.tokenizer(cleaned, padding=True, truncation=True, max_length=length, return_tensors="pt")
         # No mask is needed: attention is causal, and what is read stands before the padding.
-        found = self.network(input_ids=tokens.input_ids.to(self.network.device)).text_embeds
-        return found / found.norm(dim=-1, keepdim=True)
+        features = self.network(input_ids=tokens.input_ids.to(self.network.device)).text_embeds
+        return features / features.norm(dim=-1, keepdim=True)
 
 
-class PromptFeatures(nn.Module):
-    """Text features of prompts, each encoded once and kept on the CPU.
+class PromptTensors(nn.Module):
+    """A tensor for each prompt, computed once and kept on the CPU: subclasses implement ``compute``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[str, Tensor] = {}
+
+    def compute(self, prompts: Sequence[str]) -> Tensor:
+        """Of distinct prompts, [B, ...]."""
+        raise NotImplementedError
+
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Compute those that are new."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if new:
+            self._known.update(zip(new, self.compute(new), strict=True))
+
+    def forward(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """[B, ...] on ``device``."""
+        self.encode(prompts)
+        return torch.stack([self._known[prompt] for prompt in prompts]).to(device)
+
+
+class PromptFeatures(PromptTensors):
+    """Text features of prompts.
 
     Args:
-        tower: encodes until it is dropped.
+        tower: text tower, used until it is dropped.
         reload: reads the tower again, on the CPU, for a prompt that is new after that.
     """
 
@@ -65,70 +102,22 @@ class PromptFeatures(nn.Module):
         self.tower: TextTower | None = tower
         self.dtype: torch.dtype = tower.network.dtype
         self._reload = reload
-        self._known: dict[str, Tensor] = {}
 
-    def encode(self, prompts: Sequence[str]) -> None:
-        """Encode those that are new."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
-        if not new:
-            return
+    def compute(self, prompts: Sequence[str]) -> Tensor:
         tower = self.tower or self._reload()
-        for start in range(0, len(new), _PROMPTS_AT_ONCE):
-            some = new[start : start + _PROMPTS_AT_ONCE]
-            self._known.update(zip(some, tower(some).cpu(), strict=True))
-
-    def drop_tower(self) -> None:
-        """Free the text tower."""
-        self.tower = None
-
-    def forward(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        self.encode(prompts)
-        return torch.stack([self._known[prompt] for prompt in prompts]).to(device)
+        starts = range(0, len(prompts), _PROMPTS_AT_ONCE)
+        return torch.cat([tower(prompts[start : start + _PROMPTS_AT_ONCE]).cpu() for start in starts])
 
 
-class ConstantFeatures(nn.Module):
-    """One unit vector for every prompt: what stands in for text features where there are no weights."""
+class ConstantFeatures(PromptTensors):
+    """One unit vector for every prompt, in place of text features where no weights are loaded."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.width, self.dtype = width, dtype
+        self.width, self.dtype, self.tower = width, dtype, None
 
     def encode(self, prompts: Sequence[str]) -> None:
-        """Nothing to do."""
-
-    def drop_tower(self) -> None:
-        """Nothing to do."""
+        """Nothing to compute."""
 
     def forward(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         return torch.full((len(prompts), self.width), self.width**-0.5, dtype=self.dtype, device=device)
-
-
-def load_clip_tokenizer(place: str, *, reward: str, published: str) -> CLIPTokenizer:
-    """CLIP's tokenizer from a folder or the hub.
-
-    Raises:
-        UserError: there is none.
-    """
-    from transformers import CLIPTokenizer
-
-    try:
-        return CLIPTokenizer.from_pretrained(place)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{reward} reward: no tokenizer at {place!r} ({first_line(error)}); "
-            f"give a folder or hub id as the option tokenizer, e.g. after `hf download {published}`"
-        ) from None
-
-
-def check_tokenizer(
-    tokenizer: CLIPTokenizer, network: CLIPTextModelWithProjection, *, reward: str, published: str
-) -> None:
-    """Raise UserError where ``tokenizer`` does not end prompts with the token at which the tower is read."""
-    expected = network.config.eos_token_id
-    if expected == _LEGACY_END:
-        expected = network.config.vocab_size - 1
-    if tokenizer.eos_token_id != expected:
-        raise UserError(
-            f"{reward} reward: the tokenizer ends a prompt with token {tokenizer.eos_token_id}, the text tower expects "
-            f"{expected}; give CLIP's, e.g. {published}, as the option tokenizer"
-        )

@@ -30,26 +30,26 @@ class Term:
 
 
 def parse_sum(spec: str) -> list[Term]:
-    """The terms of ``name [* weight] + ...``; whitespace is allowed, a weight is 1 where there is none.
+    """The terms of ``name [* weight] + ...``; whitespace is allowed, a weight may be left out for 1.
 
     Raises:
-        UserError: anything else, a weight of 0, and a reward that occurs twice.
+        UserError: anything else, a weight of 0, or a reward that occurs twice.
     """
     terms: list[Term] = []
     position, more = 0, True
     while more:
-        found = _TERM.match(spec, position)
-        if found is None:
+        match = _TERM.match(spec, position)
+        if match is None:
             raise UserError(
                 f"reward {spec!r}: cannot read {spec[position:].strip() or 'what follows the last +'!r}; "
                 f"write NAME*WEIGHT + NAME*WEIGHT, e.g. {_EXAMPLE} (a weight may be negative, or left out for 1)"
             )
-        terms.append(Term(found["name"], float(found["weight"] or 1)))
-        position, more = found.end(), bool(found["end"])
+        terms.append(Term(match["name"], float(match["weight"] or 1)))
+        position, more = match.end(), bool(match["end"])
     for index, term in enumerate(terms):
         if not term.weight or not math.isfinite(term.weight):
             raise UserError(
-                f"reward {spec!r}: a weight of {term.weight:g} for {term.name}; give it one, or leave it out"
+                f"reward {spec!r}: a weight of {term.weight:g} for {term.name}; give another, or leave it out"
             )
         if term.name in [other.name for other in terms[:index]]:
             raise UserError(f"reward {spec!r}: {term.name} occurs twice; add its weights up")
@@ -62,36 +62,32 @@ def is_sum(spec: str) -> bool:
 
 
 def options_of(terms: Sequence[Term], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Which options are whose: ``clip.model`` is the option ``model`` of ``clip``.
-
-    Where there is one reward, its name may be left out.
+    """The options of each term: ``clip.model`` is the option ``model`` of ``clip``; a single reward needs no name.
 
     Raises:
-        UserError: an option of none of them.
+        UserError: an option that belongs to no term.
     """
-    found: list[dict[str, Any]] = [{} for _ in terms]
+    own: list[dict[str, Any]] = [{} for _ in terms]
     for key, value in options.items():
         owners = [index for index, term in enumerate(terms) if key.startswith(f"{term.name}.")]
         if owners:
             # The longest name: my.module:score before a reward "my".
             owner = max(owners, key=lambda index: len(terms[index].name))
-            found[owner][key.removeprefix(f"{terms[owner].name}.")] = value
+            own[owner][key.removeprefix(f"{terms[owner].name}.")] = value
         elif len(terms) == 1:
-            found[0][key] = value
+            own[0][key] = value
         else:
             named = " or ".join(f"{term.name}.{key}" for term in terms)
             raise UserError(f"reward option {key!r}: say whose it is in the sum, {named}")
-    return found
+    return own
 
 
 class WeightedSum(Reward):
-    """r(x, c) = sum of w_i r_i(x, c).
-
-    Its features, for diversity, are those of the first part that has some.
+    """r(x, c) = sum of w_i r_i(x, c); its features, for diversity, are those of the first part that has some.
 
     Args:
-        name: what the reports call it; whitespace is left out.
-        parts: the rewards; weights: one each.
+        name: name in reports; whitespace is left out.
+        weights: one for each of the parts.
     """
 
     def __init__(self, name: str, parts: Sequence[Reward], weights: Sequence[float]) -> None:
@@ -115,13 +111,12 @@ class WeightedSum(Reward):
 
     def features(self, images: Tensor) -> Tensor | None:
         for part in self.parts():
-            if (found := part.features(images)) is not None:
-                return found
+            if (features := part.features(images)) is not None:
+                return features
         return None
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        # A part of the wrong shape would be broadcast and lose its name.
-        scores = [
-            weight * called(part, images, prompts) for part, weight in zip(self.parts(), self.weights, strict=True)
-        ]
+        # Checked first: a part of the wrong shape would be broadcast.
+        parts = zip(self.parts(), self.weights, strict=True)
+        scores = [weight * called(part, images, prompts) for part, weight in parts]
         return sum(scores[1:], start=scores[0])

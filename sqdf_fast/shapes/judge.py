@@ -1,7 +1,7 @@
-"""Judges of the embedded world: do pictures fit their prompts, and do they differ where the prompts leave them free.
+"""Judges of the embedded world: do images fit their prompts, and do they differ where the prompts leave them free.
 
 Two networks, trained on renders that neither the pipeline nor the taste network saw: a CLIP-like pair of towers whose
-cosine is the alignment, and an attribute network that names the shape and the colour and measures the object.
+cosine is the alignment, and an attribute network that names the shape and the color and measures the object.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from sqdf_fast.shapes.prompts import WORDS, Named, parse
+from sqdf_fast.shapes.prompts import WORDS, named_indices, parse
 from sqdf_fast.shapes.render import (
-    COLOURS,
+    COLORS,
     LIGHTNESS_RANGE,
     ROTATION_RANGE,
     SHAPES,
@@ -29,36 +29,34 @@ from sqdf_fast.shapes.render import (
     WARMTH_RANGE,
     Attributes,
 )
+from sqdf_fast.shapes.rewards import WEIGHTS
 from sqdf_fast.shapes.segmentation import segment
 
 LEARNED_MEASURES = ("red", "green", "blue", "size", "x", "y", "rotation")
 MEASURES = (*LEARNED_MEASURES, "lightness", "warmth", "texture")
-_COLOUR_MEASURES = {0, 1, 2}
+_COLOR_MEASURES = {0, 1, 2}
 _SIZE_MEASURE = 3
 _OUTSIDE = 4.0
 
 # Mean and standard deviation of every measure over renders of any prompt. For x and y the spread left by the mean
 # room around an object; for the texture that of a sine wave's standard deviation.
+_SPREAD = (SIZE_RANGE, (-0.19, 0.19), (-0.19, 0.19), ROTATION_RANGE, LIGHTNESS_RANGE, WARMTH_RANGE, TEXTURE_RANGE)
 _SCALES = torch.tensor(
-    [
-        *[(float(np.mean(level)), float(np.std(level))) for level in zip(*COLOURS.values(), strict=True)],
-        *[(sum(ends) / 2, (ends[1] - ends[0]) / 12**0.5) for ends in (SIZE_RANGE, (-0.19, 0.19), (-0.19, 0.19))],
-        *[(sum(ends) / 2, (ends[1] - ends[0]) / 12**0.5) for ends in (ROTATION_RANGE, LIGHTNESS_RANGE)],
-        *[(sum(ends) / 2, (ends[1] - ends[0]) / 12**0.5) for ends in (WARMTH_RANGE, TEXTURE_RANGE)],
-    ]
-)  # fmt: skip
+    [(float(np.mean(level)), float(np.std(level))) for level in zip(*COLORS.values(), strict=True)]
+    + [((low + high) / 2, (high - low) / 12**0.5) for low, high in _SPREAD]
+)
 
 
-def standardise(values: torch.Tensor) -> torch.Tensor:
+def standardize(values: torch.Tensor) -> torch.Tensor:
     """Measures [N, 10] or their first columns in standard deviations of the renders."""
     scales = _SCALES[: values.shape[1]]
     return (values - scales[:, 0]) / scales[:, 1]
 
 
 def learned_measures(attributes: Attributes) -> torch.Tensor:
-    """What the network learns to measure, standardised, float32 [N, 7] in the order of ``LEARNED_MEASURES``."""
-    columns = [attributes.fill, attributes.size[:, None], attributes.centre, attributes.rotation[:, None]]
-    return standardise(torch.from_numpy(np.concatenate(columns, axis=1)).float())
+    """What the network learns to measure, standardized, float32 [N, 7] in the order of ``LEARNED_MEASURES``."""
+    columns = [attributes.fill, attributes.size[:, None], attributes.center, attributes.rotation[:, None]]
+    return standardize(torch.from_numpy(np.concatenate(columns, axis=1)).float())
 
 
 def background_measures(images: torch.Tensor) -> torch.Tensor:
@@ -69,7 +67,7 @@ def background_measures(images: torch.Tensor) -> torch.Tensor:
 
 
 class Trunk(nn.Sequential):
-    """Pictures [B, 3, 64, 64] in [0, 1] to features [B, 4 * 4 * width]: four strided convolutions."""
+    """Images [B, 3, 64, 64] in [0, 1] to features [B, 4 * 4 * width]: four strided convolutions."""
 
     def __init__(self, width: int) -> None:
         widths = (3, width // 2, width, width, width)
@@ -80,27 +78,28 @@ class Trunk(nn.Sequential):
 
 
 class AttributeNetwork(nn.Module):
-    """Shape and colour logits and standardised measures of pictures."""
+    """Shape and color logits and standardized measures of images."""
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
         self.trunk = Trunk(width)
         self.hidden = nn.Linear(16 * width, 128)
-        self.head = nn.Linear(128, len(SHAPES) + len(COLOURS) + len(LEARNED_MEASURES))
+        self.head = nn.Linear(128, len(SHAPES) + len(COLORS) + len(LEARNED_MEASURES))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, 3, 64, 64] to shape logits [B, 7], colour logits [B, 8] and measures [B, 7]."""
+        """[B, 3, 64, 64] to shape logits [B, 7], color logits [B, 8] and measures [B, 7]."""
         output = self.head(F.silu(self.hidden(self.trunk(images - 0.5))))
-        shape, colour, measures = output.split([len(SHAPES), len(COLOURS), len(LEARNED_MEASURES)], dim=1)
-        return shape, colour, measures
+        shape, color, measures = output.split([len(SHAPES), len(COLORS), len(LEARNED_MEASURES)], dim=1)
+        return shape, color, measures
 
 
 class AlignmentPair(nn.Module):
-    """A picture tower and a prompt tower; the cosine of their embeddings is high where the picture fits."""
+    """An image tower and a prompt tower; the cosine of their embeddings is high where the image fits."""
 
     def __init__(self, width: int = 32, embedding: int = 48) -> None:
         super().__init__()
         self.trunk = Trunk(width)
+        # The layer's name is a key of the shipped weights.
         self.picture = nn.Linear(16 * width, embedding)
         self.words = nn.EmbeddingBag(len(WORDS), 64, mode="sum")
         self.prompt = nn.Sequential(nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, embedding))
@@ -121,20 +120,20 @@ class AlignmentPair(nn.Module):
 
 @dataclass(frozen=True)
 class AttributeAccuracy:
-    """Fractions of pictures that show what their prompt names; ``colour`` counts prompts that name one."""
+    """Fractions of images that show what their prompt names; ``color`` counts prompts that name one."""
 
     shape: float
-    colour: float
+    color: float
 
     @property
     def mean(self) -> float:
-        return (self.shape + self.colour) / 2
+        return (self.shape + self.color) / 2
 
 
 class Judge(nn.Module):
-    """The two networks and what they say about pictures made for prompts of the grammar.
+    """The two networks and what they say about images made for prompts of the grammar.
 
-    Pictures are float [B, 3, 64, 64] in [0, 1]; a prompt outside the grammar raises UserError.
+    Images are float [B, 3, 64, 64] in [0, 1]; a prompt outside the grammar raises UserError.
     """
 
     def __init__(self) -> None:
@@ -144,20 +143,17 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def alignment(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Cosine of every picture and its own prompt, [B]."""
+        """Cosine of every image and its own prompt, [B]."""
         return (self.pair.embed_images(images.float()) * self.pair.embed_prompts(prompts)).sum(dim=1)
 
     @torch.no_grad()
     def attribute_accuracy(self, images: torch.Tensor, prompts: Sequence[str]) -> AttributeAccuracy:
-        """How often the shape and the colour are those named; NaN colour where no prompt names one."""
-        shape, colour, _ = self.attributes(images.float())
-        named = [parse(prompt) for prompt in prompts]
-        shapes = torch.tensor([SHAPES.index(name.shape) for name in named])
-        coloured = torch.tensor([name.colour is not None for name in named])
-        colours = torch.tensor([list(COLOURS).index(name.colour) if name.colour else 0 for name in named])
+        """How often the shape and the color are those named; NaN color where no prompt names one."""
+        shape, color, _ = self.attributes(images.float())
+        shapes, colors = map(torch.from_numpy, named_indices(prompts))
         right_shape = (shape.argmax(dim=1) == shapes).float()
-        right_colour = (colour.argmax(dim=1) == colours)[coloured].float()
-        return AttributeAccuracy(float(right_shape.mean()), float(right_colour.mean()))
+        right_color = (color.argmax(dim=1) == colors)[colors >= 0].float()
+        return AttributeAccuracy(float(right_shape.mean()), float(right_color.mean()))
 
     @torch.no_grad()
     def measures(self, images: torch.Tensor) -> torch.Tensor:
@@ -171,11 +167,11 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def diversity(self, images: torch.Tensor, prompts: Sequence[str]) -> float:
-        """Mean distance between pictures of the same prompt over the attributes it leaves free.
+        """Mean distance between images of the same prompt over the attributes it leaves free.
 
         The distance is the root mean square difference of the measures of the unnamed attributes; it is averaged
-        over the pairs of a prompt, then over the prompts that have two pictures or more. Independent renders give
-        about 1.4, equal pictures 0; NaN where no prompt occurs twice.
+        over the pairs of a prompt, then over the prompts that have two images or more. Independent renders give
+        about 1.4, equal images 0; NaN where no prompt occurs twice.
         """
         measures = self.measures(images)
         rows: dict[str, list[int]] = defaultdict(list)
@@ -184,19 +180,14 @@ class Judge(nn.Module):
         means = []
         for prompt, indices in rows.items():
             if len(indices) > 1:
-                free = measures[indices][:, _free_measures(parse(prompt))]
+                named = parse(prompt)
+                taken = [*(_COLOR_MEASURES if named.color else ()), *([_SIZE_MEASURE] if named.size else ())]
+                free = measures[indices][:, [index for index in range(len(MEASURES)) if index not in taken]]
                 means.append(torch.pdist(free).mean() / free.shape[1] ** 0.5)
         return float(torch.stack(means).mean()) if means else float("nan")
 
 
-def _free_measures(named: Named) -> list[int]:
-    taken = set(_COLOUR_MEASURES) if named.colour else set()
-    if named.size:
-        taken.add(_SIZE_MEASURE)
-    return [index for index in range(len(MEASURES)) if index not in taken]
-
-
-def load_judge(path: Path) -> Judge:
+def load_judge(path: Path = WEIGHTS / "judge.safetensors") -> Judge:
     """The judge of a safetensors file, in float32 and evaluation mode."""
     judge = Judge()
     judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})

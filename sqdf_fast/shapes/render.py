@@ -1,6 +1,6 @@
-"""Seeded, anti-aliased pictures of one coloured object on a pale background.
+"""Seeded, anti-aliased images of one colored object on a pale background.
 
-Lengths are fractions of the picture's side, with the origin at its centre, x to the right and y down. A picture
+Lengths are fractions of the image's side, with the origin at its center, x to the right and y down. An image
 is float32 [3, 64, 64] in [0, 1]. The object is drawn from its signed distance, so an edge is one pixel soft.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 SIDE = 64
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart")
-COLOURS = {
+COLORS = {
     "red": (0.86, 0.12, 0.12),
     "orange": (0.97, 0.52, 0.06),
     "yellow": (0.95, 0.82, 0.08),
@@ -36,28 +36,22 @@ MARGIN = 0.03
 
 @dataclass(frozen=True)
 class Attributes:
-    """What N pictures show, one array a property.
+    """What N images show, one array a property.
 
     Attributes:
-        shape: int64 [N], an index into ``SHAPES``.
-        colour: int64 [N], an index into ``COLOURS``.
-        fill: [N, 3], the object's RGB, near its colour's.
-        size: [N], the object's diameter.
-        centre: [N, 2], the object's x and y.
-        rotation: [N], radians.
-        lightness: [N], the background's mean level.
-        warmth: [N], the background's red minus its blue.
-        tint: [N], the background's green minus the mean of its red and blue.
+        shape, color: int64 [N], indices into ``SHAPES`` and ``COLORS``.
+        fill: [N, 3], the object's RGB, near its color's.
+        size, center: [N] and [N, 2], the object's diameter, and its x and y.
+        rotation, stripe_angle, stripe_phase: [N], radians.
+        lightness, warmth, tint: [N], the background's mean level, red minus blue, and green minus the mean of both.
         texture: [N], amplitude of the background's stripes.
-        stripe_angle: [N], radians.
-        stripe_phase: [N], radians.
     """
 
     shape: np.ndarray
-    colour: np.ndarray
+    color: np.ndarray
     fill: np.ndarray
     size: np.ndarray
-    centre: np.ndarray
+    center: np.ndarray
     rotation: np.ndarray
     lightness: np.ndarray
     warmth: np.ndarray
@@ -85,31 +79,31 @@ def sample_attributes(
     count: int,
     rng: np.random.Generator,
     shape: np.ndarray | None = None,
-    colour: np.ndarray | None = None,
+    color: np.ndarray | None = None,
     size_range: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Attributes:
-    """Draw the attributes of ``count`` pictures; those given are kept, the others are uniform, independent.
+    """Draw the attributes of ``count`` images; those given are kept, the others are uniform, independent.
 
     Args:
-        shape: int [N], or None for any shape.
-        colour: int [N], -1 where any colour will do, or None for any colour everywhere.
-        size_range: lowest and highest diameter, [N] each, or None for the whole range.
+        shape: int [N]; default: any.
+        color: int [N], -1 for any color; default: any.
+        size_range: lowest and highest diameter, [N] each; default: the whole range.
     """
-    low, high = (SIZE_RANGE[0], SIZE_RANGE[1]) if size_range is None else size_range
+    low, high = SIZE_RANGE if size_range is None else size_range
     any_shape = rng.integers(len(SHAPES), size=count)
-    any_colour = rng.integers(len(COLOURS), size=count)
+    any_color = rng.integers(len(COLORS), size=count)
     shape = any_shape if shape is None else np.asarray(shape)
-    colour = any_colour if colour is None else np.where(np.asarray(colour) < 0, any_colour, colour)
-    palette = np.array(list(COLOURS.values()))
-    fill = np.clip(palette[colour] + rng.uniform(-FILL_JITTER, FILL_JITTER, (count, 3)), 0.0, 1.0)
+    color = any_color if color is None else np.where(np.asarray(color) < 0, any_color, color)
+    palette = np.array(list(COLORS.values()))
+    fill = np.clip(palette[color] + rng.uniform(-FILL_JITTER, FILL_JITTER, (count, 3)), 0.0, 1.0)
     size = rng.uniform(low, high, count)
     room = 0.5 - size / 2 - MARGIN
     return Attributes(
         shape=shape,
-        colour=colour,
+        color=color,
         fill=fill,
         size=size,
-        centre=rng.uniform(-1.0, 1.0, (count, 2)) * room[:, None],
+        center=rng.uniform(-1.0, 1.0, (count, 2)) * room[:, None],
         rotation=rng.uniform(*ROTATION_RANGE, count),
         lightness=rng.uniform(*LIGHTNESS_RANGE, count),
         warmth=rng.uniform(*WARMTH_RANGE, count),
@@ -121,7 +115,7 @@ def sample_attributes(
 
 
 def render(attributes: Attributes) -> np.ndarray:
-    """Pictures of ``attributes``, float32 [N, 3, 64, 64] in [0, 1]."""
+    """Images of ``attributes``, float32 [N, 3, 64, 64] in [0, 1]."""
     axis = ((np.arange(SIDE) + 0.5) / SIDE - 0.5).astype(np.float32)
     y, x = np.meshgrid(axis, axis, indexing="ij")
     coverage = np.empty((len(attributes), SIDE, SIDE), np.float32)
@@ -133,8 +127,8 @@ def render(attributes: Attributes) -> np.ndarray:
             coverage[chosen] = np.clip(0.5 - distance * SIDE, 0.0, 1.0)
     ground = attributes.background[:, :, None, None] + _stripes(attributes, x, y)[:, None]
     fill = attributes.fill[:, :, None, None]
-    picture = ground + coverage[:, None] * (fill - ground)
-    return np.clip(picture, 0.0, 1.0).astype(np.float32)
+    image = ground + coverage[:, None] * (fill - ground)
+    return np.clip(image, 0.0, 1.0).astype(np.float32)
 
 
 def _column(values: np.ndarray) -> np.ndarray:
@@ -149,7 +143,7 @@ def _stripes(attributes: Attributes, x: np.ndarray, y: np.ndarray) -> np.ndarray
 
 def _object_frame(attributes: Attributes, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates in the object's own frame, where its radius is 1 and y points up, [N, 64, 64] each."""
-    dx, dy = x - _column(attributes.centre[:, 0]), _column(attributes.centre[:, 1]) - y
+    dx, dy = x - _column(attributes.center[:, 0]), _column(attributes.center[:, 1]) - y
     cos, sin = np.cos(_column(attributes.rotation)), np.sin(_column(attributes.rotation))
     radius = _column(attributes.size) / 2
     return (cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius
@@ -157,18 +151,6 @@ def _object_frame(attributes: Attributes, x: np.ndarray, y: np.ndarray) -> tuple
 
 def _box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
-
-
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y) - 0.95
-
-
-def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.abs(np.hypot(x, y) - 0.75) - 0.22
-
-
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _box(x, y, 0.8, 0.8)
 
 
 def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -188,10 +170,6 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return folded_x * np.float32(normal[0]) + (folded_y - 1.0) * np.float32(normal[1])
 
 
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.minimum(_box(x, y, 0.95, 0.3), _box(x, y, 0.3, 0.95))
-
-
 def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A square standing on its corner and a disc on each of its upper sides."""
     half = 0.56
@@ -204,11 +182,11 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 _DISTANCES = {
-    "circle": _circle,
-    "ring": _ring,
-    "square": _square,
+    "circle": lambda x, y: np.hypot(x, y) - 0.95,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.22,
+    "square": lambda x, y: _box(x, y, 0.8, 0.8),
     "triangle": _triangle,
     "star": _star,
-    "cross": _cross,
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.95, 0.3), _box(x, y, 0.3, 0.95)),
     "heart": _heart,
 }

@@ -8,6 +8,7 @@ TOY = [
 ]
 
 
+@pytest.mark.slow
 def test_one_row_a_seed_and_finished_runs_are_not_repeated(tmp_path, command):
     arguments = ["seeds", "--steps", "1", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path), *TOY]
     assert command(*arguments, "--seeds", "0") == 0

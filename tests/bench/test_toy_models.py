@@ -26,6 +26,7 @@ def test_the_model_is_its_class_made_narrow(model, kind):
     assert not ours.family.text_encoders
 
 
+@pytest.mark.slow
 def test_every_way_has_the_gradient_of_sd15():
     judged = parity_problem(problem("sd15", "cuda"))
     assert (judged.device, judged.dtype, judged.toy) == ("cuda", torch.float64, True)

@@ -90,7 +90,8 @@ def unlocked(path: Path) -> bool:
         return True
 
 
-@pytest.mark.parametrize("launcher", [IN_PROCESS, pytest.param((), marks=pytest.mark.slow)], ids=["debug", "local"])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [IN_PROCESS, ()], ids=["debug", "local"])
 def test_killed_and_started_again(model, folder, capsys, launcher):
     runs = folder / "out" / "runs"
     finished, broken_off = runs / "sqdf" / "seed-0", runs / "draft-1" / "seed-0"
@@ -199,6 +200,7 @@ def processes(module: str = "submitit") -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_runs_under_way_and_leaves_no_process(model, folder, capsys):
     run = folder / "out" / "runs" / "sqdf" / "seed-0"
 

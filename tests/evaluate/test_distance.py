@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sqdf_fast.evaluate import Pictures
+from sqdf_fast.evaluate import ImageSet
 from sqdf_fast.evaluate.distance import FrechetDistance, KernelDistance, frechet_distance, kernel_distance
 from sqdf_fast.evaluate.embedding import RewardFeatures, Thumbnails
 from sqdf_fast.rewards.base import Reward
@@ -40,14 +40,14 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     assert found == pytest.approx(float(one.trace() + two.trace() - 2 * root), abs=1e-10)
 
 
-def test_frechet_distance_with_fewer_pictures_than_numbers():
+def test_frechet_distance_with_fewer_images_than_numbers():
     a = torch.randn(5, 30, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-10)
     assert frechet_distance(a, a + 1) == pytest.approx(30, abs=1e-10)
 
 
-class Colours(Reward):
-    """Features are the mean colours."""
+class Colors(Reward):
+    """Features are the mean colors."""
 
     def forward(self, images, prompts):
         return images.mean(dim=(1, 2, 3))
@@ -57,9 +57,9 @@ class Colours(Reward):
 
 
 def of_vectors(vectors, prompts, base):
-    """Pictures whose embeddings are ``vectors``."""
+    """Images whose embeddings are ``vectors``."""
     images = torch.as_tensor(vectors, dtype=torch.float32)[:, :, None, None].expand(-1, -1, 2, 2)
-    return Pictures(images, prompts, RewardFeatures(Colours()), base=torch.as_tensor(base, dtype=torch.float64))
+    return ImageSet(images, prompts, RewardFeatures(Colors()), base=torch.as_tensor(base, dtype=torch.float64))
 
 
 def test_kernel_distance_by_hand():
@@ -70,7 +70,7 @@ def test_kernel_distance_by_hand():
     # One of two kept: k(x, x') = 1, k(y, y') = 8, k(x, y') = 8, k(x', y) = 1.
     found = KernelDistance()(of_vectors([green, red], ["a", "b"], [green, green]))
     assert found.value == pytest.approx(0, abs=1e-6)
-    assert KernelDistance()(Pictures(torch.zeros(2, 3, 4, 4), ["a", "b"], Thumbnails())) is None
+    assert KernelDistance()(ImageSet(torch.zeros(2, 3, 4, 4), ["a", "b"], Thumbnails())) is None
 
 
 def test_kernel_distance_leaves_pairs_of_one_prompt_out():
@@ -109,4 +109,4 @@ def test_interval_holds_a_clear_distance_and_repeats():
 def test_frechet_judge():
     base = torch.eye(3, dtype=torch.float64)
     assert FrechetDistance()(of_vectors(base, ["a", "b", "c"], base)).value == pytest.approx(0, abs=1e-6)
-    assert FrechetDistance()(Pictures(torch.zeros(2, 3, 4, 4), ["a", "b"], Thumbnails())) is None
+    assert FrechetDistance()(ImageSet(torch.zeros(2, 3, 4, 4), ["a", "b"], Thumbnails())) is None

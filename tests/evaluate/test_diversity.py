@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sqdf_fast.evaluate import Judges, Pictures
+from sqdf_fast.evaluate import ImageSet, Judges
 from sqdf_fast.evaluate.diversity import EmbeddingDiversity, Vendi, VendiOfAll, mean_of_pairs, vendi_score
 from sqdf_fast.evaluate.embedding import RewardFeatures, Thumbnails, embedding_of
 from sqdf_fast.rewards.base import Reward
@@ -29,15 +29,15 @@ class WithoutAfterAll(Mean):
 
 
 @pytest.fixture
-def coloured():
-    """Red, darker red, green and blue: pictures whose features are parallel or orthogonal."""
-    pictures = torch.zeros(4, 3, 4, 4)
+def colored():
+    """Red, darker red, green and blue: images whose features are parallel or orthogonal."""
+    images = torch.zeros(4, 3, 4, 4)
     for index, (channel, level) in enumerate(((0, 1.0), (0, 0.5), (1, 0.9), (2, 0.8))):
-        pictures[index, channel] = level
-    return pictures
+        images[index, channel] = level
+    return images
 
 
-def test_vendi_of_equal_and_of_orthogonal_pictures():
+def test_vendi_of_equal_and_of_orthogonal_images():
     assert vendi_score(torch.ones(5, 5, dtype=torch.float64)) == pytest.approx(1, abs=1e-12)
     assert vendi_score(torch.eye(5, dtype=torch.float64)) == pytest.approx(5, abs=1e-12)
     # Two kinds, three to one: eigenvalues 3/4 and 1/4.
@@ -45,7 +45,7 @@ def test_vendi_of_equal_and_of_orthogonal_pictures():
     assert vendi_score(kinds) == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)), abs=1e-12)
 
 
-def test_vendi_of_two_pictures_by_their_cosine():
+def test_vendi_of_two_images_by_their_cosine():
     # Eigenvalues of [[1, c], [c, 1]] / 2 are (1 + c) / 2 and (1 - c) / 2.
     for cosine in (0.0, 0.3, 0.9):
         entropy = -sum(p * math.log(p) for p in ((1 + cosine) / 2, (1 - cosine) / 2))
@@ -53,20 +53,20 @@ def test_vendi_of_two_pictures_by_their_cosine():
         assert found == pytest.approx(math.exp(entropy), abs=1e-12)
 
 
-def test_vendi_judges(coloured):
-    pictures = Pictures(coloured, ["a", "a", "b", "b"], RewardFeatures(WithFeatures()))
-    assert Vendi().values(pictures).numbers == pytest.approx([1, 2], abs=1e-6)
-    assert Vendi()(pictures).value == pytest.approx(1.5, abs=1e-6)
-    of_all = VendiOfAll()(pictures)
+def test_vendi_judges(colored):
+    image_set = ImageSet(colored, ["a", "a", "b", "b"], RewardFeatures(WithFeatures()))
+    assert Vendi().values(image_set).numbers == pytest.approx([1, 2], abs=1e-6)
+    assert Vendi()(image_set).value == pytest.approx(1.5, abs=1e-6)
+    of_all = VendiOfAll()(image_set)
     entropy = 0.5 * math.log(2) + 2 * 0.25 * math.log(4)
     assert of_all.value == pytest.approx(math.exp(entropy), abs=1e-6)
     assert (of_all.low, of_all.high) == (None, None)
-    assert Vendi()(Pictures(coloured, ["a", "b", "c", "d"], Thumbnails())) is None
+    assert Vendi()(ImageSet(colored, ["a", "b", "c", "d"], Thumbnails())) is None
 
 
-def test_diversity_in_the_rewards_features(coloured):
+def test_diversity_in_the_rewards_features(colored):
     def diversity(prompts):
-        found = EmbeddingDiversity()(Pictures(coloured, prompts, embedding_of(WithFeatures())))
+        found = EmbeddingDiversity()(ImageSet(colored, prompts, embedding_of(WithFeatures())))
         return found and found.value
 
     assert diversity(["a", "a", "b", "b"]) == pytest.approx(0.5, abs=1e-6)
@@ -79,9 +79,9 @@ def test_diversity_in_the_rewards_features(coloured):
 def test_a_reward_whose_features_are_none_gives_thumbnails():
     images = torch.stack([torch.full((3, 32, 32), level) for level in (0.2, 0.5)])
     embedding = embedding_of(WithoutAfterAll())
-    pictures = Pictures(images, ["a", "a"], embedding)
-    assert EmbeddingDiversity()(pictures).value == pytest.approx(0.3, abs=1e-6)
-    assert Vendi()(pictures).value == Vendi()(Pictures(images, ["a", "a"], Thumbnails())).value
+    image_set = ImageSet(images, ["a", "a"], embedding)
+    assert EmbeddingDiversity()(image_set).value == pytest.approx(0.3, abs=1e-6)
+    assert Vendi()(image_set).value == Vendi()(ImageSet(images, ["a", "a"], Thumbnails())).value
     assert embedding.description == Thumbnails.description
 
 
@@ -90,7 +90,7 @@ def test_diversity_in_thumbnails():
     assert Thumbnails.description.startswith("thumbnails of 16 x 16 pixels")
 
     def diversity(images):
-        return EmbeddingDiversity()(Pictures(images, ["a"] * len(images), Thumbnails())).value
+        return EmbeddingDiversity()(ImageSet(images, ["a"] * len(images), Thumbnails())).value
 
     flat = torch.tensor([0.2, 0.5, 0.5])[:, None, None, None].expand(3, 3, 48, 32)
     assert diversity(flat[:2]) == pytest.approx(0.3, abs=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.evaluate import Judge, Judges, PictureJudge, PromptJudge, Values, bootstrap_interval, evaluate_images
+from sqdf_fast.evaluate import ImageJudge, Judge, Judges, PromptJudge, Values, bootstrap_interval, evaluate_images
 from sqdf_fast.evaluate.distance import KernelDistance
 from sqdf_fast.evaluate.embedding import Thumbnails
 from sqdf_fast.rewards.base import FunctionReward, Reward
@@ -21,8 +21,8 @@ class Brightness(Reward):
         return images.mean(dim=(1, 2, 3))
 
 
-class Colour(PictureJudge):
-    """The amount of the named colour; remembers the batches that it saw."""
+class Color(ImageJudge):
+    """The amount of the named color; remembers the batches that it saw."""
 
     name = "alignment"
 
@@ -36,13 +36,13 @@ class Colour(PictureJudge):
 
 
 class Contrast(PromptJudge):
-    """The difference of a prompt's last picture to its first."""
+    """The difference of a prompt's last image to its first."""
 
     name = "diversity"
 
-    def of_prompt(self, pictures, rows):
-        assert len({pictures.prompts[row] for row in rows}) == 1
-        return float((pictures.images[rows[-1]] - pictures.images[rows[0]]).max())
+    def of_prompt(self, image_set, rows):
+        assert len({image_set.prompts[row] for row in rows}) == 1
+        return float((image_set.images[rows[-1]] - image_set.images[rows[0]]).max())
 
 
 def judges(*several):
@@ -51,15 +51,15 @@ def judges(*several):
 
 @pytest.fixture
 def images():
-    """Each shows its prompt's colour at a level of its own."""
-    pictures = torch.zeros(6, 3, 4, 4)
+    """Each shows its prompt's color at a level of its own."""
+    image_set = torch.zeros(6, 3, 4, 4)
     for index, level in enumerate(LEVELS):
-        pictures[index, index // 2] = level
-    return pictures
+        image_set[index, index // 2] = level
+    return image_set
 
 
 def test_values_and_intervals(images):
-    found = evaluate_images(images, PROMPTS, Brightness(), judges(Colour(), Contrast()))
+    found = evaluate_images(images, PROMPTS, Brightness(), judges(Color(), Contrast()))
     proxy = [level / 3 for level in LEVELS]
     assert found["eval_proxy_reward"] == pytest.approx(0.65 / 3)
     assert found["eval_proxy_reward_std"] == pytest.approx(torch.tensor(proxy).std().item())
@@ -78,7 +78,7 @@ def test_values_and_intervals(images):
 
 def test_means_of_each_prompt(images):
     found = {}
-    evaluate_images(images, PROMPTS, Brightness(), judges(Colour(), Contrast(), KernelDistance()), by_prompt=found)
+    evaluate_images(images, PROMPTS, Brightness(), judges(Color(), Contrast(), KernelDistance()), by_prompt=found)
     assert set(found) == {"proxy_reward", "alignment", "diversity"}
     assert found["alignment"] == pytest.approx([0.3, 0.7, 0.95])
     assert found["proxy_reward"] == pytest.approx([0.1, 0.7 / 3, 0.95 / 3])
@@ -86,11 +86,11 @@ def test_means_of_each_prompt(images):
 
 
 def test_batches_do_not_change_the_values(images):
-    colour = Colour()
-    found = evaluate_images(images, PROMPTS, Brightness(), judges(colour), batch_size=4)
-    assert found == evaluate_images(images, PROMPTS, Brightness(), judges(Colour()))
+    color = Color()
+    found = evaluate_images(images, PROMPTS, Brightness(), judges(color), batch_size=4)
+    assert found == evaluate_images(images, PROMPTS, Brightness(), judges(Color()))
     # Once under its own prompts, then under each of the two others.
-    assert colour.batches == [4, 2] * 3
+    assert color.batches == [4, 2] * 3
 
 
 def test_unknown_is_none(images):
@@ -103,14 +103,14 @@ def test_unknown_is_none(images):
 
 
 def test_one_prompt_has_no_shuffled_baseline(images):
-    found = evaluate_images(images, ["red"] * 6, Brightness(), judges(Colour()))
+    found = evaluate_images(images, ["red"] * 6, Brightness(), judges(Color()))
     assert found["eval_alignment_shuffled"] is None
     one = evaluate_images(images[:1], ["red"], Brightness(), judges(Contrast()))
     assert one["eval_proxy_reward_std"] == 0.0
     assert one["eval_diversity"] is None
 
 
-def test_the_base_models_pictures_are_at_no_distance(images):
+def test_the_base_models_images_are_at_no_distance(images):
     several = judges(KernelDistance())
     base = several.embed(images, batch_size=4)
     same = evaluate_images(images, PROMPTS, Brightness(), several, base=base)
@@ -131,14 +131,14 @@ class Says(Judge):
     def __init__(self, said):
         self.said = said
 
-    def values(self, pictures):
+    def values(self, image_set):
         return self.said()
 
 
 def test_judge_that_fails_is_refused(images):
     for said, message in (
-        (lambda: 1 // 0, "judge 'oracle' raised ZeroDivisionError.*6 pictures .3, 4, 4."),
-        (lambda: Values([float("nan")], ["red"]), "judge 'oracle' said nan"),
+        (lambda: 1 // 0, "judge 'oracle' raised ZeroDivisionError.*6 images .3, 4, 4."),
+        (lambda: Values([float("nan")], ["red"]), "judge 'oracle' returned nan"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate_images(images, PROMPTS, Brightness(), judges(Says(said)))
@@ -164,7 +164,7 @@ class Travelling(torch.nn.Linear):
         return self
 
 
-class Bias(PictureJudge):
+class Bias(ImageJudge):
     name = "alignment"
 
     def __init__(self):
@@ -174,7 +174,7 @@ class Bias(PictureJudge):
         return images.mean(dim=(1, 2, 3)) + self.network.bias
 
 
-def test_a_judges_network_is_with_the_pictures_only_while_it_judges(images):
+def test_a_judges_network_is_with_the_images_only_while_it_judges(images):
     bias = Bias()
     with bias.at(torch.device("cuda:1")):
         assert bias.network.places == ["cuda:1"]
@@ -182,5 +182,5 @@ def test_a_judges_network_is_with_the_pictures_only_while_it_judges(images):
     found = evaluate_images(images, PROMPTS, Brightness(), judges(bias))
     assert found["eval_alignment"] == pytest.approx(0.65 / 3 + bias.network.bias.item())
     assert found["eval_alignment_shuffled"] == pytest.approx(found["eval_alignment"])
-    # There and back for the pictures, and for the exchanged prompts.
+    # There and back for the images, and for the exchanged prompts.
     assert bias.network.places == ["cuda:1", *["cpu"] * 5]

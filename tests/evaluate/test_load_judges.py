@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.evaluate import Judges, PictureJudge, available_judges, evaluate_images, load_judges
+from sqdf_fast.evaluate import ImageJudge, Judges, available_judges, evaluate_images, load_judges
 from sqdf_fast.evaluate.embedding import RewardFeatures, Thumbnails
 from sqdf_fast.evaluate.reward_judges import ClipAlignment, RewardJudge
 from sqdf_fast.rewards import load_reward
@@ -50,7 +50,7 @@ def darkness(images, prompts, offset=0.0):
     return offset - images.mean(dim=(1, 2, 3))
 
 
-class Redness(PictureJudge):
+class Redness(ImageJudge):
     name = "redness"
 
     def score(self, images, prompts):
@@ -97,7 +97,9 @@ def test_held_out_rewards(module, images):
 
 
 def test_a_held_out_reward_that_fails_is_refused(module, images):
-    judges = Judges([RewardJudge("held_out_wrong", FunctionReward(lambda x, p: x, "wrong", {}), visits=True)], None)
+    judges = Judges(
+        [RewardJudge("held_out_wrong", FunctionReward(lambda x, p: x, "wrong", {}), owns_reward=True)], None
+    )
     with pytest.raises(UserError, match="reward 'wrong' returned shape"):
         evaluate_images(images, ["a"] * 4, load_reward("warmth"), judges)
 
@@ -129,7 +131,7 @@ def test_clip_alignment_is_the_mean_clip_score(images):
     )  # fmt: skip
     torch.manual_seed(0)
     reward = CLIPScoreReward(CLIPVisionModelWithProjection(config).eval(), ConstantFeatures(4, torch.float32))
-    judges = Judges([ClipAlignment("alignment", reward, visits=True)], Thumbnails())
+    judges = Judges([ClipAlignment("alignment", reward, owns_reward=True)], Thumbnails())
     found = evaluate_images(images, ["a", "a", "b", "b"], load_reward("warmth"), judges)
     assert found["eval_alignment"] == pytest.approx(reward(images, ["a"] * 4).mean().item(), abs=1e-6)
     # One vector stands for every prompt: exchanging them changes nothing.
@@ -144,7 +146,7 @@ def test_shuffling_costs_an_expensive_judge_one_pass(images):
             calls.append(len(images))
             return images.mean(dim=(1, 2, 3))
 
-    judges = Judges([ClipAlignment("alignment", Counting(), visits=True)], Thumbnails())
+    judges = Judges([ClipAlignment("alignment", Counting(), owns_reward=True)], Thumbnails())
     evaluate_images(images, ["a", "b", "c", "d"], load_reward("warmth"), judges)
     assert calls == [4, 4]
 
@@ -180,8 +182,8 @@ def test_the_documented_judge_works(monkeypatch, tmp_path, images):
     [
         ("lpip", "did you mean 'lpips'.*allowed: clip, lpips, dreamsim, frechet"),
         ("absent:Judge", "cannot be imported.*put absent.py in the current folder"),
-        ("mine:Absent", "cannot be imported"),
-        ("mine:constant", "is no subclass of sqdf_fast.evaluate.Judge"),
+        ("mine:Absent", "module mine has no 'Absent'; check the name after the colon"),
+        ("mine:constant", "is not a subclass of sqdf_fast.evaluate.Judge"),
     ],
 )
 def test_judges_that_cannot_be_had(module, name, message):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sqdf_fast.errors import UserError
-from sqdf_fast.evaluate import Pictures
+from sqdf_fast.evaluate import ImageSet
 from sqdf_fast.evaluate.embedding import Thumbnails
 from sqdf_fast.evaluate.perceptual import DreamSimDiversity, LpipsDiversity
 
@@ -28,8 +28,8 @@ class PixelLpips(nn.Module):
         return 2 * (in0 - in1).mean(dim=(1, 2, 3), keepdim=True).abs()
 
 
-class ColourDreamSim(nn.Module):
-    """The interface of dreamsim's model: embeddings are mean colours, parts know the device they were made for."""
+class ColorDreamSim(nn.Module):
+    """The interface of dreamsim's model: embeddings are mean colors, parts know the device they were made for."""
 
     def __init__(self):
         super().__init__()
@@ -42,31 +42,31 @@ class ColourDreamSim(nn.Module):
 
 
 @pytest.fixture
-def pictures():
+def image_set():
     images = torch.zeros(5, 3, 32, 32)
     for index, level in enumerate((0.0, 0.1, 0.4)):
         images[index] = level
     images[3, 0], images[4, 1] = 1, 0.5
-    return Pictures(images, ["a", "a", "a", "b", "b"], Thumbnails(), batch_size=2)
+    return ImageSet(images, ["a", "a", "a", "b", "b"], Thumbnails(), batch_size=2)
 
 
-def test_lpips(monkeypatch, pictures):
+def test_lpips(monkeypatch, image_set):
     package = ModuleType("lpips")
     package.LPIPS = PixelLpips
     monkeypatch.setitem(sys.modules, "lpips", package)
     judge = LpipsDiversity.load(net="vgg", dtype=torch.bfloat16)
     assert judge.network.net == "vgg"
     # Pairs of a: 0.2, 0.8, 0.6; of b: 2 * (1/3 - 1/6).
-    assert judge.values(pictures).numbers == pytest.approx([1.6 / 3, 1 / 3])
-    assert judge(pictures).value == pytest.approx((1.6 / 3 + 1 / 3) / 2)
+    assert judge.values(image_set).numbers == pytest.approx([1.6 / 3, 1 / 3])
+    assert judge(image_set).value == pytest.approx((1.6 / 3 + 1 / 3) / 2)
 
 
-def test_dreamsim(monkeypatch, pictures, tmp_path):
+def test_dreamsim(monkeypatch, image_set, tmp_path):
     asked = {}
 
     def dreamsim(**options):
         asked.update(options)
-        return ColourDreamSim(), None
+        return ColorDreamSim(), None
 
     package = ModuleType("dreamsim")
     package.dreamsim = dreamsim
@@ -80,13 +80,13 @@ def test_dreamsim(monkeypatch, pictures, tmp_path):
     }
     # The package makes the last folder only.
     assert (tmp_path / "hub").is_dir()
-    some = Pictures(pictures.images[1:], ["a", "a", "b", "b"], Thumbnails(), batch_size=1)
+    some = ImageSet(image_set.images[1:], ["a", "a", "b", "b"], Thumbnails(), batch_size=1)
     # Greys are parallel, red and green orthogonal.
     assert judge.values(some).numbers == pytest.approx([0, 1], abs=1e-6)
 
 
 def test_dreamsims_extractors_know_where_they_are():
-    judge = DreamSimDiversity(ColourDreamSim())
+    judge = DreamSimDiversity(ColorDreamSim())
     extractor = judge.network.extractor
     with judge.at(torch.device("meta")):
         assert extractor.device == torch.device("meta")

@@ -15,7 +15,7 @@ from sqdf_fast.families.stable_diffusion_xl import StableDiffusionXL
 
 CPU = torch.device("cpu")
 NAMES = sorted(WRITERS)
-# Of the FLUX pipeline's latents: its default picture has 4,096 patches.
+# Of the FLUX pipeline's latents: its default image has 4,096 patches.
 RESOLUTION = {"flux": 32}
 PROMPTS = ["a red star", "a ring", ""]
 GUIDANCE = 4.0

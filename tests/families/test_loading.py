@@ -100,7 +100,7 @@ def test_faults_are_one_line(copy, tmp_path):
     assert "KolorsPipeline; allowed: StableDiffusionPipeline" in refused(str(copy))
 
 
-def test_pictures_of_a_half_precision_model_are_float32(model):
+def test_images_of_a_half_precision_model_are_float32(model):
     family = load_family(str(model), device=CPU, dtype=torch.bfloat16)
     assert family.decode(torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)).dtype == torch.float32
 

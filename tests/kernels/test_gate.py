@@ -33,10 +33,8 @@ def gate():
     del sys.modules["gate"]
 
 
-@pytest.mark.parametrize(
-    ("architectures", "compiled"),
-    [((75, 120), 60), pytest.param((75, 80, 86, 89, 90, 100, 120), 210, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("architectures", "compiled"), [((75, 120), 60), ((75, 80, 86, 89, 90, 100, 120), 210)])
 def test_every_kernel_and_dtype_passes(architectures, compiled):
     """The oldest and the newest generation; all of them in `make test-all`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -41,15 +41,15 @@ def clip_and_tokenizer(whole_clip, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def clip_cosines(whole_clip, clip_and_tokenizer):
-    """The cosines of pictures that the image tower sees and prompts, as the authors of CLIP rewards compute them."""
+    """The cosines of images that the image tower sees and prompts, as the authors of CLIP rewards compute them."""
 
     @torch.no_grad()
     def cosines(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         tokenizer = CLIPTokenizer.from_pretrained(clip_and_tokenizer)
         words = tokenizer(prompts, padding=True, truncation=True, max_length=16, return_tensors="pt")
-        pictures = whole_clip.visual_projection(whole_clip.vision_model(pixel_values=pixels).pooler_output)
+        seen = whole_clip.visual_projection(whole_clip.vision_model(pixel_values=pixels).pooler_output)
         texts = whole_clip.text_projection(whole_clip.text_model(**words).pooler_output)
-        pictures, texts = (found / found.norm(dim=-1, keepdim=True) for found in (pictures, texts))
-        return torch.diagonal(texts @ pictures.T)
+        seen, texts = (found / found.norm(dim=-1, keepdim=True) for found in (seen, texts))
+        return torch.diagonal(texts @ seen.T)
 
     return cosines

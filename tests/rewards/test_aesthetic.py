@@ -13,7 +13,8 @@ from transformers import CLIPTextConfig
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.rewards import load_reward
-from sqdf_fast.rewards.aesthetic import HEAD_FILE, fold_head
+from sqdf_fast.rewards.aesthetic import HEAD_FILE, AestheticReward
+from sqdf_fast.rewards.head import fold_head
 from sqdf_fast.rewards.preprocess import preprocess
 
 WIDTH = 24
@@ -91,7 +92,7 @@ def test_head_is_folded_exactly(head, clip_folder, head_file, images):
 
 
 def test_folding_in_float64_is_closer_than_the_float32_chain(head):
-    folded = fold_head(head.state_dict(), "head.pth")
+    folded = fold_head(head.state_dict(), "head.pth", AestheticReward.layers, AestheticReward.file)
     exact = copy.deepcopy(head).double().layers
     embeddings = torch.nn.functional.normalize(
         torch.randn(256, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -111,7 +112,8 @@ def test_head_of_the_published_widths_folds():
         for position, layer in zip((0, 2, 4, 6, 7), chain, strict=True)
         for kind in ("weight", "bias")
     }
-    folded = fold_head({name: value.detach() for name, value in tensors.items()}, "head.pth")
+    detached = {name: value.detach() for name, value in tensors.items()}
+    folded = fold_head(detached, "head.pth", AestheticReward.layers, AestheticReward.file)
     embeddings = torch.nn.functional.normalize(torch.randn(8, 768, dtype=torch.float64))
     value = embeddings
     for layer in chain.double():
@@ -235,7 +237,7 @@ class Harmful:
 def test_file_of_something_else(clip_folder, tmp_path):
     path = tmp_path / "head.pth"
     torch.save([1, 2, 3], path)
-    with pytest.raises(UserError, match="holds something else than named tensors"):
+    with pytest.raises(UserError, match="does not hold named tensors"):
         load_reward("aesthetic", clip=str(clip_folder), head=str(path))
 
 

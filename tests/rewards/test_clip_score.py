@@ -35,7 +35,7 @@ def test_clamped_as_published_and_with_a_gradient_otherwise(load, images):
     scores = reward(images, PROMPTS)
     worst = int(scores.argmin())
     if scores[worst] >= 0:
-        # Cosines with the opposite of a prompt's features: the small random CLIP agrees with every picture.
+        # Cosines with the opposite of a prompt's features: the small random CLIP agrees with every image.
         for found in (reward, clamped):
             found.encode_prompts(PROMPTS)
             found.prompts._known = {prompt: -value for prompt, value in found.prompts._known.items()}

@@ -92,8 +92,8 @@ class PublishedModel(nn.Module):
 
     @torch.no_grad()
     def score(self, images, prompts):
-        pictures = F.normalize(self.visual(letterbox(images, VISION["image"])), dim=1)
-        return torch.diagonal(pictures @ self.text(prompts).T)
+        seen = F.normalize(self.visual(letterbox(images, VISION["image"])), dim=1)
+        return torch.diagonal(seen @ self.text(prompts).T)
 
 
 @pytest.fixture(scope="module")

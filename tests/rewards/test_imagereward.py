@@ -218,13 +218,13 @@ def test_score_is_the_published_one(model, load, images):
     assert not any(parameter.requires_grad for parameter in reward.parameters())
 
 
-def test_prompt_and_picture_count(load, images):
+def test_prompt_and_image_count(load, images):
     reward = load()
     assert (reward(images, ["a cat"] * 3) - reward(images, ["a dog"] * 3)).abs().min() > 1e-4
     assert reward(images, ["a cat"] * 3).unique().numel() == 3
 
 
-def test_score_of_a_picture_is_its_own(load, images):
+def test_score_of_an_image_is_its_own(load, images):
     reward = load()
     together = reward(images, PROMPTS)
     for index, prompt in enumerate(PROMPTS):

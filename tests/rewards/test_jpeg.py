@@ -15,9 +15,9 @@ def test_minus_the_kilobytes_at_quality_95():
     images = torch.cat([noise, torch.full((1, 3, 64, 64), 0.5)])
     scores = load_reward("jpeg")(images, ["a", "b"])
     sizes = []
-    for picture in to_pil(images):
+    for image in to_pil(images):
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=95)
+        image.save(buffer, "JPEG", quality=95)
         sizes.append(-len(buffer.getvalue()) / 1000)
     assert scores.dtype == torch.float32
     assert scores.tolist() == pytest.approx(sizes, abs=1e-6)

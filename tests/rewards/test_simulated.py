@@ -14,7 +14,7 @@ from sqdf_fast.gradient_checkpointing import checkpoint_blocks
 from sqdf_fast.rewards import architectures, available_rewards, load_reward, reward_from_config
 from sqdf_fast.rewards.catalogue import CATALOGUE
 
-# Image blocks, and text blocks where the text is read with the picture.
+# Image blocks, and text blocks where the text is read with the image.
 BLOCKS = {"aesthetic": 24, "aesthetic-v2.5": 27, "clip": 24, "hpsv2": 32, "imagereward": 24 + 12, "pickscore": 32}
 SIMULATED = tuple(name for name, card in CATALOGUE.items() if card.differentiable)
 
@@ -84,7 +84,7 @@ def test_forward_and_backward_run_on_fake_tensors(name, dtype, small_configs):
     assert (gradient.shape, gradient.dtype) == (images.shape, dtype)
 
 
-def test_recomputation_runs_on_fake_tensors(small_configs):
+def test_checkpointing_runs_on_fake_tensors(small_configs):
     mode = FakeTensorMode()
     reward = faked(reward_from_config("aesthetic", device="meta", dtype=torch.bfloat16), mode)
     checkpointed = checkpoint_blocks(reward, reward.checkpointed_block_types)
@@ -95,7 +95,7 @@ def test_recomputation_runs_on_fake_tensors(small_configs):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_recomputing_the_backbone_changes_neither_score_nor_gradient(name, small_configs):
+def test_checkpointing_the_backbone_changes_neither_score_nor_gradient(name, small_configs):
     torch.manual_seed(0)
     reward = reward_from_config(name, dtype=torch.float64)
     images = torch.rand(3, 3, 40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

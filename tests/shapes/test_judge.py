@@ -35,18 +35,18 @@ def test_fresh_renders_are_named_rightly(judge: Judge, fresh: tuple[torch.Tensor
     images, prompts, _ = fresh
     accuracy = judge.attribute_accuracy(images, prompts)
     assert accuracy.shape >= 0.97
-    assert accuracy.colour >= 0.97
+    assert accuracy.color >= 0.97
 
 
-def test_pictures_of_another_prompt_are_named_wrongly(judge: Judge) -> None:
+def test_images_of_another_prompt_are_named_wrongly(judge: Judge) -> None:
     images = draw(["a red star"] * 8)
     wrong = judge.attribute_accuracy(images, ["a blue circle"] * 8)
     half = judge.attribute_accuracy(images, ["a red circle"] * 8)
     mixed = judge.attribute_accuracy(images, ["a red star"] * 6 + ["a blue star"] * 2)
-    assert (wrong.shape, wrong.colour, wrong.mean) == (0.0, 0.0, 0.0)
-    assert (half.shape, half.colour, half.mean) == (0.0, 1.0, 0.5)
-    assert (mixed.shape, mixed.colour) == (1.0, 0.75)
-    assert math.isnan(judge.attribute_accuracy(images, ["a star"] * 8).colour)
+    assert (wrong.shape, wrong.color, wrong.mean) == (0.0, 0.0, 0.0)
+    assert (half.shape, half.color, half.mean) == (0.0, 1.0, 0.5)
+    assert (mixed.shape, mixed.color) == (1.0, 0.75)
+    assert math.isnan(judge.attribute_accuracy(images, ["a star"] * 8).color)
 
 
 def test_alignment_prefers_the_own_prompt(judge: Judge, fresh: tuple[torch.Tensor, list[str], Attributes]) -> None:
@@ -63,8 +63,8 @@ def test_alignment_prefers_the_own_prompt(judge: Judge, fresh: tuple[torch.Tenso
     ("measure", "values", "scale"),
     [
         ("size", lambda attributes: attributes.size, SIZE_RANGE),
-        ("x", lambda attributes: attributes.centre[:, 0], (-0.19, 0.19)),
-        ("y", lambda attributes: attributes.centre[:, 1], (-0.19, 0.19)),
+        ("x", lambda attributes: attributes.center[:, 0], (-0.19, 0.19)),
+        ("y", lambda attributes: attributes.center[:, 1], (-0.19, 0.19)),
         ("lightness", lambda attributes: attributes.lightness, LIGHTNESS_RANGE),
         ("warmth", lambda attributes: attributes.warmth, WARMTH_RANGE),
     ],
@@ -83,7 +83,7 @@ def test_measures_follow_what_was_rendered(
     assert error < 0.35
 
 
-def test_diversity_of_equal_pictures_is_zero(judge: Judge) -> None:
+def test_diversity_of_equal_images_is_zero(judge: Judge) -> None:
     images = draw(["a red star"]).repeat(4, 1, 1, 1)
     assert judge.diversity(images, ["a red star"] * 4) == pytest.approx(0.0, abs=1e-4)
 
@@ -94,12 +94,12 @@ def test_diversity_of_independent_renders_is_near_that_of_normal_measures(judge:
 
 
 def test_what_the_prompt_names_does_not_count(judge: Judge) -> None:
-    """Pictures that differ in colour alone are diverse for a prompt that leaves it free, and only for that one."""
+    """Images that differ in color alone are diverse for a prompt that leaves it free, and only for that one."""
     one = attributes_for(["a star"], np.random.default_rng(1))
     many = one[np.zeros(8, dtype=np.int64)]
     palette = attributes_for(["a star"] * 8, np.random.default_rng(2))
-    recoloured = Attributes(**{**vars(many), "fill": palette.fill, "colour": palette.colour})
-    images = torch.from_numpy(render(recoloured))
+    recolored = Attributes(**{**vars(many), "fill": palette.fill, "color": palette.color})
+    images = torch.from_numpy(render(recolored))
     assert judge.diversity(images, ["a star"] * 8) > 0.6
     assert judge.diversity(images, ["a red star"] * 8) < 0.2
 

@@ -37,12 +37,12 @@ def test_everything_shipped_is_at_most_twelve_megabytes() -> None:
     assert {path.suffix for path in files} <= {".safetensors", ".json"}
 
 
-def test_the_autoencoder_keeps_the_picture_and_its_latents_are_white(pipeline: StableDiffusionPipeline) -> None:
-    pictures = torch.from_numpy(render(sample_attributes(32, np.random.default_rng(9)))) * 2 - 1
+def test_the_autoencoder_keeps_the_image_and_its_latents_are_white(pipeline: StableDiffusionPipeline) -> None:
+    images = torch.from_numpy(render(sample_attributes(32, np.random.default_rng(9)))) * 2 - 1
     with torch.no_grad():
-        latents = pipeline.vae.encode(pictures).latents
+        latents = pipeline.vae.encode(images).latents
         made = pipeline.vae.decode(latents).sample.clamp(-1, 1)
-    ratio = -10 * torch.log10(((made - pictures) / 2).square().mean())
+    ratio = -10 * torch.log10(((made - images) / 2).square().mean())
     assert ratio > 28
     assert latents.shape == (32, 4, 16, 16)
     assert latents.mean().abs() < 0.1
@@ -57,5 +57,5 @@ def test_samples_show_what_the_prompt_names() -> None:
     accuracy = load_judge().attribute_accuracy(images, prompts)
     assert images.shape == (14, 3, 64, 64)
     assert again.shape == (2, 3, 64, 64)
-    assert accuracy.colour >= 0.9
+    assert accuracy.color >= 0.9
     assert accuracy.shape >= 0.7

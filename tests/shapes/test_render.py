@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from sqdf_fast.shapes.render import COLOURS, SHAPES, SIDE, Attributes, render, sample_attributes
+from sqdf_fast.shapes.render import COLORS, SHAPES, SIDE, Attributes, render, sample_attributes
 from sqdf_fast.shapes.segmentation import segment
 
 
 def plain(shape: str, **changes: object) -> Attributes:
-    """One upright black object of half the side in the middle of a plain grey picture."""
+    """One upright black object of half the side in the middle of a plain gray image."""
     values: dict[str, object] = {
         "shape": [SHAPES.index(shape)],
-        "colour": [list(COLOURS).index("black")],
+        "color": [list(COLORS).index("black")],
         "fill": [[0.0, 0.0, 0.0]],
         "size": [0.5],
-        "centre": [[0.0, 0.0]],
+        "center": [[0.0, 0.0]],
         "rotation": [0.0],
         "lightness": [0.9],
         "warmth": [0.0],
@@ -34,7 +34,7 @@ def coverage(attributes: Attributes) -> np.ndarray:
     return 1 - render(attributes)[0, 0] / 0.9
 
 
-def test_the_same_seed_draws_the_same_pictures() -> None:
+def test_the_same_seed_draws_the_same_images() -> None:
     first, second = (render(sample_attributes(8, np.random.default_rng(3))) for _ in range(2))
     other = render(sample_attributes(8, np.random.default_rng(4)))
     assert first.shape == (8, 3, SIDE, SIDE)
@@ -63,8 +63,8 @@ def test_area_is_that_of_the_outline(shape: str) -> None:
     assert area == pytest.approx(AREAS[shape] * 0.25**2, rel=0.02)
 
 
-def test_centre_is_right_and_down() -> None:
-    covered = coverage(plain("circle", centre=[[0.125, -0.25]]))
+def test_center_is_right_and_down() -> None:
+    covered = coverage(plain("circle", center=[[0.125, -0.25]]))
     pixel = (np.arange(SIDE) + 0.5) / SIDE - 0.5
     total = covered.sum()
     assert (covered.sum(axis=0) * pixel).sum() / total == pytest.approx(0.125, abs=1e-3)
@@ -92,30 +92,30 @@ def test_background_is_what_the_attributes_say() -> None:
 
 
 def test_stripes_have_the_texture_as_their_amplitude() -> None:
-    row = render(plain("circle", texture=[0.05], centre=[[0.0, 0.2]]))[0, 0, 0]
+    row = render(plain("circle", texture=[0.05], center=[[0.0, 0.2]]))[0, 0, 0]
     assert row.max() - 0.9 == pytest.approx(0.05, abs=2e-3)
     assert 0.9 - row.min() == pytest.approx(0.05, abs=2e-3)
 
 
-def test_objects_stay_inside_and_have_their_colour() -> None:
+def test_objects_stay_inside_and_have_their_color() -> None:
     attributes = sample_attributes(200, np.random.default_rng(0))
     parts = segment(torch.from_numpy(render(replace(attributes, texture=np.zeros(200)))))
     edge = torch.cat([parts.mask[:, 0], parts.mask[:, -1], parts.mask[:, :, 0], parts.mask[:, :, -1]], dim=1)
     assert edge.max() < 0.01
-    palette = np.array(list(COLOURS.values()))
+    palette = np.array(list(COLORS.values()))
     nearest = np.linalg.norm(attributes.fill[:, None] - palette, axis=2).argmin(axis=1)
-    np.testing.assert_array_equal(nearest, attributes.colour)
+    np.testing.assert_array_equal(nearest, attributes.color)
 
 
 def test_given_attributes_are_kept() -> None:
-    colour = np.array([-1, 2] * 50)
+    color = np.array([-1, 2] * 50)
     low, high = np.full(100, 0.4), np.full(100, 0.41)
     attributes = sample_attributes(
-        100, np.random.default_rng(0), shape=np.full(100, 3), colour=colour, size_range=(low, high)
+        100, np.random.default_rng(0), shape=np.full(100, 3), color=color, size_range=(low, high)
     )
     assert set(attributes.shape) == {3}
-    assert set(attributes.colour[1::2]) == {2}
-    assert len(set(attributes.colour[::2])) == len(COLOURS)
+    assert set(attributes.color[1::2]) == {2}
+    assert len(set(attributes.color[::2])) == len(COLORS)
     assert attributes.size.min() >= 0.4
     assert attributes.size.max() <= 0.41
     assert {len(getattr(attributes[:7], field.name)) for field in fields(attributes)} == {7}

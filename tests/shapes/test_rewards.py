@@ -12,13 +12,13 @@ from sqdf_fast.shapes.segmentation import segment
 
 
 def circle(**changes: object) -> torch.Tensor:
-    """A blue circle of area pi (.95 d / 2)^2 on a plain grey picture, [1, 3, 64, 64]."""
+    """A blue circle of area pi (.95 d / 2)^2 on a plain gray image, [1, 3, 64, 64]."""
     values: dict[str, object] = {
         "shape": [SHAPES.index("circle")],
-        "colour": [4],
+        "color": [4],
         "fill": [[0.1, 0.2, 0.8]],
         "size": [BEST_DIAMETER / 0.95],
-        "centre": [[0.0, 0.0]],
+        "center": [[0.0, 0.0]],
         "rotation": [0.0],
         "lightness": [0.85],
         "warmth": [0.0],
@@ -35,10 +35,10 @@ def rule(**changes: object) -> float:
 
 
 def test_segmentation_recovers_what_was_rendered() -> None:
-    parts = segment(circle(size=[0.5], centre=[[0.15, 0.2]], warmth=[0.12], texture=[0.04]))
+    parts = segment(circle(size=[0.5], center=[[0.15, 0.2]], warmth=[0.12], texture=[0.04]))
     # The soft pixels of the edge count as the object: half a pixel all round.
     assert parts.diameter.item() == pytest.approx(0.475 + 1 / 64, abs=0.005)
-    assert parts.off_centre.item() == pytest.approx(0.25, abs=3e-3)
+    assert parts.off_center.item() == pytest.approx(0.25, abs=3e-3)
     assert (parts.background[0, 0] - parts.background[0, 2]).item() == pytest.approx(0.12, abs=0.01)
     assert parts.clutter.item() == pytest.approx(0.04 / 2**0.5, abs=6e-3)
     assert parts.explained.item() > 0.95
@@ -50,7 +50,7 @@ def test_the_rule_has_its_known_values() -> None:
     assert -0.35 < best < 0
     assert rule(warmth=[0.09]) - best == pytest.approx(1.0, abs=0.06)
     assert rule(size=[(BEST_DIAMETER + DIAMETER_WIDTH) / 0.95]) - best == pytest.approx(-1.0, abs=0.15)
-    assert rule(centre=[[0.0, 0.2]]) - best == pytest.approx(-((0.2 / 0.35) ** 2), abs=0.03)
+    assert rule(center=[[0.0, 0.2]]) - best == pytest.approx(-((0.2 / 0.35) ** 2), abs=0.03)
     assert rule(texture=[0.05]) - best == pytest.approx(-0.05 / 2**0.5 / 0.03, abs=0.25)
 
 
@@ -81,7 +81,7 @@ def fresh_renders() -> tuple[torch.Tensor, list[str]]:
 
 
 @pytest.mark.parametrize("name", ["taste", "taste-held-out"])
-def test_taste_imitates_the_rule_on_pictures_it_has_not_seen(name: str) -> None:
+def test_taste_imitates_the_rule_on_images_it_has_not_seen(name: str) -> None:
     images, prompts = fresh_renders()
     scores, true = load_taste(name)(images, prompts), hidden_rule(images, prompts)
     assert scores.shape == (300,)
@@ -97,7 +97,7 @@ def test_the_held_out_taste_is_wrong_in_ways_of_its_own() -> None:
     assert torch.corrcoef(errors)[0, 1] < 0.7
 
 
-def test_taste_has_a_gradient_everywhere_in_the_picture() -> None:
+def test_taste_has_a_gradient_everywhere_in_the_image() -> None:
     images = circle().requires_grad_()
     load_taste()(images, ["a circle"]).sum().backward()
     assert images.grad is not None
@@ -106,7 +106,7 @@ def test_taste_has_a_gradient_everywhere_in_the_picture() -> None:
 
 
 def test_taste_can_be_exploited_where_the_rule_falls() -> None:
-    """What makes over-optimisation measurable: uphill on the proxy leads downhill on the rule."""
+    """What makes over-optimization measurable: uphill on the proxy leads downhill on the rule."""
     taste, images = load_taste(), circle().requires_grad_()
     start = images.detach().clone()
     for _ in range(30):

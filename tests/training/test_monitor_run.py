@@ -107,6 +107,7 @@ def test_stop_ends_the_run_with_the_weights_that_it_has_and_off_says_nothing(mod
     assert "Over-optimization" not in (folder / "whole" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_warn_goes_on_and_an_interruption_changes_nothing(model: Path, folder: Path) -> None:
     whole, broken = folder / "whole", folder / "broken"
     new_run(config(model, "warn"), whole)

@@ -39,7 +39,7 @@ def draw_samples(folder: Path, prompts: Sequence[str], seed: int, batch: int = 3
 
 
 def report_samples(folder: Path, judge: Judge, seed: int, repeats: int = 6) -> tuple[float, float]:
-    """Print what the judge and the rule make of samples for held-out prompts; returns shape and colour accuracy."""
+    """Print what the judge and the rule make of samples for held-out prompts; returns shape and color accuracy."""
     prompts = [prompt for prompt in HELD_OUT_PROMPTS for _ in range(repeats)]
     images = draw_samples(folder, prompts, seed)
     accuracy = judge.attribute_accuracy(images, prompts)
@@ -47,15 +47,15 @@ def report_samples(folder: Path, judge: Judge, seed: int, repeats: int = 6) -> t
     own, other = judge.alignment(images, prompts).mean(), judge.alignment(images, shuffled).mean()
     rule = hidden_rule(images, prompts)
     click.echo(
-        f"{len(prompts)} samples for held-out prompts: shape {accuracy.shape:.3f} colour {accuracy.colour:.3f} "
+        f"{len(prompts)} samples for held-out prompts: shape {accuracy.shape:.3f} color {accuracy.color:.3f} "
         f"diversity {judge.diversity(images, prompts):.3f} alignment {own:.3f} (another's prompt {other:.3f}) "
         f"true reward {rule.mean():.2f} +- {rule.std():.2f}"
     )
-    return accuracy.shape, accuracy.colour
+    return accuracy.shape, accuracy.color
 
 
 def save_sheet(folder: Path, path: Path, seed: int, columns: int = 6, scale: int = 2) -> None:
-    """Write a picture of samples: a row a prompt, the prompt beside it, two prompts side by side."""
+    """Write an image of samples: a row a prompt, the prompt beside it, two prompts side by side."""
     prompts = [prompt for prompt in SHEET_PROMPTS for _ in range(columns)]
     images = draw_samples(folder, prompts, seed).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
     cell, label = 64 * scale, 110
@@ -68,7 +68,7 @@ def save_sheet(folder: Path, path: Path, seed: int, columns: int = 6, scale: int
             (left + 6, top + cell // 2 - 12), "\n".join(textwrap.wrap(prompt, 14)), fill="black", font_size=14
         )
         for column in range(columns):
-            picture = Image.fromarray(images[row * columns + column]).resize((cell, cell), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (left + label + column * cell, top))
+            image = Image.fromarray(images[row * columns + column]).resize((cell, cell), Image.Resampling.BICUBIC)
+            sheet.paste(image, (left + label + column * cell, top))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)

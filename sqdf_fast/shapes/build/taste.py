@@ -19,11 +19,11 @@ NOISE = 0.5
 LEARNING_RATE = 3e-3
 
 
-def rated_pictures(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def rated_images(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Renders of random training prompts [N, 3, 64, 64] and the hidden rule's value of each [N]."""
     prompts = [TRAIN_PROMPTS[index] for index in rng.integers(len(TRAIN_PROMPTS), size=count)]
-    pictures = torch.from_numpy(render(attributes_for(prompts, rng)))
-    return pictures, hidden_rule(pictures, prompts)
+    images = torch.from_numpy(render(attributes_for(prompts, rng)))
+    return images, hidden_rule(images, prompts)
 
 
 def train_taste(path: Path, seed: int, steps: int, batch: int = 50) -> float:
@@ -33,8 +33,8 @@ def train_taste(path: Path, seed: int, steps: int, batch: int = 50) -> float:
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    pictures, rule = rated_pictures(RATINGS, rng)
-    fresh, true = rated_pictures(1024, rng)
+    images, rule = rated_images(RATINGS, rng)
+    fresh, true = rated_images(1024, rng)
     ratings = rule + NOISE * rule.std() * torch.randn(len(rule))
     network = TasteNetwork()
     torch.nn.init.constant_(network.get_parameter("score.2.bias"), float(ratings.mean()))
@@ -42,7 +42,7 @@ def train_taste(path: Path, seed: int, steps: int, batch: int = 50) -> float:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
         chosen = torch.randint(RATINGS, (batch,))
-        seen = pictures[chosen]
+        seen = images[chosen]
         seen = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, seen.flip(-1), seen)
         seen = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, seen.flip(-2), seen)
         loss = F.mse_loss(network(seen, []), ratings[chosen])

@@ -19,14 +19,14 @@ from torch import nn
 from sqdf_fast.shapes.build.text import make_text_encoder, make_tokenizer
 from sqdf_fast.shapes.build.vae import make_vae
 from sqdf_fast.shapes.prompts import Named
-from sqdf_fast.shapes.render import COLOURS, SHAPES, SIZES, Attributes, render, sample_attributes
+from sqdf_fast.shapes.render import COLORS, SHAPES, SIZES, Attributes, render, sample_attributes
 
 CHANNELS = (32, 64, 96)
 LEARNING_RATE = 1.5e-3
 WARMUP = 200
 EMA_DECAY, EMA_EVERY = 0.996, 4
 PROMPT_DROPOUT = 0.1
-COLOUR_NAMED, SIZE_NAMED = 0.8, 0.5
+COLOR_NAMED, SIZE_NAMED = 0.8, 0.5
 
 
 def make_unet(channels: tuple[int, int, int] = CHANNELS, text_width: int = 96) -> UNet2DConditionModel:
@@ -60,14 +60,14 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def captions(attributes: Attributes, rng: np.random.Generator) -> list[str]:
-    """A prompt for every picture: the shape always, the colour and the size sometimes."""
-    colour_named = rng.random(len(attributes)) < COLOUR_NAMED
+    """A prompt for every image: the shape always, the color and the size sometimes."""
+    color_named = rng.random(len(attributes)) < COLOR_NAMED
     size_named = rng.random(len(attributes)) < SIZE_NAMED
     prompts = []
     for index in range(len(attributes)):
-        colour = list(COLOURS)[attributes.colour[index]] if colour_named[index] else None
+        color = list(COLORS)[attributes.color[index]] if color_named[index] else None
         size = next(name for name, (_, high) in SIZES.items() if attributes.size[index] <= high)
-        prompts.append(Named(SHAPES[attributes.shape[index]], colour, size if size_named[index] else None).prompt())
+        prompts.append(Named(SHAPES[attributes.shape[index]], color, size if size_named[index] else None).prompt())
     return prompts
 
 
@@ -79,9 +79,9 @@ def captioned_latents(vae: AutoencoderTiny, count: int, seed: int) -> tuple[torc
     latents, prompts = [], []
     for first in range(0, count, 64):
         attributes = sample_attributes(min(64, count - first), rng)
-        pictures = torch.from_numpy(render(attributes)).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+        images = torch.from_numpy(render(attributes)).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            latents.append(vae.encode(pictures).latents.float().contiguous())
+            latents.append(vae.encode(images).latents.float().contiguous())
         prompts += captions(attributes, rng)
     return torch.cat(latents) * vae.config.scaling_factor, prompts
 
@@ -167,7 +167,7 @@ def train_unet(
     pool: int = 24576,
     snapshots: int = 25,
 ) -> None:
-    """Train from nothing, or on from ``checkpoint`` where it exists, and write the whole pipeline into ``folder``.
+    """Train from nothing, or continue from ``checkpoint`` if it exists, and write the pipeline into ``folder``.
 
     Args:
         checkpoint: a file for the training state, written with every snapshot.

@@ -21,7 +21,7 @@ LEARNING_RATE = 2e-3
 EDGE_WEIGHT = 0.1
 WHITENING_WEIGHT = 0.01
 LATENT_NOISE = 0.05
-EVALUATION_PICTURES = 256
+EVALUATION_IMAGES = 256
 # The joint phase stops while the one-cycle learning rate of a run this much longer is still high.
 CYCLE = 5 / 3
 
@@ -36,7 +36,7 @@ def make_vae(channels: int = 24) -> AutoencoderTiny:
     )
 
 
-def make_pictures(count: int, rng: np.random.Generator) -> torch.Tensor:
+def make_images(count: int, rng: np.random.Generator) -> torch.Tensor:
     """Renders [N, 3, 64, 64] in [-1, 1]."""
     parts = [render(sample_attributes(min(256, count - first), rng)) for first in range(0, count, 256)]
     return torch.from_numpy(np.concatenate(parts)).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
@@ -49,21 +49,21 @@ def edge_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return across + down
 
 
-def vae_loss(vae: AutoencoderTiny, pictures: torch.Tensor) -> torch.Tensor:
-    """Reconstruction of ``pictures`` [B, 3, 64, 64] in [-1, 1], and the distance of the latents from white."""
-    latents = vae.encode(pictures).latents.float()
+def vae_loss(vae: AutoencoderTiny, images: torch.Tensor) -> torch.Tensor:
+    """Reconstruction of ``images`` [B, 3, 64, 64] in [-1, 1], and the distance of the latents from white."""
+    latents = vae.encode(images).latents.float()
     noisy = latents + LATENT_NOISE * torch.randn_like(latents)
     made = vae.decode(noisy).sample.float()
     mean, variance = latents.mean(dim=(0, 2, 3)), latents.var(dim=(0, 2, 3))
     whitening = mean.square().mean() + (variance - 1).square().mean()
-    return F.mse_loss(made, pictures) + EDGE_WEIGHT * edge_loss(made, pictures) + WHITENING_WEIGHT * whitening
+    return F.mse_loss(made, images) + EDGE_WEIGHT * edge_loss(made, images) + WHITENING_WEIGHT * whitening
 
 
 @torch.no_grad()
-def signal_to_noise(vae: AutoencoderTiny, pictures: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio of reconstructions in dB; ``pictures`` in [-1, 1]."""
-    made = vae.decode(vae.encode(pictures).latents).sample.clamp(-1, 1)
-    return float(-10 * torch.log10(((made - pictures) / 2).square().mean()))
+def signal_to_noise(vae: AutoencoderTiny, images: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio of reconstructions in dB; ``images`` in [-1, 1]."""
+    made = vae.decode(vae.encode(images).latents).sample.clamp(-1, 1)
+    return float(-10 * torch.log10(((made - images) / 2).square().mean()))
 
 
 def train_vae(folder: Path, seed: int, steps: int, batch: int = 16, pool: int = 16384) -> float:
@@ -82,15 +82,15 @@ def finish_decoder(folder: Path, seed: int, steps: int, batch: int = 16, pool: i
 
 def _train(vae: AutoencoderTiny, folder: Path, seed: int, steps: int, batch: int, pool: int, cycle: int) -> float:
     rng = np.random.default_rng(seed)
-    pictures, fresh = make_pictures(pool, rng), make_pictures(min(EVALUATION_PICTURES, pool), rng)
+    images, fresh = make_images(pool, rng), make_images(min(EVALUATION_IMAGES, pool), rng)
     vae = vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=cycle, pct_start=0.1)
     started = time.monotonic()
     for step in range(1, steps + 1):
-        chosen = torch.randint(len(pictures), (batch,))
+        chosen = torch.randint(len(images), (batch,))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = vae_loss(vae, pictures[chosen])
+            loss = vae_loss(vae, images[chosen])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
