@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from sqdf_fast.errors import UserError
 
 COMMANDS = {
-    "gpu": ("gpu", "all there is to show on one GPU, in under 9 minutes"),
+    "gpu": ("gpu", "tests and benchmarks on one GPU, in under 9 minutes"),
     "record": ("record", "file the JSON of a benchmark run in bench/results/"),
     "pages": ("pages", "draw the recorded results and write their tables into docs/"),
     "study": ("study.comparison", "write the pages of the study on the embedded model"),
-    "monitor": ("study.monitor", "when the over-optimization monitor speaks, on several seeds"),
+    "monitor": ("study.monitor", "when the over-optimization monitor raises an alarm, on several seeds"),
     "seeds": ("study.seeds", "the shipped default run on several seeds"),
     "machine": ("harness.machine", "what a recorded result says about this machine, as JSON"),
 }

@@ -1,4 +1,4 @@
-"""All that this project has to show on one GPU, in one command and one file: tests and benchmarks.
+"""Tests and benchmarks on one GPU, in one command and one file.
 
     python bench gpu                                # under 9 minutes, writes build/gpu_result.json
     python bench gpu --toy --output toy.json        # the same code on a CPU in tiny sizes, under a minute
@@ -79,19 +79,14 @@ def parts(toy: bool) -> list[Part]:
     pytest = ("-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider")
     bench = (*pytest, "bench", "--benchmark-only", "--benchmark-columns=median", "-W", "ignore")
     bench = (*bench, "--benchmark-json={scratch}/benchmarks.json", f"--bench-device={'cpu' if toy else 'cuda'}", "-k")
-    if toy:
-        some = "sd15 and (posterior_mean or (forward and (noise_given or philox)))"
-        return [
-            Part("machine", ("bench", "machine"), 120, machine),
-            Part("tests", (*pytest, "tests/kernels/test_dispatch.py"), 180, outcomes),
-            Part("training step", (*bench, "training_step", "--toy"), 600, benchmarks),
-            Part("benchmarks", (*bench, some, "--toy"), 180, benchmarks),
-        ]
+    size = ("--toy",) if toy else ()
+    tests = ("tests/kernels/test_dispatch.py",) if toy else ("tests/kernels", "tests/engine", "-k", "cuda")
+    some = "sd15 and (posterior_mean or (forward and (noise_given or philox)))" if toy else "not training_step"
     return [
         Part("machine", ("bench", "machine"), 60, machine),
-        Part("tests", (*pytest, "tests/kernels", "tests/engine", "-k", "cuda"), 150, outcomes),
-        Part("training step", (*bench, "training_step"), 190, benchmarks),
-        Part("benchmarks", (*bench, "not training_step"), 420, benchmarks),
+        Part("tests", (*pytest, *tests), 150, outcomes),
+        Part("training step", (*bench, "training_step", *size), 600 if toy else 190, benchmarks),
+        Part("benchmarks", (*bench, some, *size), 420, benchmarks),
     ]
 
 

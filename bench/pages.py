@@ -2,7 +2,7 @@
 
     python bench pages
 
-Text that people wrote stays; what stands between the marks of a page is written anew.
+Only the text between the marks of a page is replaced.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plots: what is recorded of the fused ops, and curves of runs.
+"""Plots of what is recorded of the fused ops.
 
 For every device: bench_<device>_bandwidth.png, achieved bandwidth beside that of a plain copy of as many bytes in the
 same run, and bench_<device>_time_<dtype>.png, time relative to eager PyTorch.
@@ -6,7 +6,7 @@ same run, and bench_<device>_time_<dtype>.png, time relative to eager PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-COLOURS = {"eager": "#8c8c8c", "compile": "#e08a1e", "native": "#1f6fb4", "triton": "#1f6fb4"}
+COLORS = {"eager": "#8c8c8c", "compile": "#e08a1e", "native": "#1f6fb4", "triton": "#1f6fb4"}
 NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "native": "native", "triton": "Triton"}
 SIZES = {"sd15": "SD1.5", "sdxl": "SDXL", "video": "video", "beyond-cache": "beyond\ncache"}
 PANELS = (("denoise_step", "given"), ("denoise_step", "drawn"), ("posterior_mean", ""))
@@ -53,30 +53,15 @@ def draw(result: dict[str, Any], name: str, folder: Path) -> list[Path]:
             height = 1.2 + 4.2 * len(dtypes)
             figures["bandwidth"] = _panels(rows, lines, title, "GB/s", height, _bandwidth, sharey="row")
         for dtype in dtypes:
-            lines = {f": {spoken}": {"direction": way, "dtype": dtype} for way, spoken in DIRECTIONS.items()}
+            lines = {f": {title}": {"direction": way, "dtype": dtype} for way, title in DIRECTIONS.items()}
             title = f"Time relative to eager PyTorch (shorter is better), {device}, {dtype}"
             figures[f"time_{dtype}"] = _panels(rows, lines, title, "time / eager", 10.5, _times)
-        return [_save(figure, folder / f"bench_{name}_{kind}.png") for kind, figure in figures.items()]
-
-
-def draw_curves(
-    curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str, labels: tuple[str, str]
-) -> Path:
-    """Points by the name of their curve, as one image; `labels` of x and y."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-        for index, (name, points) in enumerate(curves.items()):
-            axes.plot(*zip(*points, strict=True), marker="osD^vX"[index % 6], markersize=4, label=name)
-        axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
-        axes.legend(frameon=False, fontsize=9)
-        return _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    return path
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"bench_{name}_{kind}.png" for kind in figures]
+        for path, figure in zip(paths, figures.values(), strict=True):
+            figure.savefig(path)
+            plt.close(figure)
+        return paths
 
 
 def _panels(
@@ -117,7 +102,7 @@ def _bandwidth(panel: Axes, rows: list[Row]) -> None:
     panel.xaxis.set_minor_locator(NullLocator())
     for name in _implementations(rows):
         points = sorted((r["bytes_moved"] / 1e6, r["gb_per_second"]) for r in _select(rows, implementation=name))
-        panel.plot(*zip(*points, strict=True), marker="o", linewidth=2, color=COLOURS[name], label=NAMES[name])
+        panel.plot(*zip(*points, strict=True), marker="o", linewidth=2, color=COLORS[name], label=NAMES[name])
     panel.set_xlabel("size and megabytes moved")
     panel.margins(x=0.12)
     panel.set_yscale("log")
@@ -131,13 +116,13 @@ def _times(panel: Axes, rows: list[Row]) -> None:
     sizes = [size for size in SIZES if any(row["size"] == size for row in rows)]
     names = [name for name in _implementations(rows) if name != "eager"]
     width = 0.8 / len(names)
-    panel.axhline(1, color=COLOURS["eager"], linestyle="--", linewidth=1.5, label=NAMES["eager"])
+    panel.axhline(1, color=COLORS["eager"], linestyle="--", linewidth=1.5, label=NAMES["eager"])
     for number, implementation in enumerate(names):
         found = {row["size"]: row["times_eager"] for row in _select(rows, implementation=implementation)}
         places = [index for index, size in enumerate(sizes) if found.get(size)]
         heights = [1 / found[sizes[index]] for index in places]
         left = [index + (number - (len(names) - 1) / 2) * width for index in places]
-        bars = panel.bar(left, heights, width, color=COLOURS[implementation], label=NAMES[implementation])
+        bars = panel.bar(left, heights, width, color=COLORS[implementation], label=NAMES[implementation])
         panel.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=9, padding=1)
     panel.set_xticks(range(len(sizes)), [SIZES[size] for size in sizes])
     panel.grid(axis="x", visible=False)
@@ -149,4 +134,4 @@ def _select(rows: list[Row], **fields: str) -> Iterator[Row]:
 
 
 def _implementations(rows: list[Row]) -> list[str]:
-    return [name for name in COLOURS if any(row["implementation"] == name for row in rows)]
+    return [name for name in COLORS if any(row["implementation"] == name for row in rows)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,18 +29,21 @@ def per_sample(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 def empty_gradients(
-    grad: Tensor,
-    guidance_scale: float,
-    x_dtype: torch.dtype,
-    output_dtype: torch.dtype,
-    need_x: bool,
-    need_output: bool,
+    grad: Tensor, guidance_scale: float, x_dtype: torch.dtype | None, output_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Uninitialised results of a backward: for x [B, ...], for the network output [2B, ...] ([B, ...] if g = 1).
+    """Uninitialized gradients of x [B, ...] and of the network output, [2B, ...] or for g = 1 [B, ...].
 
-    The one that is not needed is [0].
+    One whose dtype is None is not wanted: [0].
     """
-    rows = grad.shape[0] * (1 if guidance_scale == 1 else 2)
-    nothing = (0,)
-    grad_x = grad.new_empty(grad.shape if need_x else nothing, dtype=x_dtype)
-    return grad_x, grad.new_empty((rows, *grad.shape[1:]) if need_output else nothing, dtype=output_dtype)
+    batch, *sample = shape = grad.shape
+    rows = batch if guidance_scale == 1 else 2 * batch
+    return (
+        grad.new_empty(shape if x_dtype else (0,), dtype=x_dtype),
+        grad.new_empty((rows, *sample) if output_dtype else (0,), dtype=output_dtype),
+    )
+
+
+def wanted(ctx: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """Dtypes of the gradients for an op's first two inputs, whose own are `ctx.dtypes`; None: not needed."""
+    (first, second), needed = ctx.dtypes, ctx.needs_input_grad
+    return first if needed[0] else None, second if needed[1] else None

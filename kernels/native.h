@@ -3,9 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 // Raised whenever the signature or the meaning of an exported function changes; kernels/native.py checks it.
-#define SQDF_FAST_ABI_VERSION 4
+#define SQDF_FAST_ABI_VERSION 5
 
 #define SQDF_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -15,6 +16,15 @@
 #define SQDF_FAST_INLINED __attribute__((always_inline))
 
 namespace sqdf_fast {
+
+// The bits of a value as those of another type.
+template <typename To, typename From>
+SQDF_FAST_INLINE To as(From value) {
+    To result;
+    static_assert(sizeof result == sizeof value, "the bits stay");
+    std::memcpy(&result, &value, sizeof result);
+    return result;
+}
 
 enum InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sqdf_fast.errors import UserError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """Must equal SQDF_FAST_ABI_VERSION in native.h."""
 
 _FILE_NAME = {"win32": "sqdf_fast_native.dll", "darwin": "libsqdf_fast_native.dylib"}.get(
@@ -94,31 +94,25 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return unavailable_reason()
 
 
-def dtype_number(dtype: torch.dtype) -> int:
-    """The library's number for `dtype`.
-
-    Raises:
-        UserError: a dtype that native ops neither read nor write.
-    """
-    number = _DTYPES.get(dtype)
-    if number is None:
-        raise UserError(
-            f"native ops take float32, float16 and bfloat16, not {dtype}; convert it or use impl='reference'"
-        )
-    return number
-
-
 def address(tensor: Tensor | None) -> int | None:
     """Address of the values; null for no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def typed(tensor: Tensor | None) -> tuple[int | None, int]:
-    """Address and dtype number as ops take a tensor of any dtype; null and 0 for no tensor."""
+    """Address and dtype number of a tensor; null and 0 for no tensor.
+
+    Raises:
+        UserError: a dtype that native ops neither read nor write.
+    """
     if tensor is None:
         return None, 0
     number = _DTYPES.get(tensor.dtype)
-    return tensor.data_ptr(), dtype_number(tensor.dtype) if number is None else number
+    if number is None:
+        raise UserError(
+            f"native ops take float32, float16 and bfloat16, not {tensor.dtype}; convert it or use impl='reference'"
+        )
+    return tensor.data_ptr(), number
 
 
 def run_rows(
@@ -138,13 +132,10 @@ def run_rows(
     Raises:
         IndexError: an index outside the table, as PyTorch's indexing raises it.
     """
-    table = (table if table.dtype == torch.float32 else table.to(torch.float32)).contiguous()
+    table = (table if table.dtype == torch.float32 else table.float()).contiguous()
     index, steps, batch = index.contiguous(), table.shape[0], x.shape[0]
-    rows = table.data_ptr(), steps, index.data_ptr()
-    outside = function(name, letters, "i")(
-        *inputs, *rows, *scales, batch, x.numel() // batch, *outputs, torch.get_num_threads()
-    )
-    if outside:
+    rows, sizes = (table.data_ptr(), steps, index.data_ptr()), (batch, x.numel() // batch)
+    if function(name, letters, "i")(*inputs, *rows, *scales, *sizes, *outputs, threads()):
         raise IndexError(f"index holds a position outside a schedule of {steps} steps")
 
 
@@ -183,8 +174,6 @@ def _open(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
     except (OSError, AttributeError) as error:
         return None, f"{path.name} does not load ({error}); run the installation again"
     if version != ABI_VERSION:
-        return (
-            None,
-            f"{path.name} has ABI {version}, this package needs {ABI_VERSION}; run the installation again",
-        )
+        reason = f"{path.name} has ABI {version}, this package needs {ABI_VERSION}; run the installation again"
+        return None, reason
     return loaded, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -37,26 +37,45 @@ def plain(*arguments: Any) -> bool:
     return True
 
 
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "SymInt",
+    bool: "bool",
+    torch.dtype: "ScalarType",
+    torch.dtype | None: "ScalarType?",
+}
+
+
+def schema(arguments: type[Any], results: int) -> str:
+    """Arguments, a NamedTuple, and a number of tensors that result, as torch.library writes them."""
+    given = (f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(arguments).items())
+    tensors = ", ".join(["Tensor"] * results)
+    return f"({', '.join(given)}) -> {tensors if results == 1 else f'({tensors})'}"
+
+
 class Operator:
-    """`sqdf_fast::<name>`: runs `function` of the fused implementation of `op` on the device of its first argument.
+    """`sqdf_fast::<op>_<function>`: runs a function of the op's fused implementation on its first argument's device.
 
     Args:
         op: folder of the op.
-        function: function of its implementations that the operator runs.
-        name: operator name.
-        schema: arguments and results as torch.library writes them.
-        fake: (*arguments) -> results without values.
+        function: function of its implementations that the operator runs; part of its name unless "forward".
+        arguments: NamedTuple of the arguments, which the function receives.
+        results: number of tensors that it returns.
+        fake: (arguments) -> results without values.
     """
 
-    def __init__(self, op: str, function: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
-        self._op, self._function = op, function
+    def __init__(self, op: str, function: str, arguments: type[Any], results: int, fake: Callable[[Any], Any]) -> None:
+        self._op, self._function, self._arguments = op, function, arguments
         self._modules: dict[str, ModuleType] = {}
         self._call: Callable[..., Any] = self._run
+        name = f"sqdf_fast::{op}" if function == "forward" else f"sqdf_fast::{op}_{function}"
         self.dispatched = torch.library.custom_op(
-            f"sqdf_fast::{name}", self._run, mutates_args=(), device_types="cpu", schema=schema
+            name, self._run, mutates_args=(), device_types="cpu", schema=schema(arguments, results)
         )
         self.dispatched.register_kernel("cuda")(self._run)
-        self.dispatched.register_fake(fake)
+        self.dispatched.register_fake(lambda *given: fake(arguments(*given)))
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the operator; plain tensors take the fast path, with the same result."""
@@ -66,18 +85,20 @@ class Operator:
         """Make the operator differentiable, once.
 
         Args:
-            setup_context, backward: as `torch.library.register_autograd` takes them; backward gets None for the
-                gradient of an output that is not part of the loss.
+            setup_context, backward: as `torch.library.register_autograd` takes them, with the arguments as their
+                NamedTuple; backward gets None for the gradient of an output that is not part of the loss.
         """
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
-            setup_context(ctx, inputs, output)
+            setup_context(ctx, self._arguments(*inputs), output)
 
         # a Function with its own setup_context binds its arguments through inspect, at 20 microseconds a call
         def forward(ctx: Any, *arguments: Any) -> Any:
-            output = self._run(*arguments)
-            setup(ctx, arguments, output)
+            ctx.set_materialize_grads(False)
+            given = self._arguments(*arguments)
+            output = self._compute(given)
+            setup_context(ctx, given, output)
             return output
 
         backward_only_once = once_differentiable(backward)
@@ -92,8 +113,11 @@ class Operator:
         self._call = function.apply
 
     def _run(self, *arguments: Any) -> Any:
-        device = "cuda" if arguments[0].is_cuda else "cpu"
+        return self._compute(self._arguments(*arguments))
+
+    def _compute(self, given: Any) -> Any:
+        device = "cuda" if given[0].is_cuda else "cpu"
         implementation = self._modules.get(device)
         if implementation is None:
             implementation = self._modules[device] = module(self._op, fused(self._op, device))
-        return getattr(implementation, self._function)(*arguments)
+        return getattr(implementation, self._function)(given)

@@ -2,14 +2,10 @@
 #include "rows.h"
 
 #include <atomic>
-#include <cstring>
 #include <fstream>
 #include <string>
 #include <thread>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -17,22 +13,10 @@
 namespace sqdf_fast {
 namespace {
 
-SQDF_FAST_INLINE uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-SQDF_FAST_INLINE float float_of(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-SQDF_FAST_INLINE float from_bfloat16(uint16_t value) { return float_of(uint32_t{value} << 16); }
+SQDF_FAST_INLINE float from_bfloat16(uint16_t value) { return as<float>(uint32_t{value} << 16); }
 
 SQDF_FAST_INLINE uint16_t to_bfloat16(float value) {
-    const uint32_t bits = bits_of(value);
+    const uint32_t bits = as<uint32_t>(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     const uint32_t quiet = (bits >> 16) | 0x40u;
     return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
@@ -44,18 +28,18 @@ SQDF_FAST_INLINE float from_float16(uint16_t value) {
     const uint32_t exponent = magnitude & kLargest;
     const uint32_t normal = magnitude + kRebias + (exponent == kLargest ? kRebias : 0);  // twice: infinity and NaN
     // A subnormal gets the exponent of 2^-14 and with it a leading one, which is subtracted again.
-    const uint32_t subnormal = bits_of(float_of(magnitude + kSmallestNormal) - float_of(kSmallestNormal));
-    return float_of((exponent == 0 ? subnormal : normal) | (value & 0x8000u) << 16);
+    const uint32_t subnormal = as<uint32_t>(as<float>(magnitude + kSmallestNormal) - as<float>(kSmallestNormal));
+    return as<float>((exponent == 0 ? subnormal : normal) | (value & 0x8000u) << 16);
 }
 
 SQDF_FAST_INLINE uint16_t to_float16(float value) {
     constexpr uint32_t kRebias = 112u << 23, kSmallestNormal = 113u << 23;
     constexpr uint32_t kOverflow = 143u << 23, kInfinity = 255u << 23;
-    const uint32_t bits = bits_of(value);
+    const uint32_t bits = as<uint32_t>(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
     const uint32_t normal = (magnitude - kRebias + 0xfffu + ((magnitude >> 13) & 1)) >> 13;  // to nearest, ties to even
     // Near 1/2 the last bit of a float is 2^-24, that of a subnormal: the addition rounds.
-    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    const uint32_t subnormal = as<uint32_t>(as<float>(magnitude) + 0.5f) - as<uint32_t>(0.5f);
     const uint32_t special = magnitude > kInfinity ? 0x7e00u | ((magnitude >> 13) & 0x3ffu) : 0x7c00u;
     const uint32_t finite = magnitude < kSmallestNormal ? subnormal : normal;
     return static_cast<uint16_t>((magnitude >= kOverflow ? special : finite) | ((bits >> 16) & 0x8000u));

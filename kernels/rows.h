@@ -35,7 +35,7 @@ struct Output {
 
 inline int64_t element_size(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-// Bytes of `count` elements of an input or output; none where there is no tensor.
+// Bytes of `count` elements of an input or output; 0 without a tensor.
 template <typename Tensor>
 int64_t bytes(const Tensor& tensor, int64_t count) {
     return tensor.data == nullptr ? 0 : count * element_size(tensor.dtype);
@@ -73,36 +73,49 @@ SQDF_FAST_INLINE const float* load(const Input& input, int64_t at, int n, float*
     return scratch;
 }
 
-// Where to write the float32 results from `at` on, before `stream` and `store`: to the output, or into `scratch`.
-SQDF_FAST_INLINE float* place(const Output& output, int64_t at, float* scratch) {
-    const bool direct = output.data != nullptr && output.dtype == kFloat32 && !output.streamed;
-    return direct ? static_cast<float*>(output.data) + at : scratch;
-}
+// The results of a block on their way to an output from `at` on; where they are computed: in place or in `scratch`.
+struct Block {
+    const Output& output;
+    int64_t at;
+    float* values;
 
-// Writes n results of a streamed output past the cache: a store that does not fetch the line first saves a third of an
+    SQDF_FAST_INLINED Block(const Output& output, int64_t at, float* scratch) : output(output), at(at) {
+        const bool in_place = output.data != nullptr && output.dtype == kFloat32 && !output.streamed;
+        values = in_place ? static_cast<float*>(output.data) + at : scratch;
+    }
+};
+
+// Writes results of a streamed output past the cache: a store that does not fetch the line first saves a third of an
 // output's traffic.
-SQDF_FAST_INLINE void stream(const Output& output, int64_t at, int n, const float* values) {
-    if (!output.streamed) return;
+SQDF_FAST_INLINE void stream(const Block& block, int first, int count) {
+    if (!block.output.streamed) return;
 #if defined(__x86_64__)
-    float* destination = static_cast<float*>(output.data) + at;
-    for (int i = 0; i < n; i += 4) _mm_stream_ps(destination + i, _mm_load_ps(values + i));
+    float* destination = static_cast<float*>(block.output.data) + block.at;
+    for (int i = first; i < first + count; i += 4) _mm_stream_ps(destination + i, _mm_load_ps(block.values + i));
 #else
-    (void)at, (void)n, (void)values;
+    (void)first, (void)count;
 #endif
 }
 
-// Writes n results of a half-precision output.
-SQDF_FAST_INLINE void store(const Output& output, int64_t at, int n, const float* values) {
+// Writes the n results of a half-precision output.
+SQDF_FAST_INLINE void store(const Block& block, int n) {
+    const Output& output = block.output;
     if (output.data == nullptr || output.dtype == kFloat32) return;
-    write_halves(values, n, static_cast<uint16_t*>(output.data) + at, output.dtype);
+    write_halves(block.values, n, static_cast<uint16_t*>(output.data) + block.at, output.dtype);
 }
 
-// Calls tile(first, count) for a block of n elements; the count of a full tile is known to the compiler.
-template <typename Tile>
-SQDF_FAST_INLINE void for_each_tile(int n, Tile tile) {
+// Computes n elements, formula(i) the values of element i in every block, and writes the blocks to their outputs.
+template <typename Formula, typename... Blocks>
+SQDF_FAST_INLINE void compute(int n, Formula formula, const Blocks&... blocks) {
+    const auto tile = [&](int first, int count) SQDF_FAST_INLINED {
+#pragma omp simd
+        for (int i = first; i < first + count; ++i) formula(i);
+        (stream(blocks, first, count), ...);
+    };
     int first = 0;
-    for (; first + kTile <= n; first += kTile) tile(first, kTile);
+    for (; first + kTile <= n; first += kTile) tile(first, kTile);  // a count that the compiler knows
     if (first < n) tile(first, n - first);
+    (store(blocks, n), ...);
 }
 
 // Prepares an output of `rows` rows for a call that writes all of it and moves `traffic` bytes in all: huge pages for
@@ -140,5 +153,57 @@ struct Table {
     }
     const float* row(int64_t index) const { return data + (index < 0 ? index + steps : index) * columns; }
 };
+
+// The gradients of an op that is affine in x and in the guided network output.
+struct Gradients {
+    Input grad, delta;  // of the result; what else `mean` reads, or null
+    Output grad_x, grad_output;
+    Guidance guidance;
+    int64_t batch, numel;
+
+    // Prepares the outputs; returns whether they are streamed.
+    bool expect() {
+        const int64_t count = batch * numel, rows = guidance.rows(batch);
+        const int64_t traffic =
+            bytes(grad, count) + bytes(delta, count) + bytes(grad_x, count) + bytes(grad_output, rows * numel);
+        expect_writes(grad_x, batch, numel, traffic);
+        expect_writes(grad_output, rows, numel, traffic);
+        return grad_x.streamed || grad_output.streamed;
+    }
+};
+
+// Writes one piece of grad_x = scale_x grad, and of grad_output from the gradient mean(grad, delta) of the guided output.
+template <typename Mean>
+SQDF_FAST_INLINE void gradient_piece(
+    const Gradients& op, float scale_x, int64_t row, int64_t begin, int64_t end, Mean mean) {
+    alignas(64) float scratch[5][kBlock];
+    const float g = op.guidance.scale, complement = op.guidance.complement;
+    for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
+        const int64_t at = row * op.numel + in_row, conditional = at + op.batch * op.numel;
+        const float* grad = load(op.grad, at, n, scratch[0]);
+        if (op.grad_x.data != nullptr) {
+            const Block to_x(op.grad_x, at, scratch[1]);
+            float* __restrict grad_x = to_x.values;
+            compute(n, [&](int i) SQDF_FAST_INLINED { grad_x[i] = scale_x * grad[i]; }, to_x);
+        }
+        if (op.grad_output.data == nullptr) continue;
+        const float* delta = op.delta.data != nullptr ? load(op.delta, at, n, scratch[2]) : grad;
+        const Block to_output(op.grad_output, at, scratch[3]);
+        float* __restrict grad_output = to_output.values;
+        if (op.guidance.on) {
+            const Block to_cond(op.grad_output, conditional, scratch[4]);
+            float* __restrict grad_cond = to_cond.values;
+            const auto halves = [&](int i) SQDF_FAST_INLINED {
+                const float both = mean(grad[i], delta[i]);
+                grad_output[i] = complement * both;
+                grad_cond[i] = g * both;
+            };
+            compute(n, halves, to_output, to_cond);
+        } else {
+            compute(n, [&](int i) SQDF_FAST_INLINED { grad_output[i] = mean(grad[i], delta[i]); }, to_output);
+        }
+    }
+}
 
 }  // namespace sqdf_fast

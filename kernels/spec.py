@@ -76,51 +76,30 @@ Treat = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a problem.
+    """The tensors of a problem."""
 
-    Attributes:
-        given: tensors by the public function's argument names.
-        leaves: names of the inputs that are differentiated.
-        cotangents: one tensor per output.
-        noise: what the exact result adds: the noise given, or what the counter-based generator draws from the seed.
-    """
-
-    given: dict[str, Tensor]
-    leaves: tuple[str, ...] = ()
-    cotangents: Outputs = ()
-    noise: Tensor | None = None
+    given: dict[str, Tensor]  # by the public function's argument names
+    leaves: tuple[str, ...] = ()  # names of the inputs that are differentiated
+    cotangents: Outputs = ()  # one tensor per output
+    noise: Tensor | None = None  # what the exact result adds: the noise given, or drawn from the seed
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How an op is measured.
-
-    Attributes:
-        sizes: the sizes measured.
-        inputs: (problem, normal) -> random inputs.
-        ours: (problem, given, impl) -> outputs of the public function.
-        eager: (problem, given, treat) -> a call of the op as one writes it in PyTorch, treated with `treat`.
-        outputs: a name for each output.
-        tensors_moved: by direction, how many times N elements are read or written (noise that is given comes on top).
-        noise: the values of `Problem.noise` measured.
-        half_precision_on_cuda: whether bfloat16 is measured on CUDA beside float32.
-        compiled: whether torch.compile is measured; False where eager is a single call.
-        own_precision: names of the inputs that a lower precision of the problem leaves as they are.
-        noise_behind: (inputs in float64, outputs) -> the standard normal numbers that an implementation drew with a
-            generator of its own.
-    """
+    """How an op is measured."""
 
     sizes: tuple[Size, ...]
-    inputs: Callable[[Problem, Normal], Inputs]
-    ours: Callable[[Problem, Given, str], Outputs]
-    eager: Callable[[Problem, Given, Treat], Forward]
-    outputs: tuple[str, ...]
-    tensors_moved: Mapping[str, int]
-    noise: tuple[str, ...] = ("",)
-    half_precision_on_cuda: bool = False
-    compiled: bool = True
-    own_precision: frozenset[str] = frozenset()
+    inputs: Callable[[Problem, Normal], Inputs]  # random inputs
+    ours: Callable[[Problem, Given, str], Outputs]  # the public function with that `impl`
+    eager: Callable[[Problem, Given, Treat], Forward]  # the op as one writes it in PyTorch, treated with `treat`
+    outputs: tuple[str, ...]  # a name for each
+    tensors_moved: Mapping[str, int]  # by direction: times that N elements are read or written, beside given noise
+    noise: tuple[str, ...] = ("",)  # the values of `Problem.noise` measured
+    half_precision_on_cuda: bool = False  # bfloat16 on CUDA beside float32
+    compiled: bool = True  # torch.compile is measured; not where eager is a single call
+    own_precision: frozenset[str] = frozenset()  # inputs that a lower precision of the problem leaves as they are
     noise_behind: Callable[[Given, Outputs], Tensor] | None = None
+    """(inputs in float64, outputs) -> the standard normal numbers that a baseline drew with its own generator."""
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -136,18 +115,14 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Spec:
-    """What an op declares.
-
-    Attributes:
-        operator_calls: (device) -> every PyTorch operator of the op with arguments for it.
-        launches: (quick) -> calls of its Triton launchers on tensors without memory, for every dtype and flag; quick:
-            a subset. None without a Triton implementation.
-        benchmark: how `pytest bench/` measures it; None: bench/ has a case of its own.
-    """
+    """What an op declares."""
 
     operator_calls: Callable[[str], Calls] = lambda device: {}
+    """(device) -> every PyTorch operator of the op with arguments for it."""
     launches: Callable[[bool], Iterator[Callable[[], object]]] | None = None
+    """(quick) -> calls of its Triton launchers on tensors without memory, for every dtype and flag, or a subset."""
     benchmark: Benchmark | None = None
+    """How `pytest bench/` measures it; None: bench/ has a case of its own."""
 
 
 # What the operator calls of several ops share.
@@ -226,6 +201,14 @@ def latents(quick: bool) -> Iterator[tuple[torch.dtype, torch.dtype, int, float,
         unguided = not few or (quick and (dtype, output) == DTYPES[0])
         for g in (5.0, 1.0) if unguided else (5.0,):
             yield dtype, output, length, g, few
+
+
+def wanted(
+    x_dtype: torch.dtype, output_dtype: torch.dtype, few: bool
+) -> list[tuple[torch.dtype | None, torch.dtype | None]]:
+    """Dtypes of the gradients that a backward is compiled for."""
+    both = x_dtype, output_dtype
+    return [both] if few else [both, (None, output_dtype), (x_dtype, None)]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -161,9 +161,14 @@ def test_without_a_compiler_the_package_builds_without_its_native_library(tmp_pa
 RESULTS = """
 import hashlib, itertools, torch
 from sqdf_fast.kernels import native
-from sqdf_fast.kernels.denoise_step.native import backward, forward
-from sqdf_fast.kernels.posterior_mean import native as posterior_mean
+from sqdf_fast.kernels.dispatch import module
 
+def raw(op, function):
+    arguments = getattr(module(op, "reference"), function.title())
+    return lambda *given: getattr(module(op, "native"), function)(arguments(*given))
+
+forward, backward = (raw("denoise_step", function) for function in ("forward", "backward"))
+mean, mean_backward = (raw("posterior_mean", function) for function in ("forward", "backward"))
 torch.manual_seed(0)
 torch.set_num_threads(2)
 table, index, results = torch.rand(9, 3) + 0.1, torch.tensor([3, 7]), []
@@ -174,9 +179,9 @@ for dtype, g, (numel, traffic) in itertools.product(dtypes, (1.0, 7.5), ((8200, 
     policy, reference = torch.randn(2, 2 if g == 1 else 4, numel).to(dtype).unbind()
     results += forward(x, policy, reference, table, index, g, noise, None, 0.5, True)
     results += forward(x, policy, reference, table, index, g, None, torch.tensor([5, -9]), 0.5, True)
-    results += backward(grad, torch.randn(2), results[-1], table, index, g, 0.5, dtype, dtype, True, True)
-    results += [posterior_mean.forward(x, policy, table[:, :2], index, g, dtype)]
-    results += posterior_mean.backward(grad, table[:, :2], index, g, dtype, dtype, True, True)
+    results += backward(grad, torch.randn(2), results[-1], table, index, g, 0.5, dtype, dtype)
+    results += [mean(x, policy, table[:, :2], index, g, dtype)]
+    results += mean_backward(grad, table[:, :2], index, g, dtype, dtype)
 assert all(torch.isfinite(result).all() for result in results)
 print(hashlib.sha256(b"".join(result.double().numpy().tobytes() for result in results)).hexdigest())
 """

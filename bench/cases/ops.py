@@ -1,8 +1,7 @@
 """What does a fused op cost beside eager PyTorch and torch.compile? Everything about an op is its own declaration.
 
 A row is an op x size x dtype x noise x direction x implementation. Bytes are those that an op has to move: every
-streamed input read once, every streamed output written once (`Benchmark.tensors_moved` of the op). What is one number a
-sample is left out.
+streamed input read once, every streamed output written once; numbers of which a sample has one do not count.
 """
 
 from __future__ import annotations
@@ -51,19 +50,18 @@ def groups(op: str, choice: Choice) -> Iterator[Group]:
                 "noise": problem.noise,
             }
             name = "-".join(filter(None, (device, problem.size, dtype, noise, direction)))
-            yield Group(name, tuple(implementations(op, device, problem.dtype)), fields, problem)
+            yield Group(name, tuple(implementations(op, device)), fields, problem)
 
 
-def implementations(op: str, device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+def implementations(op: str, device: str) -> list[str]:
     """Baselines, then our implementations that run there; the reference is the measure of parity, not of speed."""
-    ours = [name for name in IMPLEMENTATIONS if name != "reference" and absent(op, name, device, dtype) is None]
+    ours = [name for name in IMPLEMENTATIONS if name != "reference" and absent(op, name, device) is None]
     return [*(BASELINES if declaration(op).compiled else BASELINES[:1]), *ours]
 
 
-def absent(op: str, name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+def absent(op: str, name: str, device: str) -> str | None:
     """Why one of our implementations is not measured there, or None."""
-    math_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    return reason_against(op, name, torch.device(device), math_dtype)
+    return reason_against(op, name, torch.device(device), torch.float32)
 
 
 def bytes_moved(problem: Problem, direction: str) -> int:
@@ -84,7 +82,9 @@ def prepare(group: Group, toy: bool) -> Prepared:
     subjects = {name: subject(setup, forward, direction) for name, forward in forwards.items()}
     half = bytes_moved(problem, direction) // 2
     if half:
-        subjects["copy"] = _copy(half, problem.device)
+        source = torch.randint(256, (half,), dtype=torch.uint8, device=problem.device)
+        destination = torch.zeros_like(source)
+        subjects["copy"] = Subject(lambda _: destination.copy_(source))
     pace = TOY_PACE if toy else PACE[problem.device]
     return Prepared(subjects, faults, pace, partial(figures, problem, direction))
 
@@ -119,12 +119,6 @@ def subject(setup: Setup, forward: Forward, direction: str) -> Subject:
         return outputs, setup.backward(outputs)
 
     return Subject(both)
-
-
-def _copy(half: int, device: str) -> Subject:
-    source = torch.randint(256, (half,), dtype=torch.uint8, device=device)
-    destination = torch.zeros_like(source)
-    return Subject(lambda _: destination.copy_(source))
 
 
 def figures(problem: Problem, direction: str, name: str, medians: Mapping[str, float]) -> Row:
@@ -197,8 +191,11 @@ SIDE_BY_SIDE = (
     Column("eager", "eager", tables.duration),
     Column("torch.compile", "compile", tables.duration),
     Column("ours", "ours", tables.duration),
-    *(column for column in COLUMNS if column.field in ("times_eager", "times_compile")),
-    *(column for column in COLUMNS if column.field in ("gb_per_second", "copy_fraction")),
+    *(
+        column
+        for column in COLUMNS
+        if column.field in ("times_eager", "times_compile", "gb_per_second", "copy_fraction")
+    ),
     Column("peak: eager / compile / ours", "peaks"),
 )
 

@@ -17,6 +17,9 @@ from sqdf_fast.kernels import registry
 from sqdf_fast.kernels.spec import Benchmark as Declaration
 from sqdf_fast.kernels.spec import Forward, Inputs, Outputs, Problem
 
+Truth = dict[str, tuple[Tensor, Tensor]]
+"""By name of a result: its value in float64, and the error of every row that the reference makes."""
+
 BASELINES = ("eager", "compile")
 ALLOWANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -28,15 +31,19 @@ class Setup:
     problem: Problem
     inputs: Inputs
 
+    @property
+    def declared(self) -> Declaration:
+        return declaration(self.problem.op)
+
     def forward(self, implementation: str) -> Forward:
         """The forward of an implementation on these inputs; "compile" is compiled for these shapes alone."""
-        declared, given = declaration(self.problem.op), self.inputs.given
+        given = self.inputs.given
         if implementation not in BASELINES:
-            return lambda: declared.ours(self.problem, given, implementation)
+            return lambda: self.declared.ours(self.problem, given, implementation)
         if implementation == "eager":
-            return declared.eager(self.problem, given, lambda function: function)
+            return self.declared.eager(self.problem, given, lambda function: function)
         torch.compiler.reset()  # a recompilation limit is no part of what is measured
-        return declared.eager(self.problem, given, partial(torch.compile, fullgraph=True, dynamic=False))
+        return self.declared.eager(self.problem, given, partial(torch.compile, fullgraph=True, dynamic=False))
 
     def backward(self, outputs: Outputs) -> Outputs:
         """Gradients of the leaves, from the graph of `outputs`."""
@@ -48,7 +55,7 @@ class Setup:
 
         Tables keep their own precision: an op's coefficients are not rounded to the precision of its latents.
         """
-        kept = declaration(self.problem.op).own_precision if dtype != torch.float64 else ()
+        kept = self.declared.own_precision if dtype != torch.float64 else ()
         given: dict[str, Tensor] = {}
         for name, tensor in self.inputs.given.items():
             leaf = tensor.detach()
@@ -61,10 +68,8 @@ class Setup:
 
 
 def declaration(op: str) -> Declaration:
-    """What an op declares in its folder."""
-    found = registry.spec(op).benchmark
-    if found is None:
-        raise LookupError(f"{op} declares no benchmark")
+    """What an op of `registry.benchmarked()` declares in its folder."""
+    found: Declaration = registry.spec(op).benchmark
     return found
 
 
@@ -78,30 +83,22 @@ def make(problem: Problem) -> Setup:
     return Setup(problem, declaration(problem.op).inputs(problem, normal))
 
 
-@dataclass(frozen=True)
-class Truth:
-    """Results by name in float64, and the errors that the reference makes in the setup's own dtype."""
-
-    results: dict[str, Tensor]
-    errors: dict[str, Tensor]
-
-
 def truth(setup: Setup) -> Truth:
-    """What the reference implementation computes in float64 and in the setup's dtype."""
+    """What the reference implementation computes in float64, and its errors in the setup's own dtype."""
     if not setup.inputs.leaves:
-        (name,), noise = declaration(setup.problem.op).outputs, setup.inputs.noise.double()
-        return Truth({name: noise}, {name: torch.zeros(len(noise), dtype=torch.float64)})
+        (name,), noise = setup.declared.outputs, setup.inputs.noise.double()
+        return {name: (noise, torch.zeros(len(noise), dtype=torch.float64))}
     exact, own = (
         results(wanted, wanted.forward("reference"))
         for wanted in (setup.in_dtype(torch.float64), setup.in_dtype(setup.problem.dtype))
     )
-    return Truth(exact, {name: relative_error(own[name], exact[name]) for name in exact})
+    return {name: (exact[name], relative_error(own[name], exact[name])) for name in exact}
 
 
 def results(setup: Setup, forward: Forward) -> dict[str, Tensor]:
     """Outputs and gradients by name."""
     outputs = forward()
-    named = dict(zip(declaration(setup.problem.op).outputs, outputs, strict=True))
+    named = dict(zip(setup.declared.outputs, outputs, strict=True))
     if setup.inputs.leaves:
         gradients = setup.backward(outputs)
         named |= {f"d {name}": gradient for name, gradient in zip(setup.inputs.leaves, gradients, strict=True)}
@@ -112,18 +109,17 @@ def fault(setup: Setup, expected: Truth, forward: Forward, own_noise: bool = Fal
     """Why the implementation's results are wrong, or None. `own_noise`: it draws noise of its own choosing."""
     found = results(setup, forward)
     if own_noise:
-        declared = declaration(setup.problem.op)
-        outputs = tuple(found[name] for name in declared.outputs)
-        problem = _no_standard_normal(declared.noise_behind(setup.in_dtype(torch.float64).inputs.given, outputs))
-        if problem:
-            return problem
-        del found[declared.outputs[0]]
+        outputs = tuple(found[name] for name in setup.declared.outputs)
+        noise = setup.declared.noise_behind(setup.in_dtype(torch.float64).inputs.given, outputs)
+        if wrong := _no_standard_normal(noise):
+            return wrong
+        del found[setup.declared.outputs[0]]
     allowance = ALLOWANCE[setup.problem.dtype]
     for name, result in found.items():
-        exact = expected.results[name]
+        exact, own_error = expected[name]
         if result.shape != exact.shape:
             return f"{name} has shape {tuple(result.shape)}, not {tuple(exact.shape)}"
-        error, budget = relative_error(result, exact), 2 * expected.errors[name] + allowance
+        error, budget = relative_error(result, exact), 2 * own_error + allowance
         if not bool((error <= budget).all()):  # NaN is outside every budget
             worst = int((error - budget).nan_to_num(nan=math.inf).argmax())
             return f"{name}: relative error {error[worst]:.2e} of row {worst}, budget {budget[worst]:.2e}"
@@ -139,13 +135,13 @@ def relative_error(result: Tensor, exact: Tensor) -> Tensor:
 
 
 def _no_standard_normal(noise: Tensor) -> str | None:
-    """The first two moments of white noise within six standard errors, neighbours and samples unlike each other."""
+    """The first two moments of white noise within six standard errors, neighbors and samples unlike each other."""
     count = noise.numel()
     bound = 6 / math.sqrt(count)
     moments = {
         "mean": (noise.mean(), 0.0, bound),
         "variance": (noise.square().mean(), 1.0, bound * math.sqrt(2)),
-        "correlation of neighbours": ((noise.flatten()[1:] * noise.flatten()[:-1]).mean(), 0.0, bound),
+        "correlation of neighbors": ((noise.flatten()[1:] * noise.flatten()[:-1]).mean(), 0.0, bound),
     }
     if len(noise) > 1:
         product = (noise[1:] * noise[:-1]).mean()

@@ -16,34 +16,21 @@ Row = dict[str, Any]
 
 
 class Choice(NamedTuple):
-    """What is asked for.
+    """What is asked for."""
 
-    Attributes:
-        device: "cpu" or "cuda".
-        toy: tiny and few: does it run, not how fast.
-        models: models of the training step; empty: those that suit the device.
-    """
-
-    device: str
-    toy: bool
-    models: tuple[str, ...] = ()
+    device: str  # "cpu" or "cuda"
+    toy: bool  # tiny and few: does it run, not how fast
+    models: tuple[str, ...] = ()  # of the training step; empty: those that suit the device
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Contenders that take turns, so that their times can be compared.
+    """Contenders that take turns, so that their times can be compared."""
 
-    Attributes:
-        name: device and sizes; unique in a benchmark.
-        contenders: our implementations, eager PyTorch, torch.compile, the published way, ...
-        fields: what a row records of the group: device, size, dtype, ...
-        problem: what the benchmark itself has to know.
-    """
-
-    name: str
-    contenders: tuple[str, ...]
-    fields: Mapping[str, Any]
-    problem: Any = None
+    name: str  # device and sizes; unique in a benchmark
+    contenders: tuple[str, ...]  # our implementations, eager PyTorch, torch.compile, the published way, ...
+    fields: Mapping[str, Any]  # what a row records of the group: device, size, dtype, ...
+    problem: Any = None  # what the benchmark itself has to know
 
     @property
     def device(self) -> str:
@@ -52,23 +39,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A group that is ready to be timed.
+    """A group that is ready to be timed."""
 
-    Attributes:
-        subjects: what is timed, the contenders inside the error budget among it.
-        faults: why the other contenders have no figures.
-        pace: how long they are timed.
-        figures: (contender, medians in seconds of all subjects) -> further fields of its row.
-        compare: adds to sound rows, by contender, what follows from several of them.
-        known: fields of each row, faults or not.
-    """
-
-    subjects: Mapping[str, Subject]
-    faults: Mapping[str, str]
+    subjects: Mapping[str, Subject]  # what is timed: the contenders inside the error budget, and yardsticks
+    faults: Mapping[str, str]  # why the other contenders have no figures
     pace: Pace
-    figures: Callable[[str, Mapping[str, float]], Row]
-    compare: Callable[[dict[str, Row]], None] = lambda rows: None
-    known: Callable[[str], Row] = lambda name: {}
+    figures: Callable[[str, Mapping[str, float]], Row]  # (contender, median seconds of all subjects) -> more of its row
+    compare: Callable[[dict[str, Row]], None] = lambda rows: None  # adds what follows from several sound rows
+    known: Callable[[str], Row] = lambda name: {}  # fields of each row, faults or not
 
 
 class Verdict(NamedTuple):
@@ -87,29 +65,19 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """An entry of the registry.
+    """An entry of the registry."""
 
-    Attributes:
-        name: recorded as `op` of its rows.
-        page: the page in docs/ that shows its recorded rows.
-        groups: what is measured of it.
-        prepare: (group, toy) -> the group ready to be timed.
-        columns: its table in the terminal.
-        tables: its rows of one device -> tables of the page.
-        verdicts: rows of any benchmark -> its targets.
-        title: a row -> what is above its table in the terminal.
-        notes: the rows of a table -> lines below it.
-    """
-
-    name: str
-    page: str
+    name: str  # recorded as `op` of its rows
+    page: str  # the page in docs/ that shows its recorded rows
     groups: Callable[[Choice], Iterable[Group]]
-    prepare: Callable[[Group, bool], Prepared]
-    columns: tuple[Column, ...]
-    tables: Callable[[list[Row]], list[Table]]
-    verdicts: Callable[[list[Row]], list[Verdict]] = lambda rows: []
-    title: Callable[[Row], str] = lambda row: f"{row['op']} on {row['device']}, medians"
-    notes: Callable[[list[Row]], list[str]] = lambda rows: []
+    prepare: Callable[[Group, bool], Prepared]  # (group, toy)
+    columns: tuple[Column, ...]  # its table in the terminal
+    tables: Callable[[list[Row]], list[Table]]  # its rows of one device -> tables of the page
+    verdicts: Callable[[list[Row]], list[Verdict]] = lambda rows: []  # rows of any benchmark -> its targets
+    title: Callable[[Row], str] = lambda row: (
+        f"{row['op']} on {row['device']}, medians"
+    )  # above a table, in the terminal
+    notes: Callable[[list[Row]], list[str]] = lambda rows: []  # the rows of a table -> lines below it
 
 
 def measure(benchmark: Benchmark, group: Group, toy: bool) -> Measured:
@@ -135,12 +103,16 @@ def ratio(medians: Mapping[str, float], baseline: str, name: str) -> float | Non
     return medians[baseline] / medians[name] if baseline in medians else None
 
 
+def verdict(text: str, met: bool) -> Verdict:
+    """A target and whether it is met."""
+    return Verdict(f"{text}, {'met' if met else 'NOT MET'}", met)
+
+
 def target(subject: str, value: float | None, unit: str, least: float) -> Verdict:
     """A figure that has to be at least `least`; None: not measured."""
     if value is None:
         return Verdict(f"{subject}: {unit} at least {least:g}, NOT MEASURED", False)
-    met = value >= least
-    return Verdict(f"{subject}: {value:.2f} {unit}, at least {least:g}, {'met' if met else 'NOT MET'}", met)
+    return verdict(f"{subject}: {value:.2f} {unit}, at least {least:g}", value >= least)
 
 
 def noise(rows: Iterable[Row]) -> str:

@@ -21,10 +21,10 @@ from sqdf_fast.errors import UserError
 
 
 def devices(choice: str) -> list[str]:
-    """ "all" -> the CPU, and CUDA where there is a GPU; otherwise the one named.
+    """The devices to measure; "all" is the CPU, and CUDA on a machine with a GPU.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the machine does not have this device.
     """
     found = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if choice == "all":
@@ -64,7 +64,7 @@ def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[st
 
 
 def last_level(sizes: dict[str, str]) -> tuple[str, int] | None:
-    """Name and bytes of the last of `caches()`, None where there are none; a virtual machine may see its host's."""
+    """Name and bytes of the last of `caches()`, None if they are unknown; a virtual machine may see its host's."""
     if not sizes:
         return None
     name = max(sizes)  # "L3 Unified" comes after "L2 Unified"

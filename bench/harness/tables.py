@@ -12,27 +12,21 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sqdf_fast.display import text_table
 
 MARKS = ("<!-- results: written by python bench pages -->", "<!-- end of results -->")
-"""Around what bench writes into a page that people write."""
+"""Around the generated part of a page."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading, the field of a row that it shows, and how.
-
-    Attributes:
-        form: a format specification, or a function of the value.
-        text: whether it is aligned to the left.
-        against: the contender that is not compared with itself.
-    """
+    """A column: its heading, the field of a row that it shows, and how."""
 
     heading: str
     field: str
-    form: str | Callable[[Any], str] = ""
-    text: bool = False
-    against: str = ""
+    form: str | Callable[[Any], str] = ""  # a format specification, or a function of the value
+    text: bool = False  # aligned to the left
+    against: str = ""  # the contender that is not compared with itself
 
     def cell(self, row: Mapping[str, Any]) -> str:
-        """The row's value as text, "-" where there is none."""
+        """The row's value as text, "-" for a missing one."""
         value = row.get(self.field)
         if value is None or value == "" or (self.against and row["implementation"] == self.against):
             return "-"
@@ -90,7 +84,7 @@ def markdown(sections: Iterable[Section]) -> str:
 
 
 def write_between_marks(page: Path, sections: Iterable[Section]) -> bool:
-    """Replace what stands between the marks of a page; False and no change where there are no marks."""
+    """Replace the text between the marks of a page; False, and no change, for a page without marks."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     before, mark, rest = text.partition(MARKS[0])
     if mark:
@@ -102,8 +96,3 @@ def write_between_marks(page: Path, sections: Iterable[Section]) -> bool:
 def duration(seconds: float) -> str:
     """Seconds of one call as text."""
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
-
-
-def size(count: float) -> str:
-    """Bytes as text."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

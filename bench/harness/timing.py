@@ -1,6 +1,6 @@
 """Interleaved timing: the contenders of a group take turns, so that a slow moment of the machine affects all of them.
 
-Medians of such samples give ratios that neither a drifting clock frequency nor a busy neighbour distorts.
+Medians of such samples give ratios that neither a drifting clock frequency nor a busy neighbor distorts.
 pytest-benchmark times one callable after another; `play` therefore hands it the samples that were taken, through the
 timer that every benchmark of this suite uses.
 """

@@ -21,12 +21,8 @@ from sqdf_fast.compare.command import Comparison, stored_protocol
 from sqdf_fast.compare.page import verdict
 from sqdf_fast.compare.results import Results, as_dict
 from sqdf_fast.compare.table import (
-    comparison_sentence,
-    comparison_table,
-    end_table,
-    equal_table,
+    group_tables,
     label,
-    level_sentence,
     missing_table,
     tuning_sentence,
     tuning_table,
@@ -88,12 +84,7 @@ def page(results: Results, name: str, images: Mapping[str, Sequence[str]]) -> li
     ]
     found = [Section(f"# Figures of bench/study/{name}.yaml", intro, verdict(results))]
     for group in results.groups:
-        tables = []
-        if results.comparisons_of(group):
-            tables.append(table(comparison_table(results, group), f"{comparison_sentence(results, group)}:"))
-        if sentence := level_sentence(results, group):
-            tables.append(table(equal_table(results, group), f"{sentence}:"))
-        tables.append(table(end_table(results, group), "At the end of training:"))
+        tables = [table(shown, f"{sentence}:") for sentence, shown in group_tables(results, group).values()]
         heading = f"## Ablation: {label(group)}" if group else "## Methods"
         found.append(Section(heading, images=images.get(group, ()), tables=tables))
     if (cost := cost_table(results))[1]:

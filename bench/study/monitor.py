@@ -1,28 +1,29 @@
-"""When the over-optimization monitor speaks on the embedded model, beside the true rule that it never sees.
+"""When the over-optimization monitor raises an alarm on the embedded model, beside the true rule that it never sees.
 
     python bench monitor                              # seeds 0 1 2; docs/monitor_results.md, its plot and its figures
     python bench monitor --recorded                   # the page again, from bench/study/monitor_results.json
     python bench monitor --only draft --steps 4 --runs runs/try --output runs/try
 
-A run folder that has finished is read, not repeated. Runs continue after their alarm, to show what it was about.
+A finished run is read from its folder, not repeated. Runs continue after their alarm, to show its cause.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.tables import Section, markdown, of_rows
-from plots import draw_curves
 
 from sqdf_fast.compare.table import label
+from sqdf_fast.display.plots import Line, line_chart
 from sqdf_fast.monitor import PROXY, Alarm, new_alarm, watched
 from study.seeds import DOCS, parser, trained
 
 FIGURES = Path(__file__).with_name("monitor_results.json")
+IMAGE = "images/monitor_results.png"
 TRUE = "eval_true_reward"
 COMMON = ["checkpoint_every=0", "evaluation.images_per_prompt=2", "evaluation.grid=64"]
 _DRAFT = "algorithm=draft draft.truncation=1 optimizer.lr=2e-3 optimizer.batch_size=8 execution.micro_batch=8"
@@ -32,7 +33,7 @@ RUNS = {"sqdf": ["evaluation.every=10"], "draft": [*_DRAFT.split(), "steps=40", 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: its evaluations, and what the monitor says along the way."""
+    """One run: its evaluations, and the monitor's alarms."""
 
     run: str
     seed: int
@@ -79,11 +80,11 @@ def row(run: Outcome) -> dict[str, str]:
 
 
 def curve(run: Outcome) -> Section:
-    """Every evaluation of a run; a star where the monitor speaks."""
+    """Every evaluation of a run; a star where the monitor raises an alarm."""
     keys = [PROXY, TRUE, *watched(run.evaluations)]
-    spoken = {alarm.step for alarm in run.alarms}
+    alarms = {alarm.step for alarm in run.alarms}
     rows = [
-        {"step": f"{record['step']}{'*' * (record['step'] in spoken)}"}
+        {"step": f"{record['step']}{'*' * (record['step'] in alarms)}"}
         | {label(key.removeprefix("eval_")): f"{record[key]:.3f}" for key in keys}
         | {"KL": f"{record['eval_kl']:.4f}"}
         for record in run.evaluations
@@ -91,8 +92,7 @@ def curve(run: Outcome) -> Section:
     return Section(f"## {run.run}, seed {run.seed}", tables=[of_rows(rows)])
 
 
-def page(runs: Sequence[Outcome], image: str) -> list[Section]:
-    """The page; `image`: the plot's address."""
+def page(runs: Sequence[Outcome]) -> list[Section]:
     intro = [
         "`python bench monitor` trains these runs and writes this page and bench/study/monitor_results.json;",
         "[monitor.md](monitor.md) says what the monitor does. Every evaluation is of 64 images of 32 held-out prompts,",
@@ -103,7 +103,7 @@ def page(runs: Sequence[Outcome], image: str) -> list[Section]:
     return [
         Section("# The over-optimization monitor on the embedded model", ["\n".join(intro)], settings),
         Section(tables=[of_rows(map(row, runs))]),
-        Section(images=[image]),
+        Section(images=[IMAGE]),
         *map(curve, runs),
         Section(text=["A star marks the alarm."]),
     ]
@@ -122,23 +122,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             outcome(name, seed, given.runs / f"{name}-{seed}", fewer) for name in given.only for seed in given.seeds
         ]
     docs = given.output or DOCS
-    curves = {
-        f"{run.run}-{run.seed}, {f'alarm at {run.alarms[0].step}' if run.alarms else 'no alarm'}": [
-            (float(record["step"]), float(record[TRUE])) for record in run.evaluations
-        ]
-        for run in runs
-    }
+    lines = [
+        Line(
+            f"{run.run}-{run.seed}, {f'alarm at {run.alarms[0].step}' if run.alarms else 'no alarm'}",
+            [(float(record["step"]), float(record[TRUE])) for record in run.evaluations],
+            number,
+        )
+        for number, run in enumerate(runs, start=1)
+    ]
     title = "The true rule, which neither training nor the monitor sees"
-    image = draw_curves(curves, docs / "images" / "monitor_results.png", title, ("optimizer step", "true rule"))
-    text = markdown(page(runs, f"images/{image.name}"))
+    if chart := line_chart(title, lines, "optimizer step", "true rule"):
+        chart.figure.set_size_inches(9, 5.5)
+        chart.save(docs / IMAGE)
+    text = markdown(page(runs))
     (docs / "monitor_results.md").write_text(text, encoding="utf-8")
     if not given.recorded:
-        lines = (
-            f' {{"run": "{run.run}", "seed": {run.seed}, "evaluations": [\n  '
-            + ",\n  ".join(map(json.dumps, run.evaluations))
-            + "]}"
-            for run in runs
-        )
         figures = given.output / FIGURES.name if given.output else FIGURES
-        figures.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+        recorded = ",\n".join(json.dumps(asdict(run)) for run in runs)
+        figures.write_text(f"[\n{recorded}\n]\n", encoding="utf-8")
     print(text)

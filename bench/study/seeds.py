@@ -3,7 +3,7 @@
     python bench seeds                                # seeds 0 1 2; docs/shapes_results.md and an image
     python bench seeds --steps 2 --seeds 0 --runs runs/try --output runs/try
 
-A run folder that has finished is read, not repeated.
+A finished run is read from its folder, not repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 from sqdf_fast.config import make_config, parse_assignments
 from sqdf_fast.display import image_grid, save_png
 from sqdf_fast.errors import UserError
-from sqdf_fast.runs import read_run, summarise
+from sqdf_fast.runs import Summary, read_run
 from sqdf_fast.runs.run import Run
 from sqdf_fast.training.lifecycle import continue_run, new_run
 
@@ -31,7 +31,7 @@ def trained(folder: Path, seed: int, assignments: Sequence[str]) -> Run:
     if not (folder / "config.yaml").exists():
         settings = parse_assignments(assignments)
         new_run(make_config("shapes", assignments=settings, flags={"seed": seed, "model": "shapes"}), folder)
-    elif not read_run(folder).finished:
+    elif read_run(folder).ended is None:
         continue_run(folder)
     return read_run(folder)
 
@@ -50,7 +50,7 @@ def parser(command: str, about: str | None, runs: str) -> argparse.ArgumentParse
 
 def row(run: Run) -> dict[str, str]:
     """The cells of one run, by the heads of their columns."""
-    found = summarise(run.evaluations)
+    found = Summary(run.evaluations)
     pairs = (found.proxy, found.true, found.accuracy, found.diversity, found.alignment)
     if any(pair is None for pair in pairs) or found.proxy_gain is None or found.true_gain is None:
         raise UserError(f"run {run.folder} has no evaluation after training")
@@ -69,7 +69,7 @@ def row(run: Run) -> dict[str, str]:
 
 def page(runs: Sequence[Run]) -> list[Section]:
     """The page of these runs."""
-    gains = [summarise(run.evaluations).proxy_gain or 0.0 for run in runs]
+    gains = [Summary(run.evaluations).proxy_gain or 0.0 for run in runs]
     evaluation, environment = runs[0].config["evaluation"], runs[0].environment
     machine = [f"{name} {environment[name]}" for name in ("CPU cores", "torch threads", "torch") if name in environment]
     images = evaluation["num_prompts"] * evaluation["images_per_prompt"]

@@ -1,6 +1,6 @@
 """AdamW steps with moments of one byte each, for parameters in float32 and bfloat16.
 
-Moments are quantised in blocks of 256 elements. Each block has a float32 absmax; each element has a code, an index into
+Moments are quantized in blocks of 256 elements. Each block has a float32 absmax; each element has a code, an index into
 the signed dynamic map (first moment) or the unsigned one (second moment). Maps and layout are those of bitsandbytes'
 AdamW8bit, so states can be exchanged. bfloat16 parameters are rounded stochastically: a step much smaller than the last
 bit still moves the parameter now and then. Nothing depends on the number of threads.
@@ -47,7 +47,7 @@ def adamw_8bit(
 ) -> None:
     """One AdamW step in place, arithmetic in float32.
 
-    The moments are those of the state with the gradient added, not yet requantised, when the parameter is updated.
+    The moments are those of the state with the gradient added, not yet requantized, when the parameter is updated.
 
     Args:
         parameter: float32 or bfloat16, contiguous, n elements.
@@ -61,17 +61,15 @@ def adamw_8bit(
     Raises:
         UserError: dtypes, sizes, devices or memory layouts that do not fit, an `impl` that cannot run.
     """
-    blocks = -(-parameter.numel() // BLOCK)
     _check("adamw_8bit", parameter, gradient, torch.uint8, state1=state1, state2=state2)
+    blocks = -(-parameter.numel() // BLOCK)
     for name, absmax in (("absmax1", absmax1), ("absmax2", absmax2)):
         if absmax.dtype != torch.float32 or tuple(absmax.shape) != (blocks,) or absmax.device != parameter.device:
             raise UserError(
                 f"adamw_8bit: {name} is {absmax.dtype} {tuple(absmax.shape)} on {absmax.device}; "
                 f"it must be float32 [{blocks}] on {parameter.device}, one per block of {BLOCK} elements"
             )
-    impl = resolve("adamw_8bit", impl, parameter.device, torch.float32)
-    states = state1.view(-1), state2.view(-1), absmax1, absmax2
-    torch.ops.sqdf_fast.adamw_8bit.default(parameter.view(-1), gradient.view(-1), *states, coefficients, seed, impl)
+    _update(parameter, gradient, state1, state2, absmax1, absmax2, coefficients, seed, impl)
 
 
 def adamw_32bit(
@@ -84,11 +82,9 @@ def adamw_32bit(
     seed: int = 0,
     impl: str = "auto",
 ) -> None:
-    """`adamw_8bit` with moments that are not quantised: state1 and state2 float32, contiguous, n elements."""
+    """`adamw_8bit` with moments that are not quantized: state1 and state2 float32, contiguous, n elements."""
     _check("adamw_32bit", parameter, gradient, torch.float32, state1=state1, state2=state2)
-    impl = resolve("adamw_8bit", impl, parameter.device, torch.float32)
-    states = state1.view(-1), state2.view(-1)
-    torch.ops.sqdf_fast.adamw_32bit.default(parameter.view(-1), gradient.view(-1), *states, coefficients, seed, impl)
+    _update(parameter, gradient, state1, state2, None, None, coefficients, seed, impl)
 
 
 def sum_of_squares(tensors: Sequence[Tensor], *, impl: str = "auto") -> float:
@@ -114,33 +110,26 @@ def sum_of_squares(tensors: Sequence[Tensor], *, impl: str = "auto") -> float:
     return total
 
 
-# Plain definitions: the wrappers of torch.library.custom_op cost more than the step of a small parameter.
+# A plain definition: the wrapper of torch.library.custom_op costs more than the step of a small parameter.
 torch.library.define(
-    "sqdf_fast::adamw_8bit",
-    "(Tensor(a!) parameter, Tensor gradient, Tensor(b!) state1, Tensor(c!) state2, Tensor(d!) absmax1, "
-    "Tensor(e!) absmax2, float[] coefficients, int seed, str impl) -> ()",
+    "sqdf_fast::adamw",
+    "(Tensor(a!) parameter, Tensor gradient, Tensor(b!) state1, Tensor(c!) state2, Tensor(d!)? absmax1, "
+    "Tensor(e!)? absmax2, float[] coefficients, int seed, str impl) -> ()",
 )
-torch.library.define(
-    "sqdf_fast::adamw_32bit",
-    "(Tensor(a!) parameter, Tensor gradient, Tensor(b!) state1, Tensor(c!) state2, float[] coefficients, int seed, "
-    "str impl) -> ()",
-)
+torch.library.register_fake("sqdf_fast::adamw", lambda *given: None)
 
 
-def _adamw_8bit(*given: Any) -> None:
-    parameter, gradient, state1, state2, absmax1, absmax2, coefficients, seed, impl = given
-    step = Step(parameter, gradient, state1, state2, Coefficients(*coefficients), seed, absmax1, absmax2)
-    module("adamw_8bit", impl).update(step)
+@torch.library.impl("sqdf_fast::adamw", ("CPU", "CUDA"))
+def _run(*given: Any) -> None:
+    *tensors, coefficients, seed, impl = given
+    module("adamw_8bit", impl).update(Step._make([*tensors, Coefficients(*coefficients), seed]))
 
 
-def _adamw_32bit(*given: Any) -> None:
-    parameter, gradient, state1, state2, coefficients, seed, impl = given
-    module("adamw_8bit", impl).update(Step(parameter, gradient, state1, state2, Coefficients(*coefficients), seed))
-
-
-for _name, _run in (("adamw_8bit", _adamw_8bit), ("adamw_32bit", _adamw_32bit)):
-    torch.library.impl(f"sqdf_fast::{_name}", ("CPU", "CUDA"))(_run)
-    torch.library.register_fake(f"sqdf_fast::{_name}")(lambda *given: None)
+def _update(*given: Any) -> None:
+    *tensors, coefficients, seed, impl = given
+    impl = resolve("adamw_8bit", impl, tensors[0].device, torch.float32)
+    flat = (None if tensor is None else tensor.view(-1) for tensor in tensors)
+    torch.ops.sqdf_fast.adamw.default(*flat, coefficients, seed, impl)
 
 
 def _check(op: str, parameter: Tensor, gradient: Tensor, state_dtype: torch.dtype, **states: Tensor) -> None:

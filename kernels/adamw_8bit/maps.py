@@ -60,10 +60,11 @@ class Coefficients(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Arguments of one step of a parameter; parameter, states and absmax are updated in place, all [n], contiguous.
+    """Arguments of one step of a parameter [n]; parameter, states and absmax are contiguous and updated in place.
 
     Attributes:
-        state1, state2: moments in float32; with absmax1 and absmax2 [ceil(n / 256)] their codes in uint8.
+        state1, state2: codes of the moments, uint8 [n], or without absmax the moments, float32 [n].
+        absmax1, absmax2: float32 [ceil(n / 256)].
         seed: seed for stochastic rounding of a bfloat16 parameter.
     """
 
@@ -71,10 +72,10 @@ class Step(NamedTuple):
     gradient: Tensor
     state1: Tensor
     state2: Tensor
+    absmax1: Tensor | None
+    absmax2: Tensor | None
     coefficients: Coefficients
     seed: int
-    absmax1: Tensor | None = None
-    absmax2: Tensor | None = None
 
 
 @cache
@@ -95,7 +96,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 @cache
 def boundaries(signed: bool) -> Tensor:
-    """Midpoints between neighbouring magnitudes of the map, float32, ascending."""
+    """Midpoints between neighboring magnitudes of the map, float32, ascending."""
     magnitudes = dynamic_map(signed)[ZERO_CODE if signed else 0 :]
     return (magnitudes[:-1] + magnitudes[1:]) / 2
 

@@ -14,10 +14,10 @@ namespace {
 using namespace sqdf_fast;
 
 constexpr int kZeroCode = 127;  // of the signed map: 127 negative values lie below it, 128 positive ones above
-static_assert(kBlock == 256, "a block of quantised moments has one scale and is handled at once");
+static_assert(kBlock == 256, "a block of quantized moments has one scale and is handled at once");
 static_assert(kBlock == kPhiloxBlock && kPiece % (2 * kBlock) == 0, "a Philox block rounds two blocks");
 
-// Named as in reference.py.
+// In the order of maps.py.
 struct Coefficients {
     float gradient_scale, beta1, complement1, beta2, complement2, root, eps, step_size, decay;
 };
@@ -35,25 +35,12 @@ struct Step {
     void* parameter;
     int32_t parameter_dtype;
     Input gradient;
-    uint8_t *codes1, *codes2;
-    float *scales1, *scales2;    // absmax of a block
-    float *moments1, *moments2;  // in place of codes and scales
+    void *state1, *state2;     // codes where there is an absmax, else moments in float32
+    float *absmax1, *absmax2;  // of every block, or null
     Map map1, map2;
     Coefficients coefficients;
     int64_t seed, numel;
 };
-
-SQDF_FAST_INLINE int32_t bits_of(float value) {
-    int32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-SQDF_FAST_INLINE float float_of(int32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 // found[i] = table[indices[i]]. Compilers extract vector elements one by one here; gathers are twice as fast.
 #if defined(__x86_64__)
@@ -88,14 +75,14 @@ void look_up(const int32_t* table, const int32_t* indices, int n, int32_t* found
     for (int i = 0; i < n; ++i) found[i] = table[indices[i]];
 }
 
-SQDF_FAST_INLINE void dequantise(
+SQDF_FAST_INLINE void dequantize(
     const uint8_t* __restrict codes, const Map& map, float scale, int n, float* __restrict moments) {
     alignas(64) int32_t indices[kBlock], values[kBlock];
 #pragma omp simd
     for (int i = 0; i < n; ++i) indices[i] = codes[i];
     look_up(map.values, indices, n, values);
 #pragma omp simd
-    for (int i = 0; i < n; ++i) moments[i] = float_of(values[i]) * scale;
+    for (int i = 0; i < n; ++i) moments[i] = as<float>(values[i]) * scale;
 }
 
 // The scale of a block: its largest magnitude, 0 where the reciprocal would overflow. As integers magnitudes have the
@@ -104,21 +91,21 @@ SQDF_FAST_INLINE float largest(const float* moments, int n) {
     int32_t bits = 0;
 #pragma omp simd reduction(max : bits)
     for (int i = 0; i < n; ++i) {
-        const int32_t magnitude = bits_of(moments[i]) & 0x7fffffff;
+        const int32_t magnitude = as<int32_t>(moments[i]) & 0x7fffffff;
         bits = magnitude > bits ? magnitude : bits;
     }
-    const float found = float_of(bits);
+    const float found = as<float>(bits);
     return found < FLT_MIN ? 0.0f : found;
 }
 
 template <bool has_sign>
-SQDF_FAST_INLINE float quantise(const float* __restrict moments, const Map& map, int n, uint8_t* __restrict codes) {
+SQDF_FAST_INLINE float quantize(const float* __restrict moments, const Map& map, int n, uint8_t* __restrict codes) {
     const float scale = largest(moments, n), reciprocal = scale == 0 ? 0.0f : 1.0f / scale;
     const int32_t first = map.first, last = map.cells - 1;
     alignas(64) int32_t scaled[kBlock], indices[kBlock], entries[kBlock];
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-        scaled[i] = bits_of(moments[i] * reciprocal);
+        scaled[i] = as<int32_t>(moments[i] * reciprocal);
         int32_t cell = ((scaled[i] & 0x7fffffff) >> 16) - first;
         cell = cell < 0 ? 0 : cell;
         indices[i] = cell > last ? last : cell;
@@ -150,12 +137,12 @@ SQDF_FAST_INLINE void update(
     }
 }
 
-// Rounds to one of the two bfloat16 neighbours, the nearer with the higher probability: 16 random bits may carry.
+// Rounds to one of the two bfloat16 neighbors, the nearer with the higher probability: 16 random bits may carry.
 SQDF_FAST_INLINE void round_stochastically(
     const float* __restrict values, const uint32_t* __restrict words, int shift, int n, uint16_t* __restrict rounded) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(bits_of(values[i]));
+        const uint32_t bits = as<uint32_t>(values[i]);
         const uint32_t carried = (bits + ((words[i] >> shift) & 0xffffu)) >> 16;
         rounded[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : carried);
     }
@@ -164,24 +151,25 @@ SQDF_FAST_INLINE void round_stochastically(
 SQDF_FAST_INLINE void step_piece(const Step& op, int64_t begin, int64_t end) {
     alignas(64) float gradients[kBlock], parameters[kBlock], first[kBlock], second[kBlock];
     uint32_t drawn[4][kPhiloxCounters], words[kBlock];
-    const bool full = op.parameter_dtype == kFloat32, quantised = op.codes1 != nullptr;
+    const bool full = op.parameter_dtype == kFloat32, quantized = op.absmax1 != nullptr;
     for (int64_t at = begin; at < end; at += kBlock) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, end - at));
         const int64_t block = at / kBlock;
         const float* gradient = load(op.gradient, at, n, gradients);
-        float* moments1 = quantised ? first : op.moments1 + at;
-        float* moments2 = quantised ? second : op.moments2 + at;
-        if (quantised) {
-            dequantise(op.codes1 + at, op.map1, op.scales1[block], n, moments1);
-            dequantise(op.codes2 + at, op.map2, op.scales2[block], n, moments2);
+        uint8_t *codes1 = static_cast<uint8_t*>(op.state1) + at, *codes2 = static_cast<uint8_t*>(op.state2) + at;
+        float* moments1 = quantized ? first : static_cast<float*>(op.state1) + at;
+        float* moments2 = quantized ? second : static_cast<float*>(op.state2) + at;
+        if (quantized) {
+            dequantize(codes1, op.map1, op.absmax1[block], n, moments1);
+            dequantize(codes2, op.map2, op.absmax2[block], n, moments2);
         }
         uint16_t* halves = full ? nullptr : static_cast<uint16_t*>(op.parameter) + at;
         float* parameter = full ? static_cast<float*>(op.parameter) + at : parameters;
         if (!full) read_halves(halves, kBFloat16, n, parameters);
         update(op.coefficients, n, gradient, moments1, moments2, parameter);
-        if (quantised) {
-            op.scales1[block] = quantise<true>(moments1, op.map1, n, op.codes1 + at);
-            op.scales2[block] = quantise<false>(moments2, op.map2, n, op.codes2 + at);
+        if (quantized) {
+            op.absmax1[block] = quantize<true>(moments1, op.map1, n, codes1);
+            op.absmax2[block] = quantize<false>(moments2, op.map2, n, codes2);
         }
         if (full) continue;
         if (block % 2 == 0) {  // two blocks share the words of a Philox block, half a word per element
@@ -190,12 +178,6 @@ SQDF_FAST_INLINE void step_piece(const Step& op, int64_t begin, int64_t end) {
         }
         round_stochastically(parameters, words, block % 2 == 0 ? 0 : 16, n, halves);
     }
-}
-
-void step_all(const Step& op, int32_t threads) {
-    for_each_piece(1, op.numel, threads, [&op](int64_t, int64_t, int64_t begin, int64_t end) {
-        dispatch<step_piece>(op, begin, end);
-    });
 }
 
 SQDF_FAST_INLINE double squares_of_piece(const Input& input, int64_t begin, int64_t end) {
@@ -222,36 +204,23 @@ SQDF_FAST_INLINE double squares_of_piece(const Input& input, int64_t begin, int6
     return sum;
 }
 
-Coefficients coefficients(const double* given) {
-    Coefficients found;
-    float* fields[] = {&found.gradient_scale, &found.beta1, &found.complement1, &found.beta2, &found.complement2,
-                       &found.root, &found.eps, &found.step_size, &found.decay};
-    for (float* field : fields) *field = static_cast<float>(*given++);
-    return found;
-}
-
 }  // namespace
 
 // One step of one tensor of numel elements. parameter: float32 or bfloat16, the latter rounded stochastically with the
-// words of `seed`; codes: uint8 [numel]; scales: float32 [ceil(numel / 256)]; values: the bits of float32 [256];
-// lookup: int32 [cells], the entry for upper half words up to `first` first; coefficients: nine float64, in the order
-// of the struct.
-SQDF_FAST_EXPORT void sqdf_fast_adamw_8bit(
-    void* parameter, int32_t parameter_dtype, const void* gradient, int32_t gradient_dtype, uint8_t* codes1,
-    uint8_t* codes2, float* scales1, float* scales2, const int32_t* values1, const int32_t* lookup1,
-    const int32_t* values2, const int32_t* lookup2, int32_t first, int32_t cells, const double* coefficients_given,
-    int64_t seed, int64_t numel, int32_t threads) {
-    step_all({parameter, parameter_dtype, {gradient, gradient_dtype}, codes1, codes2, scales1, scales2, nullptr,
-              nullptr, {values1, lookup1, first, cells}, {values2, lookup2, first, cells},
-              coefficients(coefficients_given), seed, numel}, threads);
-}
-
-// The same with moments in float32 [numel].
-SQDF_FAST_EXPORT void sqdf_fast_adamw_32bit(
-    void* parameter, int32_t parameter_dtype, const void* gradient, int32_t gradient_dtype, float* moments1,
-    float* moments2, const double* coefficients_given, int64_t seed, int64_t numel, int32_t threads) {
-    step_all({parameter, parameter_dtype, {gradient, gradient_dtype}, nullptr, nullptr, nullptr, nullptr, moments1,
-              moments2, {}, {}, coefficients(coefficients_given), seed, numel}, threads);
+// words of `seed`. state: uint8 [numel] with absmax float32 [ceil(numel / 256)], or float32 [numel] with null. values:
+// the bits of float32 [256]; lookup: int32 [cells], the entry for upper half words up to `first` first. coefficients:
+// those of the struct.
+SQDF_FAST_EXPORT void sqdf_fast_adamw(
+    void* parameter, int32_t parameter_dtype, const void* gradient, int32_t gradient_dtype, void* state1, void* state2,
+    float* absmax1, float* absmax2, const int32_t* values1, const int32_t* lookup1, const int32_t* values2,
+    const int32_t* lookup2, int32_t first, int32_t cells, const float* coefficients, int64_t seed, int64_t numel,
+    int32_t threads) {
+    Step op{parameter, parameter_dtype, {gradient, gradient_dtype}, state1, state2, absmax1, absmax2,
+            {values1, lookup1, first, cells}, {values2, lookup2, first, cells}, {}, seed, numel};
+    std::memcpy(&op.coefficients, coefficients, sizeof op.coefficients);
+    for_each_piece(1, numel, threads, [&op](int64_t, int64_t, int64_t begin, int64_t end) {
+        dispatch<step_piece>(op, begin, end);
+    });
 }
 
 // The sum of squares of all elements of `count` tensors, in float64; the same bits whatever the number of threads.

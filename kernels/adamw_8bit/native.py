@@ -8,53 +8,34 @@ import torch
 from torch import Tensor
 
 from sqdf_fast.kernels import native
-from sqdf_fast.kernels.adamw_8bit.maps import FIRST_CELL, Coefficients, Step, dynamic_map, lookup
-from sqdf_fast.kernels.native import dtype_number, unavailable
+from sqdf_fast.kernels.adamw_8bit.maps import FIRST_CELL, Step, dynamic_map, lookup
+from sqdf_fast.kernels.native import unavailable
 
 __all__ = ["sum_of_squares", "unavailable", "update"]
 
 
 def update(step: Step) -> None:
     """One step; 8-bit states come with absmax1 and absmax2."""
-    tensors = (
-        step.parameter.data_ptr(),
-        dtype_number(step.parameter.dtype),
-        step.gradient.data_ptr(),
-        dtype_number(step.gradient.dtype),
-        step.state1.data_ptr(),
-        step.state2.data_ptr(),
-    )
-    ending = (_array(step.coefficients), step.seed, step.parameter.numel(), native.threads())
-    if step.absmax1 is None or step.absmax2 is None:
-        native.function("sqdf_fast_adamw_32bit", "pipippplli")(*tensors, *ending)
-        return
-    native.function("sqdf_fast_adamw_8bit", "pipippppppppiiplli")(
-        *tensors,
-        step.absmax1.data_ptr(),
-        step.absmax2.data_ptr(),
-        dynamic_map(True).data_ptr(),
-        lookup(True).data_ptr(),
-        dynamic_map(False).data_ptr(),
-        lookup(False).data_ptr(),
+    maps = [values.data_ptr() for signed in (True, False) for values in (dynamic_map(signed), lookup(signed))]
+    native.function("sqdf_fast_adamw", "pipippppppppiiplli")(
+        *native.typed(step.parameter),
+        *native.typed(step.gradient),
+        *map(native.address, (step.state1, step.state2, step.absmax1, step.absmax2)),
+        *maps,
         FIRST_CELL,
         len(lookup(True)),
-        *ending,
+        (ctypes.c_float * len(step.coefficients))(*step.coefficients),
+        step.seed,
+        step.parameter.numel(),
+        native.threads(),
     )
 
 
 def sum_of_squares(tensors: list[Tensor]) -> float:
     """Sum over all elements, in float64; tensors are contiguous [n]. Threads do not change the bits."""
-    table = torch.tensor(
-        [[t.data_ptr() for t in tensors], [dtype_number(t.dtype) for t in tensors], [t.numel() for t in tensors]],
-        dtype=torch.int64,
-        device="cpu",
-    )
-    addresses, dtypes, numels = (row.data_ptr() for row in table)
+    rows = [(*native.typed(tensor), tensor.numel()) for tensor in tensors]
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").T.contiguous()
     total: float = native.function("sqdf_fast_sum_of_squares", "pppli", "d")(
-        addresses, dtypes, numels, len(tensors), native.threads()
+        *(row.data_ptr() for row in table), len(tensors), native.threads()
     )
     return total
-
-
-def _array(coefficients: Coefficients) -> ctypes.Array[ctypes.c_double]:
-    return (ctypes.c_double * len(coefficients))(*coefficients)

@@ -20,14 +20,14 @@ def update(step: Step) -> None:
     if step.absmax1 is None or step.absmax2 is None:
         _update(step)
         return
-    first = dequantise(step.state1, step.absmax1, signed=True)
-    second = dequantise(step.state2, step.absmax2, signed=False)
+    first = dequantize(step.state1, step.absmax1, signed=True)
+    second = dequantize(step.state2, step.absmax2, signed=False)
     _update(step._replace(state1=first, state2=second))
     for moments, codes, absmax, signed in (
         (first, step.state1, step.absmax1, True),
         (second, step.state2, step.absmax2, False),
     ):
-        new_codes, new_absmax = quantise(moments, signed=signed)
+        new_codes, new_absmax = quantize(moments, signed=signed)
         codes.copy_(new_codes)
         absmax.copy_(new_absmax)
 
@@ -50,13 +50,13 @@ def sum_of_squares(tensors: list[Tensor]) -> float:
     return sum(tensor.to(torch.float64).square().sum().item() for tensor in tensors)
 
 
-def dequantise(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
+def dequantize(codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
     """uint8 [n], float32 [ceil(n / 256)] -> float32 [n]."""
     values = dynamic_map(signed).to(codes.device)[codes.to(torch.int64)]
     return values * absmax.repeat_interleave(BLOCK)[: len(codes)]
 
 
-def quantise(moments: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+def quantize(moments: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """float32 [n] -> the nearest codes uint8 [n], ties to the smaller magnitude, and absmax float32 [ceil(n / 256)].
 
     A second moment (not signed) that is not 0 takes at least code 1: with 0 the next step would divide by eps alone.
@@ -76,7 +76,7 @@ def quantise(moments: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def round_stochastically(values: Tensor, seed: int) -> Tensor:
-    """float32 [n] -> bfloat16 [n]: one of the two neighbours, so that the mean is the value.
+    """float32 [n] -> bfloat16 [n]: one of the two neighbors, so that the mean is the value.
 
     16 random bits are added below the bits that stay. Element e takes the half word e // 256 % 2 (low, high) of word
     e // 64 % 4 of the Philox block at counter 64 (e // 512) + e % 64, under the key `seed`.

@@ -15,10 +15,12 @@ def operator_calls(device: str) -> spec.Calls:
     codes = [torch.zeros(numel, dtype=torch.uint8, device=device) for _ in range(2)]
     absmax = [torch.zeros(2, device=device) for _ in range(2)]
     coefficients = list(Coefficients.of(1, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1.0))
-    ops = torch.ops.sqdf_fast
     return {
-        f"{name}, {impl}": (getattr(ops, name), (parameter, gradient, *states, coefficients, 0, impl))
-        for name, states in (("adamw_8bit", (*codes, *absmax)), ("adamw_32bit", moments))
+        f"adamw, {bits} bits, {impl}": (
+            torch.ops.sqdf_fast.adamw,
+            (parameter, gradient, *states, coefficients, 0, impl),
+        )
+        for bits, states in ((8, (*codes, *absmax)), (32, (*moments, None, None)))
         for impl in ("reference", "native")
     }
 

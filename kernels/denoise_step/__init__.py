@@ -8,6 +8,7 @@ from torch import Tensor
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.denoise_step import op as fused
 from sqdf_fast.kernels.denoise_step import reference as unfused
+from sqdf_fast.kernels.denoise_step.reference import Backward, Forward
 from sqdf_fast.kernels.dispatch import resolve
 from sqdf_fast.kernels.philox import MAX_ELEMENTS
 from sqdf_fast.kernels.validation import (
@@ -33,7 +34,7 @@ def denoise_step(
     kl_scale: float = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Draw x_{t-1} ~ p_policy(. | x_t), reparameterised, and measure the KL to the reference's transition.
+    """Draw x_{t-1} ~ p_policy(. | x_t), reparameterized, and measure the KL to the reference's transition.
 
     With (p, q, sigma) = transition[index] and m = m_uncond + g (m_cond - m_uncond):
 
@@ -53,7 +54,7 @@ def denoise_step(
         index: [B] int64, positions in the schedule, 0 = noisiest.
         guidance_scale: g.
         noise: z, shaped like x; exactly one of `noise` and `seed`.
-        seed: [B] int64, one per sample; z is then counter-based and independent of the sample's neighbours.
+        seed: [B] int64, one per sample; z is then counter-based and independent of the sample's neighbors.
         kl_scale: factor of the KL.
         impl: "auto", "triton", "native" or "reference".
 
@@ -66,8 +67,8 @@ def denoise_step(
     """
     # the backward needs delta, and only for the policy
     with_delta = policy.requires_grad and torch.is_grad_enabled()
-    settings = guidance_scale, noise, seed, kl_scale, with_delta, impl
-    x_prev, kl, _ = _step(x, policy, reference, transition, index, *settings)
+    settings = float(guidance_scale), noise, seed, float(kl_scale), with_delta
+    x_prev, kl, _ = _step(Forward(x, policy, reference, transition, index, *settings), impl)
     return x_prev, kl
 
 
@@ -89,9 +90,8 @@ def denoise_step_staged(
     Returns:
         x_prev, kl as `denoise_step`; delta shaped like x, in the dtype of `policy`, carrying no gradient.
     """
-    x_prev, kl, delta = _step(
-        x, policy, reference, transition, index, guidance_scale, noise, seed, kl_scale, True, impl
-    )
+    settings = float(guidance_scale), noise, seed, float(kl_scale), True
+    x_prev, kl, delta = _step(Forward(x, policy, reference, transition, index, *settings), impl)
     return x_prev, kl, delta.detach()
 
 
@@ -131,29 +131,17 @@ def denoise_step_vjp(
             f"with delta {tuple(delta.shape)} they must be {tuple(delta.shape)} and [{delta.shape[0]}]"
         )
     name = resolve("denoise_step", impl, delta.device, math_dtype(grad_x_prev, grad_kl, delta))
-    settings = float(guidance_scale), float(kl_scale)
+    scales = float(guidance_scale), float(kl_scale)
+    given = Backward(grad_x_prev, grad_kl, delta, transition, index, *scales, None, torch.float32)
     with torch.no_grad():
-        if name == "reference":
-            return unfused.denoise_step_vjp(grad_x_prev, grad_kl, delta, transition, index, *settings)
-        dtypes = grad_x_prev.dtype, torch.float32
-        arguments = (grad_x_prev, grad_kl, delta, transition, index, *settings, *dtypes, False, True)
-        grad_policy: Tensor = fused.denoise_step_backward(*arguments)[1]
+        grad_policy: Tensor = (
+            unfused.policy_gradient(given) if name == "reference" else fused.denoise_step_backward(*given)[1]
+        )
         return grad_policy
 
 
-def _step(
-    x: Tensor,
-    policy: Tensor,
-    reference: Tensor,
-    transition: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    kl_scale: float,
-    with_delta: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _step(given: Forward, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    x, policy, reference, transition, index, guidance_scale, noise, seed, kl_scale, with_delta = given
     op = "denoise_step"
     check_batch(op, x=x)
     check_floating(op, x=x, policy=policy, reference=reference, noise=noise)
@@ -163,11 +151,10 @@ def _step(
     _check_noise(x, noise, seed)
     name = resolve(op, impl, x.device, math_dtype(x, policy, reference, noise))
     noise = None if noise is None else constant(noise)
-    settings = float(guidance_scale), noise, seed, float(kl_scale)
-    arguments = (x, policy, constant(reference), constant(transition), index, *settings)
+    fixed = constant(reference), constant(transition), index, guidance_scale, noise, seed
     if name == "reference":
-        return unfused.denoise_step_staged(*arguments)
-    x_prev, kl, delta = fused.denoise_step(*arguments, with_delta)
+        return unfused.forward(Forward(x, policy, *fixed, kl_scale, with_delta))
+    x_prev, kl, delta = fused.denoise_step(x, policy, *fixed, kl_scale, with_delta)
     return x_prev, kl, delta
 
 

@@ -19,13 +19,6 @@ struct Forward {
     int64_t batch, numel;
 };
 
-struct Backward {
-    Input grad_x_prev, delta;
-    Output grad_x, grad_policy;
-    Guidance guidance;
-    int64_t batch, numel;
-};
-
 // kl_scale q^2 / sigma^2; 0 where q = 0.
 double kl_weight(const float* transition, double kl_scale) {
     const double q = transition[1], sigma = transition[2];
@@ -57,94 +50,44 @@ SQDF_FAST_INLINE double step_piece(
     for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
         const int64_t at = row * op.numel + in_row, conditional = at + op.batch * op.numel;
-        float* __restrict x_prev = place(op.x_prev, at, scratch[0]);
-        float* __restrict delta = place(op.delta, at, scratch[1]);
+        const Block to_x_prev(op.x_prev, at, scratch[0]), to_delta(op.delta, at, scratch[1]);
+        float *__restrict x_prev = to_x_prev.values, *__restrict delta = to_delta.values;
         const float* x = load(op.x, at, n, scratch[2]);
         const float* z = op.noise.data != nullptr ? load(op.noise, at, n, scratch[3])
                                                   : draw(op.seed[row], in_row, scratch[3]);
         const float* policy = load(op.policy, at, n, scratch[4]);
         const float* reference = load(op.reference, at, n, scratch[5]);
+        const auto write = [&](int i, float m, float difference) SQDF_FAST_INLINED {
+            x_prev[i] = p * x[i] + q * m + sigma * z[i];
+            delta[i] = difference;
+            squares[i] += difference * difference;
+        };
         if (op.guidance.on) {
             const float* policy_cond = load(op.policy, conditional, n, scratch[6]);
             const float* reference_cond = load(op.reference, conditional, n, scratch[7]);
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
+            const auto guided = [&](int i) SQDF_FAST_INLINED {
                 // Differences before guidance: those of nearby floats are exact.
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) {
-                    const float m = policy[i] + g * (policy_cond[i] - policy[i]);
-                    const float difference = policy[i] - reference[i];
-                    const float d = difference + g * ((policy_cond[i] - reference_cond[i]) - difference);
-                    x_prev[i] = p * x[i] + q * m + sigma * z[i];
-                    delta[i] = d;
-                    squares[i] += d * d;
-                }
-                stream(op.x_prev, at + first, count, x_prev + first);
-                stream(op.delta, at + first, count, delta + first);
-            });
+                const float difference = policy[i] - reference[i];
+                const float m = policy[i] + g * (policy_cond[i] - policy[i]);
+                write(i, m, difference + g * ((policy_cond[i] - reference_cond[i]) - difference));
+            };
+            compute(n, guided, to_x_prev, to_delta);
         } else {
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) {
-                    const float d = policy[i] - reference[i];
-                    x_prev[i] = p * x[i] + q * policy[i] + sigma * z[i];
-                    delta[i] = d;
-                    squares[i] += d * d;
-                }
-                stream(op.x_prev, at + first, count, x_prev + first);
-                stream(op.delta, at + first, count, delta + first);
-            });
+            const auto alone = [&](int i) SQDF_FAST_INLINED { write(i, policy[i], policy[i] - reference[i]); };
+            compute(n, alone, to_x_prev, to_delta);
         }
-        store(op.x_prev, at, n, x_prev);
-        store(op.delta, at, n, delta);
     }
     return sum_of(squares);
 }
 
-// Writes grad_x and grad_policy of one piece; pull = d loss / d delta over delta.
+// pull = d loss / d delta over delta.
 SQDF_FAST_INLINE void step_gradient_piece(
-    const Backward& op, const float* transition, float pull, int64_t row, int64_t begin, int64_t end) {
-    alignas(64) float scratch[5][kBlock];
-    const float p = transition[0], q = transition[1], g = op.guidance.scale, complement = op.guidance.complement;
-    for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
-        const int64_t at = row * op.numel + in_row, conditional = at + op.batch * op.numel;
-        const float* grad = load(op.grad_x_prev, at, n, scratch[0]);
-        if (op.grad_x.data != nullptr) {
-            float* __restrict grad_x = place(op.grad_x, at, scratch[1]);
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) grad_x[i] = p * grad[i];
-                stream(op.grad_x, at + first, count, grad_x + first);
-            });
-            store(op.grad_x, at, n, grad_x);
-        }
-        if (op.grad_policy.data == nullptr) continue;
-        const float* delta = load(op.delta, at, n, scratch[2]);
-        float* __restrict grad_policy = place(op.grad_policy, at, scratch[3]);
-        if (op.guidance.on) {
-            float* __restrict grad_cond = place(op.grad_policy, conditional, scratch[4]);
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) {
-                    const float mean = q * grad[i] + (delta[i] == 0 ? 0.0f : pull * delta[i]);  // 0 * inf
-                    grad_policy[i] = complement * mean;
-                    grad_cond[i] = g * mean;
-                }
-                stream(op.grad_policy, at + first, count, grad_policy + first);
-                stream(op.grad_policy, conditional + first, count, grad_cond + first);
-            });
-            store(op.grad_policy, conditional, n, grad_cond);
-        } else {
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) {
-                    grad_policy[i] = q * grad[i] + (delta[i] == 0 ? 0.0f : pull * delta[i]);
-                }
-                stream(op.grad_policy, at + first, count, grad_policy + first);
-            });
-        }
-        store(op.grad_policy, at, n, grad_policy);
-    }
+    const Gradients& op, const float* transition, float pull, int64_t row, int64_t begin, int64_t end) {
+    const float q = transition[1];
+    const auto mean = [=](float grad, float delta) SQDF_FAST_INLINED {
+        return q * grad + (delta == 0 ? 0.0f : pull * delta);  // 0 * inf
+    };
+    gradient_piece(op, transition[0], row, begin, end, mean);
 }
 
 }  // namespace
@@ -188,13 +131,9 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_backward(
     int64_t numel, void* grad_x, int32_t x_dtype, void* grad_policy, int32_t policy_dtype, int32_t threads) {
     const Table table{transition, steps, 3};
     if (!table.has(index, batch)) return 1;
-    Backward op{{grad_x_prev, grad_dtype}, {delta, delta_dtype}, {grad_x, x_dtype}, {grad_policy, policy_dtype},
-                guidance(guidance_scale), batch, numel};
-    const int64_t count = batch * numel, rows = op.guidance.rows(batch);
-    const int64_t traffic = bytes(op.grad_x_prev, count) + bytes(op.delta, count) + bytes(op.grad_x, count) +
-                            bytes(op.grad_policy, rows * numel);
-    expect_writes(op.grad_x, batch, numel, traffic);
-    expect_writes(op.grad_policy, rows, numel, traffic);
+    Gradients op{{grad_x_prev, grad_dtype}, {delta, delta_dtype}, {grad_x, x_dtype}, {grad_policy, policy_dtype},
+                 guidance(guidance_scale), batch, numel};
+    const bool streamed = op.expect();
     const auto step = [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         const float* coefficients = table.row(index[row]);
         // 0 * inf: where sigma is 0 and the KL is not part of the loss
@@ -202,6 +141,6 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_denoise_step_backward(
         const double pull = weight * 2 / static_cast<double>(numel);
         dispatch<step_gradient_piece>(op, coefficients, static_cast<float>(pull), row, begin, end);
     };
-    for_each_piece(batch, numel, threads, step, op.grad_x.streamed || op.grad_policy.streamed);
+    for_each_piece(batch, numel, threads, step, streamed);
     return 0;
 }

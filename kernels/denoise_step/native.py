@@ -5,25 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sqdf_fast.kernels.denoise_step.reference import Backward, Forward
 from sqdf_fast.kernels.guidance import empty_gradients
 from sqdf_fast.kernels.native import address, run_rows, typed, unavailable
 
 __all__ = ["backward", "forward", "unavailable"]
 
 
-def forward(
-    x: Tensor,
-    policy: Tensor,
-    reference: Tensor,
-    transition: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    kl_scale: float,
-    with_delta: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x_prev like x, kl float32 [B], delta like x in the dtype of policy ([0] unless with_delta)."""
+def forward(given: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Forward`; kl is float32."""
+    x, policy, reference, transition, index, guidance_scale, noise, seed, kl_scale, with_delta = given
     x, policy, reference = x.contiguous(), policy.contiguous(), reference.contiguous()
     noise = None if noise is None else noise.contiguous()
     seed = None if seed is None else seed.contiguous()
@@ -37,23 +28,12 @@ def forward(
     return x_prev, kl, delta
 
 
-def backward(
-    grad_x_prev: Tensor,
-    grad_kl: Tensor,
-    delta: Tensor,
-    transition: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    kl_scale: float,
-    x_dtype: torch.dtype,
-    policy_dtype: torch.dtype,
-    need_x: bool,
-    need_policy: bool,
-) -> tuple[Tensor, Tensor]:
-    """grad_x like grad_x_prev, grad_policy [B or 2B, ...]; the one not needed is [0] and not computed."""
+def backward(given: Backward) -> tuple[Tensor, Tensor]:
+    """See `Backward`."""
+    grad_x_prev, grad_kl, delta, transition, index, guidance_scale, kl_scale, x_dtype, policy_dtype = given
     grad_x_prev, delta = grad_x_prev.contiguous(), delta.contiguous()
     grad_kl = grad_kl.to(torch.float32).contiguous()
-    grads = empty_gradients(grad_x_prev, guidance_scale, x_dtype, policy_dtype, need_x, need_policy)
+    grads = empty_gradients(grad_x_prev, guidance_scale, x_dtype, policy_dtype)
     inputs = *typed(grad_x_prev), grad_kl.data_ptr(), *typed(delta)
     scales, outputs = (guidance_scale, kl_scale), (*typed(grads[0]), *typed(grads[1]))
     name, letters = "sqdf_fast_denoise_step_backward", "pippiplpddllpipii"

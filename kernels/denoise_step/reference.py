@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,21 +12,38 @@ from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.kernels.validation import math_dtype
 
 
-def denoise_step_staged(
-    x: Tensor,
-    policy: Tensor,
-    reference: Tensor,
-    transition: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    kl_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, ...], policy and reference [B or 2B, ...] -> x_prev [B, ...], kl [B], delta [B, ...].
+class Forward(NamedTuple):
+    """Arguments of the forward. Results: x_prev like x, kl [B], delta like x in the dtype of policy."""
 
-    Differentiable by autograd; the caller detaches the reference.
-    """
+    x: Tensor  # [B, ...]
+    policy: Tensor  # [2B, ...] under guidance, else [B, ...]
+    reference: Tensor  # like policy
+    transition: Tensor  # [T, 3]
+    rows: Tensor  # int64 [B], every sample's row of the table
+    guidance_scale: float
+    noise: Tensor | None  # like x; exactly one of noise and seed is None
+    seed: Tensor | None  # int64 [B]
+    kl_scale: float
+    with_delta: bool  # whether a fused implementation writes delta; otherwise it is [0]
+
+
+class Backward(NamedTuple):
+    """Arguments of the backward. Results: the gradients of x and policy; one without a dtype is [0], not computed."""
+
+    grad_x_prev: Tensor  # [B, ...]
+    grad_kl: Tensor  # [B]
+    delta: Tensor  # [B, ...]
+    transition: Tensor
+    rows: Tensor
+    guidance_scale: float
+    kl_scale: float
+    x_dtype: torch.dtype | None
+    policy_dtype: torch.dtype | None
+
+
+def forward(given: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable by autograd; the caller detaches the reference."""
+    x, policy, reference, transition, index, guidance_scale, noise, seed, kl_scale, _ = given
     dtype = math_dtype(x, policy, reference, noise)
     p, q, sigma = (per_sample(column, x) for column in transition[index].to(dtype).unbind(1))
     m = guide(policy.to(dtype), guidance_scale)
@@ -41,16 +58,9 @@ def denoise_step_staged(
     return x_prev.to(x.dtype), kl, delta.detach().to(policy.dtype)
 
 
-def denoise_step_vjp(
-    grad_x_prev: Tensor,
-    grad_kl: Tensor,
-    delta: Tensor,
-    transition: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    kl_scale: float,
-) -> Tensor:
-    """grad_x_prev [B, ...], grad_kl [B], delta [B, ...] -> the cotangent of policy [B or 2B, ...]."""
+def policy_gradient(given: Backward) -> Tensor:
+    """The gradient of policy, in the precision of the arithmetic."""
+    grad_x_prev, grad_kl, delta, transition, index, guidance_scale, kl_scale, *_ = given
     dtype = math_dtype(grad_x_prev, grad_kl, delta)
     elements = delta[0].numel()
     weight = kl_weight(transition, index, kl_scale, dtype)

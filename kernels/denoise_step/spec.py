@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sqdf_fast.kernels import spec
 from sqdf_fast.kernels.denoise_step import denoise_step
+from sqdf_fast.kernels.denoise_step.reference import Backward, Forward
 from sqdf_fast.kernels.philox import philox_normal
 from sqdf_fast.kernels.spec import GUIDANCE_SCALE, LATENTS, Benchmark, Inputs, Normal, Outputs, Problem, Spec
 
@@ -23,7 +24,7 @@ def operator_calls(device: str) -> spec.Calls:
     x, policy, alone = (tensor.clone().requires_grad_() for tensor in (x, policy, policy[:2]))
     inputs, rest = (x, policy, reference, table, index, 5.0), (0.7, True)
     grads = torch.randn_like(noise), torch.randn(2, device=device), torch.randn_like(reference[:2])
-    settings = table, index, 5.0, 0.7, torch.float32, torch.bfloat16
+    settings = table, index, 5.0, 0.7
     return {
         "denoise_step, noise": (step, (*inputs, noise, None, *rest)),
         "denoise_step, seed": (step, (*inputs, None, seed, *rest)),
@@ -32,9 +33,9 @@ def operator_calls(device: str) -> spec.Calls:
             (x, alone, reference[:2], table, index, 1.0, noise, None, 1.0, True),
         ),
         "denoise_step, sampling": (step, sampling),
-        "denoise_step_backward": (backward, (*grads, *settings, True, True)),
-        "denoise_step_backward, x alone": (backward, (*grads, *settings, True, False)),
-        "denoise_step_backward, policy alone": (backward, (*grads, *settings, False, True)),
+        "denoise_step_backward": (backward, (*grads, *settings, torch.float32, torch.bfloat16)),
+        "denoise_step_backward, x alone": (backward, (*grads, *settings, torch.float32, None)),
+        "denoise_step_backward, policy alone": (backward, (*grads, *settings, None, torch.bfloat16)),
     }
 
 
@@ -47,12 +48,12 @@ def launches(quick: bool) -> Iterator[Callable[[], object]]:
         x, noise = (spec.empty(2, length, dtype=dtype) for _ in range(2))
         policy, reference = (spec.empty(rows, length, dtype=output) for _ in range(2))
         delta = spec.empty(2, length, dtype=output)
-        inputs, settings = (x, policy, reference, table, index, g), (table, index, g, 1.0, dtype, output)
+        inputs = x, policy, reference, table, index, g
         for drawn, with_delta in [(g != 1, True)] if few else itertools.product((True, False), repeat=2):
             given, key = (None, seed) if drawn else (noise, None)
-            yield partial(triton.forward, *inputs, given, key, 1.0, with_delta)
-        for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
-            yield partial(triton.backward, x, spec.empty(2), delta, *settings, *needs)
+            yield partial(triton.forward, Forward(*inputs, given, key, 1.0, with_delta))
+        for dtypes in spec.wanted(dtype, output, few):
+            yield partial(triton.backward, Backward(x, spec.empty(2), delta, table, index, g, 1.0, *dtypes))
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sqdf_fast.kernels.denoise_step.reference import Backward, Forward
 from sqdf_fast.kernels.guidance import empty_gradients
 from sqdf_fast.kernels.philox.triton import normal_block
 from sqdf_fast.kernels.triton import (
@@ -147,19 +148,9 @@ def backward_kernel(
             tl.store(grad_policy + i_x + o_n, b_grad.to(grad_policy.dtype.element_ty), mask=m_n)
 
 
-def forward(
-    x: Tensor,
-    policy: Tensor,
-    reference: Tensor,
-    transition: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    kl_scale: float,
-    with_delta: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x_prev like x, kl float32 [B], delta [B, ...] in the dtype of policy ([0] unless with_delta)."""
+def forward(given: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Forward`; kl is float32."""
+    x, policy, reference, transition, index, guidance_scale, noise, seed, kl_scale, with_delta = given
     x, transition, index = aligned(x), transition.float(), index.contiguous()
     sizes, grid, n_warps = layout(x, transition)
     _, elements, n_pieces, *table_sizes = sizes
@@ -167,8 +158,8 @@ def forward(
     delta = torch.empty(x.shape if with_delta else 0, dtype=policy.dtype, device=x.device)
     partial = torch.empty(len(x), n_pieces, dtype=torch.float32, device=x.device)
     kl = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    given = None if noise is None else aligned(noise), None if seed is None else seed.contiguous()
-    inputs = x, aligned(policy), aligned(reference), *given, transition, index
+    z = None if noise is None else aligned(noise), None if seed is None else seed.contiguous()
+    inputs = x, aligned(policy), aligned(reference), *z, transition, index
     outputs = x_prev, delta if with_delta else None, partial
     with on(x.device):
         forward_kernel[grid](*inputs, *outputs, guidance_scale, *sizes, guidance_scale != 1, BLOCK, num_warps=n_warps)
@@ -177,28 +168,17 @@ def forward(
     return x_prev, kl, delta
 
 
-def backward(
-    grad_x_prev: Tensor,
-    grad_kl: Tensor,
-    delta: Tensor,
-    transition: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    kl_scale: float,
-    x_dtype: torch.dtype,
-    policy_dtype: torch.dtype,
-    need_x: bool,
-    need_policy: bool,
-) -> tuple[Tensor, Tensor]:
-    """grad_x [B, ...] in x_dtype, grad_policy [B or 2B, ...] in policy_dtype; [0] where not needed."""
+def backward(given: Backward) -> tuple[Tensor, Tensor]:
+    """See `Backward`."""
+    grad_x_prev, grad_kl, delta, transition, index, guidance_scale, kl_scale, x_dtype, policy_dtype = given
     grad_x_prev, transition = aligned(grad_x_prev), transition.float()
     sizes, grid, n_warps = layout(grad_x_prev, transition)
-    grads = empty_gradients(grad_x_prev, guidance_scale, x_dtype, policy_dtype, need_x, need_policy)
-    inputs = grad_x_prev, grad_kl, aligned(delta) if need_policy else None, transition, index.contiguous()
-    outputs = grads[0] if need_x else None, grads[1] if need_policy else None
+    grads = empty_gradients(grad_x_prev, guidance_scale, x_dtype, policy_dtype)
+    inputs = grad_x_prev, grad_kl, aligned(delta) if policy_dtype else None, transition, index.contiguous()
+    outputs = grads[0] if x_dtype else None, grads[1] if policy_dtype else None
     scales = guidance_scale, 1.0 - guidance_scale, kl_scale, 2.0 / sizes[1]
     settings = guidance_scale != 1, BLOCK
-    if need_x or need_policy:
+    if x_dtype or policy_dtype:
         with on(grad_x_prev.device):
             backward_kernel[grid](*inputs, *outputs, *scales, *sizes, grad_kl.stride(0), *settings, num_warps=n_warps)
     return grads

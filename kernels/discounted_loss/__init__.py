@@ -1,4 +1,4 @@
-"""The scalar that SQDF minimises."""
+"""The scalar that SQDF minimizes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.discounted_loss import op as fused
 from sqdf_fast.kernels.discounted_loss import reference as unfused
+from sqdf_fast.kernels.discounted_loss.reference import Forward
 from sqdf_fast.kernels.dispatch import resolve
 from sqdf_fast.kernels.validation import math_dtype
 
@@ -72,8 +73,6 @@ def discounted_loss(
         impl = "reference"
     name = resolve(op, impl, reward.device, math_dtype(reward, kl))
     total = float(reward.numel() if denominator is None else denominator)
-    arguments = (reward, kl, remaining, float(gamma), float(alpha), bool(mask_nonpositive), total)
-    if name == "reference":
-        return unfused.discounted_loss(*arguments)
-    loss: Tensor = fused.discounted_loss(*arguments)[0]
+    given = Forward(reward, kl, remaining, float(gamma), float(alpha), bool(mask_nonpositive), total)
+    loss: Tensor = unfused.forward(given) if name == "reference" else fused.discounted_loss(*given)[0]
     return loss

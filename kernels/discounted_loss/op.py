@@ -7,27 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqdf_fast.kernels.discounted_loss.reference import Forward
 from sqdf_fast.kernels.operators import Operator
 
 
-def _fake(reward: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake(given: Forward) -> tuple[Tensor, ...]:
+    reward = given.reward
     return tuple(reward.new_empty(shape, dtype=torch.float32) for shape in ((), reward.shape, reward.shape))
 
 
-discounted_loss = Operator(
-    "discounted_loss",
-    "forward",
-    "discounted_loss",
-    "(Tensor reward, Tensor kl, Tensor remaining, float gamma, float alpha, bool mask_nonpositive, float denominator) "
-    "-> (Tensor, Tensor, Tensor)",
-    _fake,
-)
+discounted_loss = Operator("discounted_loss", "forward", Forward, 3, _fake)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    reward, kl = inputs[:2]
+def _setup_context(ctx: Any, given: Forward, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.dtypes = reward.dtype, kl.dtype
+    ctx.dtypes = given.reward.dtype, given.kl.dtype
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sqdf_fast.kernels import spec
 from sqdf_fast.kernels.discounted_loss import discounted_loss
+from sqdf_fast.kernels.discounted_loss.reference import Forward
 from sqdf_fast.kernels.spec import Benchmark, Inputs, Normal, Outputs, Problem, Size, Spec
 
 GAMMA, ALPHA = 0.9, 0.01
@@ -28,7 +29,7 @@ def launches(quick: bool) -> Iterator[Callable[[], object]]:
     dtypes = torch.float32, torch.float16, torch.bfloat16
     for dtype, mask in itertools.product(dtypes, (True,) if quick else (True, False)):
         inputs = spec.empty(8, dtype=dtype), spec.empty(8), spec.empty(8, dtype=torch.int64), 0.9, 1.0, mask, 8.0
-        yield partial(triton.forward, *inputs)
+        yield partial(triton.forward, Forward(*inputs))
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from sqdf_fast.kernels.discounted_loss.reference import Forward
 from sqdf_fast.kernels.triton import jit, on, tl, unavailable
 
 __all__ = ["forward", "unavailable"]
@@ -51,16 +52,9 @@ def forward_kernel(
     tl.store(loss, tl.sum(b_sum) * scale)
 
 
-def forward(
-    reward: Tensor,
-    kl: Tensor,
-    remaining: Tensor,
-    gamma: float,
-    alpha: float,
-    mask_nonpositive: bool,
-    denominator: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(given: Forward) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, float32 [], and its gradients with respect to reward and kl, float32, shaped like reward."""
+    reward, kl, remaining, gamma, alpha, mask_nonpositive, denominator = given
     reward, kl, remaining = reward.contiguous(), kl.contiguous(), remaining.contiguous()
     loss = torch.empty((), dtype=torch.float32, device=reward.device)
     grad_reward, grad_kl = (reward.new_empty(reward.shape, dtype=torch.float32) for _ in range(2))

@@ -1,6 +1,6 @@
 """Counter-based noise: element e of a sample depends on the sample's seed and on e alone.
 
-Chunking, neighbours and batch size therefore never change a sample's noise. Word 4 c + lane of a sample is lane `lane`
+Chunking, neighbors and batch size therefore never change a sample's noise. Word 4 c + lane of a sample is lane `lane`
 of Philox-4x32-10 at counter (c, 0, 0, 0) under the key (seed's low half, seed's high half): what Triton's
 `randint4x(seed, c)` and `randn4x(seed, c)` draw with a 32-bit offset c.
 """
@@ -14,8 +14,9 @@ import torch
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.dispatch import module, resolve
-from sqdf_fast.kernels.operators import Operator
+from sqdf_fast.kernels.operators import Operator, schema
 from sqdf_fast.kernels.philox import reference
+from sqdf_fast.kernels.philox.reference import Draw
 
 __all__ = ["MAX_ELEMENTS", "derive_seed", "derive_seeds", "philox_normal", "philox_uint32"]
 
@@ -69,14 +70,16 @@ def philox_uint32(seed: torch.Tensor, numel: int, *, impl: str = "auto") -> torc
         UserError: as `philox_normal`.
     """
     _check(seed, numel)
-    return module("philox", resolve("philox", impl, seed.device, torch.float32)).words(seed, numel)
+    name = resolve("philox", impl, seed.device, torch.float32)
+    found: torch.Tensor = module("philox", name).words(Draw(seed, numel))
+    return found
 
 
 def derive_seed(*integers: int) -> int:
     """One int64 seed from a sequence of integers, such as (run seed, stream, step, sample id).
 
     Each integer is taken modulo 2^64 and absorbed in turn, h <- mix(mix(h + 0x9E3779B97F4A7C15) ^ integer), h
-    starting at 0, with the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
+    starting at 0, with the finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
     generators", OOPSLA 2014) as mix. Order and length matter; different last integers after the same prefix
     never collide.
     """
@@ -92,19 +95,19 @@ def derive_seeds(*base: int, ids: torch.Tensor) -> torch.Tensor:
     return _mix_tensor(ids.to(torch.int64) ^ prefix)
 
 
-_SCHEMA = "(Tensor seed, SymInt numel) -> Tensor"
+def _fake(draw: Draw) -> torch.Tensor:
+    return draw.seed.new_empty((len(draw.seed), draw.numel), dtype=torch.float32)
 
 
-def _fake(seed: torch.Tensor, numel: int) -> torch.Tensor:
-    return seed.new_empty((len(seed), numel), dtype=torch.float32)
-
-
-_fused = Operator("philox", "normal", "philox_normal", _SCHEMA, _fake)
+_fused = Operator("philox", "normal", Draw, 1, _fake)
 # The reference is an operator too: a memory simulation must not count its integers, which no fused kernel has.
 _reference = torch.library.custom_op(
-    "sqdf_fast::philox_normal_reference", reference.normal, mutates_args=(), schema=_SCHEMA
+    "sqdf_fast::philox_normal_reference",
+    lambda *given: reference.normal(Draw(*given)),
+    mutates_args=(),
+    schema=schema(Draw, 1),
 )
-_reference.register_fake(_fake)
+_reference.register_fake(lambda *given: _fake(Draw(*given)))
 
 
 def _check(seed: torch.Tensor, numel: int) -> None:

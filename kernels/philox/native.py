@@ -8,18 +8,21 @@ import torch
 
 from sqdf_fast.kernels import native
 from sqdf_fast.kernels.native import unavailable
+from sqdf_fast.kernels.philox.reference import Draw
 
 __all__ = ["normal", "unavailable", "words"]
 
 
-def words(seed: torch.Tensor, numel: int) -> torch.Tensor:
-    """seed int64 [B] -> int64 [B, 4 * ceil(numel / 4)], values in 0 .. 2^32 - 1."""
+def words(draw: Draw) -> torch.Tensor:
+    """int64 [B, 4 * ceil(numel / 4)], values in 0 .. 2^32 - 1."""
+    seed, numel = draw
     out = seed.new_empty(len(seed), 4 * math.ceil(numel / 4), dtype=torch.int32)
     return _fill("sqdf_fast_philox_words", seed, out).to(torch.int64) & 0xFFFFFFFF
 
 
-def normal(seed: torch.Tensor, numel: int) -> torch.Tensor:
-    """seed int64 [B] -> float32 [B, numel]."""
+def normal(draw: Draw) -> torch.Tensor:
+    """float32 [B, numel]."""
+    seed, numel = draw
     return _fill("sqdf_fast_philox_normal", seed, seed.new_empty(len(seed), numel, dtype=torch.float32))
 
 

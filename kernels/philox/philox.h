@@ -48,14 +48,9 @@ SQDF_FAST_INLINE float uniform(uint32_t word) {
 // Natural logarithm of a normal positive float: u = m 2^e, m in [sqrt(1/2), sqrt(2)), log m = 2 artanh((m-1)/(m+1)).
 SQDF_FAST_INLINE float log_positive(float u) {
     constexpr int32_t kSqrtHalf = 0x3f3504f3, kOne = 0x3f800000, kMantissa = 0x007fffff;
-    int32_t bits;
-    std::memcpy(&bits, &u, sizeof bits);
-    bits += kOne - kSqrtHalf;
+    const int32_t bits = as<int32_t>(u) + (kOne - kSqrtHalf);
     const float exponent = static_cast<float>((bits >> 23) - 127);
-    bits = (bits & kMantissa) + kSqrtHalf;
-    float mantissa;
-    std::memcpy(&mantissa, &bits, sizeof mantissa);
-    const float f = mantissa - 1.0f;
+    const float f = as<float>((bits & kMantissa) + kSqrtHalf) - 1.0f;
     const float s = f / (2.0f + f);
     const float z = s * s;
     const float tail = z * (2.0f / 3 + z * (2.0f / 5 + z * (2.0f / 7 + z * (2.0f / 9))));
@@ -66,7 +61,7 @@ SQDF_FAST_INLINE float log_positive(float u) {
 // Box-Muller on one pair of words: cosine first, sine second.
 SQDF_FAST_INLINE void box_muller(uint32_t word1, uint32_t word2, float* cosine, float* sine) {
     const float u1 = uniform(word1);
-    // The builtin: a call of libc++'s std::sqrt keeps clang from vectorising.
+    // The builtin: a call of libc++'s std::sqrt keeps clang from vectorizing.
     const float radius = __builtin_sqrtf(-2.0f * log_positive(u1 < 1e-7f ? 1e-7f : u1));
     const float angle = 6.2831853f * uniform(word2);
     const int32_t quadrant = static_cast<int32_t>(angle * 0.63661977f + 0.5f);

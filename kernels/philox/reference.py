@@ -6,10 +6,18 @@ Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 20
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 _MASK = 0xFFFFFFFF
+
+
+class Draw(NamedTuple):
+    """What is drawn: `numel` elements of every sample, from its seed, int64 [B]."""
+
+    seed: torch.Tensor
+    numel: int
 
 
 def philox_4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -33,8 +41,9 @@ def philox_4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def words(seed: torch.Tensor, numel: int) -> torch.Tensor:
-    """Words of a sample's elements: seed int64 [B] -> int64 [B, 4 * ceil(numel / 4)], in 0 .. 2^32 - 1."""
+def words(draw: Draw) -> torch.Tensor:
+    """Words of a sample's elements: int64 [B, 4 * ceil(numel / 4)], in 0 .. 2^32 - 1."""
+    seed, numel = draw
     counters = math.ceil(numel / 4)
     counter = torch.zeros(1, counters, 4, dtype=torch.int64, device=seed.device)
     counter[..., 0] = torch.arange(counters, device=seed.device)
@@ -48,14 +57,14 @@ def uniform(word: torch.Tensor) -> torch.Tensor:
     return folded.to(torch.float32) * 4.6566127342e-10
 
 
-def normal(seed: torch.Tensor, numel: int) -> torch.Tensor:
-    """Box-Muller on neighbouring words: seed int64 [B] -> float32 [B, numel].
+def normal(draw: Draw) -> torch.Tensor:
+    """Box-Muller on neighboring words: float32 [B, numel].
 
     The two float32 inputs of the transform, u1 clamped at 1e-7 and the angle 2 pi u2, are rounded as on a GPU. The rest
     is computed in float64 and rounded once, so it does not depend on a backend's vector mathematics.
     """
-    u1, u2 = uniform(words(seed, numel)).unflatten(1, (-1, 2)).unbind(-1)
+    u1, u2 = uniform(words(draw)).unflatten(1, (-1, 2)).unbind(-1)
     radius = torch.sqrt(-2.0 * torch.log(u1.clamp(min=1e-7).double()))
     angle = (u2 * (2.0 * math.pi)).double()
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return pairs.flatten(1)[:, :numel].float()
+    return pairs.flatten(1)[:, : draw.numel].float()

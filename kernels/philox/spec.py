@@ -9,6 +9,7 @@ import torch
 
 from sqdf_fast.kernels import spec
 from sqdf_fast.kernels.philox import philox_normal
+from sqdf_fast.kernels.philox.reference import Draw
 from sqdf_fast.kernels.spec import LATENTS, Benchmark, Inputs, Normal, Outputs, Problem, Spec
 
 
@@ -22,8 +23,8 @@ def launches(quick: bool) -> Iterator[Callable[[], object]]:
     from sqdf_fast.kernels.philox import triton
 
     for length in spec.lengths(quick):
-        yield partial(triton.normal, spec.empty(2, dtype=torch.int64), length)
-        yield partial(triton.words, spec.empty(2, dtype=torch.int64), length)
+        for function in (triton.normal, triton.words):
+            yield partial(function, Draw(spec.empty(2, dtype=torch.int64), length))
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:

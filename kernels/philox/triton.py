@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from sqdf_fast.kernels.philox.reference import Draw
 from sqdf_fast.kernels.triton import BLOCK, jit, on, piece_of_row, pieces, tl, unavailable, warps
 
 __all__ = ["normal", "normal_block", "unavailable", "words"]
@@ -85,13 +86,15 @@ def fill_kernel(seed, out, n_elements, n_pieces, NORMAL: tl.constexpr, BLOCK: tl
     tl.store(out + i_x + o_n, b_out, mask=m_n)
 
 
-def words(seed: torch.Tensor, numel: int) -> torch.Tensor:
-    """seed int64 [B] -> int64 [B, 4 * ceil(numel / 4)], values in 0 .. 2^32 - 1."""
+def words(draw: Draw) -> torch.Tensor:
+    """int64 [B, 4 * ceil(numel / 4)], values in 0 .. 2^32 - 1."""
+    seed, numel = draw
     return _fill(seed, 4 * math.ceil(numel / 4), torch.int32).to(torch.int64) & 0xFFFFFFFF
 
 
-def normal(seed: torch.Tensor, numel: int) -> torch.Tensor:
-    """seed int64 [B] -> float32 [B, numel]."""
+def normal(draw: Draw) -> torch.Tensor:
+    """float32 [B, numel]."""
+    seed, numel = draw
     return _fill(seed, numel, torch.float32)
 
 

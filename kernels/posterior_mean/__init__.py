@@ -9,6 +9,7 @@ from sqdf_fast.errors import UserError
 from sqdf_fast.kernels.dispatch import resolve
 from sqdf_fast.kernels.posterior_mean import op as fused
 from sqdf_fast.kernels.posterior_mean import reference as unfused
+from sqdf_fast.kernels.posterior_mean.reference import Backward, Forward
 from sqdf_fast.kernels.validation import (
     check_batch,
     check_floating,
@@ -63,10 +64,8 @@ def posterior_mean(
     known = dtype in (torch.float32, torch.float16, torch.bfloat16)
     precision = math_dtype(x, model_output) if known else torch.float64
     name = resolve(op, impl, x.device, precision)
-    arguments = (x, model_output, constant(posterior), index, float(guidance_scale), dtype)
-    if name == "reference":
-        return unfused.posterior_mean(*arguments)
-    x0: Tensor = fused.posterior_mean(*arguments)
+    given = Forward(x, model_output, constant(posterior), index, float(guidance_scale), dtype)
+    x0: Tensor = unfused.forward(given) if name == "reference" else fused.posterior_mean(*given)
     return x0
 
 
@@ -99,9 +98,7 @@ def posterior_mean_vjp(
     check_table(op, "posterior", posterior, 2, index, grad_x0)
     dtype = math_dtype(grad_x0)
     name = resolve("posterior_mean", impl, grad_x0.device, dtype)
+    given = Backward(grad_x0, constant(posterior), index, float(guidance_scale), dtype, dtype)
     with torch.no_grad():
-        if name == "reference":
-            return unfused.posterior_mean_vjp(grad_x0, posterior, index, float(guidance_scale))
-        arguments = (grad_x0, constant(posterior), index, float(guidance_scale), dtype, dtype, True, True)
-        grad_x, grad_output = fused.posterior_mean_backward(*arguments)
+        grad_x, grad_output = unfused.backward(given) if name == "reference" else fused.posterior_mean_backward(*given)
         return grad_x, grad_output

@@ -12,90 +12,37 @@ struct Forward {
     int64_t batch, numel;
 };
 
-struct Backward {
-    Input grad_x0;
-    Output grad_x, grad_output;
-    Guidance guidance;
-    int64_t batch, numel;
-};
-
 SQDF_FAST_INLINE void mean_piece(const Forward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
     alignas(64) float scratch[4][kBlock];
     const float a = posterior[0], b = posterior[1], g = op.guidance.scale;
     for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
         const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
         const int64_t at = row * op.numel + in_row;
-        float* __restrict x0 = place(op.x0, at, scratch[0]);
+        const Block to_x0(op.x0, at, scratch[0]);
+        float* __restrict x0 = to_x0.values;
         const float* x = load(op.x, at, n, scratch[1]);
         if (b == 0) {
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) x0[i] = a * x[i];
-                stream(op.x0, at + first, count, x0 + first);
-            });
-        } else if (op.guidance.on) {
-            const float* m = load(op.model_output, at, n, scratch[2]);
-            const float* conditional = load(op.model_output, at + op.batch * op.numel, n, scratch[3]);
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) {
-                    x0[i] = a * x[i] + b * (m[i] + g * (conditional[i] - m[i]));
-                }
-                stream(op.x0, at + first, count, x0 + first);
-            });
-        } else {
-            const float* m = load(op.model_output, at, n, scratch[2]);
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) x0[i] = a * x[i] + b * m[i];
-                stream(op.x0, at + first, count, x0 + first);
-            });
+            compute(n, [&](int i) SQDF_FAST_INLINED { x0[i] = a * x[i]; }, to_x0);
+            continue;
         }
-        store(op.x0, at, n, x0);
+        const float* m = load(op.model_output, at, n, scratch[2]);
+        if (op.guidance.on) {
+            const float* conditional = load(op.model_output, at + op.batch * op.numel, n, scratch[3]);
+            const auto guided = [&](int i) SQDF_FAST_INLINED {
+                x0[i] = a * x[i] + b * (m[i] + g * (conditional[i] - m[i]));
+            };
+            compute(n, guided, to_x0);
+        } else {
+            compute(n, [&](int i) SQDF_FAST_INLINED { x0[i] = a * x[i] + b * m[i]; }, to_x0);
+        }
     }
 }
 
 SQDF_FAST_INLINE void mean_gradient_piece(
-    const Backward& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
-    alignas(64) float scratch[4][kBlock];
-    const float a = posterior[0], b = posterior[1], g = op.guidance.scale, complement = op.guidance.complement;
-    for (int64_t in_row = begin; in_row < end; in_row += kBlock) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, end - in_row));
-        const int64_t at = row * op.numel + in_row, conditional = at + op.batch * op.numel;
-        const float* grad = load(op.grad_x0, at, n, scratch[0]);
-        if (op.grad_x.data != nullptr) {
-            float* __restrict grad_x = place(op.grad_x, at, scratch[1]);
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) grad_x[i] = a * grad[i];
-                stream(op.grad_x, at + first, count, grad_x + first);
-            });
-            store(op.grad_x, at, n, grad_x);
-        }
-        if (op.grad_output.data == nullptr) continue;
-        float* __restrict grad_output = place(op.grad_output, at, scratch[2]);
-        if (op.guidance.on) {
-            float* __restrict grad_cond = place(op.grad_output, conditional, scratch[3]);
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) {
-                    const float mean = b == 0 ? 0.0f : b * grad[i];  // 0 * inf
-                    grad_output[i] = complement * mean;
-                    grad_cond[i] = g * mean;
-                }
-                stream(op.grad_output, at + first, count, grad_output + first);
-                stream(op.grad_output, conditional + first, count, grad_cond + first);
-            });
-            store(op.grad_output, conditional, n, grad_cond);
-        } else {
-            for_each_tile(n, [&](int first, int count) SQDF_FAST_INLINED {
-#pragma omp simd
-                for (int i = first; i < first + count; ++i) grad_output[i] = b == 0 ? 0.0f : b * grad[i];
-                stream(op.grad_output, at + first, count, grad_output + first);
-            });
-        }
-        store(op.grad_output, at, n, grad_output);
-    }
+    const Gradients& op, const float* posterior, int64_t row, int64_t begin, int64_t end) {
+    const float b = posterior[1];
+    const auto mean = [=](float grad, float) SQDF_FAST_INLINED { return b == 0 ? 0.0f : b * grad; };  // 0 * inf
+    gradient_piece(op, posterior[0], row, begin, end, mean);
 }
 
 }  // namespace
@@ -125,15 +72,12 @@ SQDF_FAST_EXPORT int32_t sqdf_fast_posterior_mean_backward(
     int32_t output_dtype, int32_t threads) {
     const Table table{posterior, steps, 2};
     if (!table.has(index, batch)) return 1;
-    Backward op{{grad_x0, grad_dtype}, {grad_x, x_dtype}, {grad_output, output_dtype}, guidance(guidance_scale),
-                batch, numel};
-    const int64_t count = batch * numel, rows = op.guidance.rows(batch);
-    const int64_t traffic = bytes(op.grad_x0, count) + bytes(op.grad_x, count) + bytes(op.grad_output, rows * numel);
-    expect_writes(op.grad_x, batch, numel, traffic);
-    expect_writes(op.grad_output, rows, numel, traffic);
+    Gradients op{{grad_x0, grad_dtype}, {nullptr, 0}, {grad_x, x_dtype}, {grad_output, output_dtype},
+                 guidance(guidance_scale), batch, numel};
+    const bool streamed = op.expect();
     const auto gradient = [&](int64_t row, int64_t, int64_t begin, int64_t end) {
         dispatch<mean_gradient_piece>(op, table.row(index[row]), row, begin, end);
     };
-    for_each_piece(batch, numel, threads, gradient, op.grad_x.streamed || op.grad_output.streamed);
+    for_each_piece(batch, numel, threads, gradient, streamed);
     return 0;
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,18 +11,31 @@ from sqdf_fast.kernels.guidance import guide, guide_vjp, per_sample
 from sqdf_fast.kernels.validation import math_dtype
 
 
-def posterior_mean(
-    x: Tensor,
-    model_output: Tensor,
-    posterior: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x [B, ...], model_output [B or 2B, ...], posterior [T, 2], index [B] -> x0_hat [B, ...].
+class Forward(NamedTuple):
+    """Arguments of the forward. Result: x0_hat like x, in out_dtype."""
 
-    Differentiable by autograd with respect to x and model_output.
-    """
+    x: Tensor  # [B, ...]
+    model_output: Tensor  # [2B, ...] under guidance, else [B, ...]; not read where b = 0
+    posterior: Tensor  # [T, 2]
+    rows: Tensor  # int64 [B], every sample's row of the table
+    guidance_scale: float
+    out_dtype: torch.dtype
+
+
+class Backward(NamedTuple):
+    """Arguments of the backward. Results: the gradients of x and model_output; one without a dtype is [0]."""
+
+    grad_x0: Tensor  # [B, ...]
+    posterior: Tensor
+    rows: Tensor
+    guidance_scale: float
+    x_dtype: torch.dtype | None
+    output_dtype: torch.dtype | None
+
+
+def forward(given: Forward) -> Tensor:
+    """Differentiable by autograd with respect to x and model_output."""
+    x, model_output, posterior, index, guidance_scale, out_dtype = given
     dtype = math_dtype(x, model_output)
     a, b = (per_sample(column, x) for column in posterior[index].to(dtype).unbind(1))
     m = guide(model_output.to(dtype), guidance_scale)
@@ -28,10 +43,9 @@ def posterior_mean(
     return (a * x.to(dtype) + b * m).to(out_dtype)
 
 
-def posterior_mean_vjp(
-    grad_x0: Tensor, posterior: Tensor, index: Tensor, guidance_scale: float
-) -> tuple[Tensor, Tensor]:
-    """grad_x0 [B, ...] -> the cotangents of x [B, ...] and model_output [B or 2B, ...]."""
+def backward(given: Backward) -> tuple[Tensor, Tensor]:
+    """Both gradients, in the precision of the arithmetic."""
+    grad_x0, posterior, index, guidance_scale, *_ = given
     dtype = math_dtype(grad_x0)
     a, b = (per_sample(column, grad_x0) for column in posterior[index].to(dtype).unbind(1))
     grad = grad_x0.to(dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sqdf_fast.kernels import spec
 from sqdf_fast.kernels.posterior_mean import posterior_mean
+from sqdf_fast.kernels.posterior_mean.reference import Backward, Forward
 from sqdf_fast.kernels.spec import GUIDANCE_SCALE, LATENTS, Benchmark, Inputs, Normal, Outputs, Problem, Spec
 
 
@@ -20,7 +21,7 @@ def operator_calls(device: str) -> spec.Calls:
     settings = table[:, :2], index, 5.0
     return {
         "posterior_mean": (mean, (*inputs, *settings, torch.float16)),
-        "posterior_mean_backward": (backward, (grad, *settings, torch.float32, torch.bfloat16, True, True)),
+        "posterior_mean_backward": (backward, (grad, *settings, torch.float32, torch.bfloat16)),
     }
 
 
@@ -30,9 +31,9 @@ def launches(quick: bool) -> Iterator[Callable[[], object]]:
     for dtype, output, length, g, few in spec.latents(quick):
         table, index, x = spec.empty(50, 2), spec.empty(2, dtype=torch.int64), spec.empty(2, length, dtype=dtype)
         model_output = spec.empty(2 if g == 1 else 4, length, dtype=output)
-        yield partial(triton.forward, x, model_output, table, index, g, dtype)
-        for needs in [(True, True)] if few else [(True, True), (False, True), (True, False)]:
-            yield partial(triton.backward, x, table, index, g, dtype, output, *needs)
+        yield partial(triton.forward, Forward(x, model_output, table, index, g, dtype))
+        for dtypes in spec.wanted(dtype, output, few):
+            yield partial(triton.backward, Backward(x, table, index, g, *dtypes))
 
 
 def inputs(problem: Problem, normal: Normal) -> Inputs:

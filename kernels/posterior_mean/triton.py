@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sqdf_fast.kernels.guidance import empty_gradients
+from sqdf_fast.kernels.posterior_mean.reference import Backward, Forward
 from sqdf_fast.kernels.triton import (
     BLOCK,
     aligned,
@@ -89,15 +89,9 @@ def backward_kernel(
             tl.store(grad_output + i_x + o_n, b_grad.to(grad_output.dtype.element_ty), mask=m_n)
 
 
-def forward(
-    x: Tensor,
-    model_output: Tensor,
-    posterior: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x0_hat shaped like x, in out_dtype."""
+def forward(given: Forward) -> Tensor:
+    """See `Forward`."""
+    x, model_output, posterior, index, guidance_scale, out_dtype = given
     x, posterior = aligned(x), posterior.float()
     sizes, grid, n_warps = layout(x, posterior)
     x0 = x.new_empty(x.shape, dtype=out_dtype)
@@ -107,23 +101,15 @@ def forward(
     return x0
 
 
-def backward(
-    grad_x0: Tensor,
-    posterior: Tensor,
-    index: Tensor,
-    guidance_scale: float,
-    x_dtype: torch.dtype,
-    output_dtype: torch.dtype,
-    need_x: bool,
-    need_output: bool,
-) -> tuple[Tensor, Tensor]:
-    """grad_x [B, ...] in x_dtype, grad_output [B or 2B, ...] in output_dtype; [0] where not needed."""
+def backward(given: Backward) -> tuple[Tensor, Tensor]:
+    """See `Backward`."""
+    grad_x0, posterior, index, guidance_scale, x_dtype, output_dtype = given
     grad_x0, posterior = aligned(grad_x0), posterior.float()
     sizes, grid, n_warps = layout(grad_x0, posterior)
-    grads = empty_gradients(grad_x0, guidance_scale, x_dtype, output_dtype, need_x, need_output)
-    tensors = grad_x0, posterior, index.contiguous(), grads[0] if need_x else None, grads[1] if need_output else None
+    grads = empty_gradients(grad_x0, guidance_scale, x_dtype, output_dtype)
+    tensors = grad_x0, posterior, index.contiguous(), grads[0] if x_dtype else None, grads[1] if output_dtype else None
     scales = guidance_scale, 1.0 - guidance_scale
-    if need_x or need_output:
+    if x_dtype or output_dtype:
         with on(grad_x0.device):
             backward_kernel[grid](*tensors, *scales, *sizes, guidance_scale != 1, BLOCK, num_warps=n_warps)
     return grads

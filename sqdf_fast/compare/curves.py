@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sqdf_fast.evaluate.judge import Better
+from sqdf_fast.runs.metrics import Record
 from sqdf_fast.runs.run import Run
 
 PROXY = "proxy_reward"
 COSTS = ("unet_evaluations", "reward_evaluations", "seconds")
 RESAMPLES = 2000
+# A method that gains less than this share of the best gain would compare the others with the base model.
+LEARNS = 0.25
 
 Array = NDArray[np.float64]
 
@@ -25,9 +27,9 @@ class Point:
 
     Attributes:
         step: optimizer steps before it.
-        scores: by name, as in the record without ``eval_``.
-        by_prompt: scores of each held-out prompt, in their order; empty where the record has none.
-        cost: of the training before it, by the names of ``COSTS``; missing where it was not counted.
+        scores: means by name, as in the record without ``eval_``.
+        by_prompt: scores of each held-out prompt by name, where the record has them.
+        cost: training cost so far, by the names of ``COSTS``, where it was counted.
     """
 
     step: int
@@ -35,30 +37,10 @@ class Point:
     by_prompt: Mapping[str, Sequence[float]]
     cost: Mapping[str, float]
 
-
-@dataclass(frozen=True)
-class Curve:
-    """A run's evaluations in order.
-
-    Attributes:
-        peak_bytes: the run's peak, evaluations included; None where no step was made.
-        better: which direction of a judge's score is good, by its name.
-    """
-
-    seed: int
-    points: list[Point]
-    peak_bytes: float | None = None
-    better: Mapping[str, Better] = field(default_factory=dict)
-
-    @property
-    def best(self) -> float:
-        """The highest proxy reward of an evaluation."""
-        return max(point.scores[PROXY] for point in self.points)
-
-    @property
-    def last(self) -> CurvePosition:
-        """The last evaluation."""
-        return CurvePosition(len(self.points) - 1, 0.0)
+    def values(self, name: str) -> Array | None:
+        """A score of each prompt, [1] where only the mean is known, or a cost [1]; None if it was not measured."""
+        found = self.by_prompt.get(name) or self.cost.get(name, self.scores.get(name))
+        return None if found is None else np.atleast_1d(np.asarray(found, dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -74,15 +56,42 @@ class CurvePosition:
         return self.before + (self.weight > 0.5)
 
 
+START = CurvePosition(0, 0.0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's evaluations in order.
+
+    Attributes:
+        peak_bytes: peak memory of the run; None before its first step.
+        better: good direction of each judge's score.
+    """
+
+    seed: int
+    points: list[Point]
+    peak_bytes: float | None = None
+    better: Mapping[str, Better] = field(default_factory=dict)
+
+    @property
+    def best(self) -> float:
+        """The highest proxy reward of an evaluation."""
+        return max(point.scores[PROXY] for point in self.points)
+
+    @property
+    def last(self) -> CurvePosition:
+        return CurvePosition(len(self.points) - 1, 0.0)
+
+
 def read_curve(run: Run) -> Curve:
-    """The evaluations of a run. Scores that are null are left out."""
+    """The evaluations of a run, without scores that are null."""
     points = [_point(record) for record in run.evaluations if record.get(f"eval_{PROXY}") is not None]
     memory = [record["memory_bytes"] for record in run.steps if record.get("memory_bytes")]
     better = run.evaluations[-1].get("better") if run.evaluations else None
     return Curve(int(run.config.get("seed", 0)), points, max(memory, default=None), better or {})
 
 
-def _point(record: Mapping[str, Any]) -> Point:
+def _point(record: Record) -> Point:
     scores = {
         key.removeprefix("eval_"): float(value)
         for key, value in record.items()
@@ -93,42 +102,21 @@ def _point(record: Mapping[str, Any]) -> Point:
 
 
 def crossing(curve: Curve, level: float) -> CurvePosition | None:
-    """Where a curve's proxy reward first reaches ``level``, by linear interpolation; None where it never does."""
+    """Where the proxy reward first reaches ``level``, by linear interpolation; None if it never does."""
     values = [point.scores[PROXY] for point in curve.points]
     for index, value in enumerate(values):
         if value >= level:
-            if index == 0:
-                return CurvePosition(0, 0.0)
-            return CurvePosition(index - 1, (level - values[index - 1]) / (value - values[index - 1]))
+            before = index - 1
+            return CurvePosition(before, (level - values[before]) / (value - values[before])) if index else START
     return None
 
 
-def score_at(curve: Curve, position: CurvePosition, name: str) -> Array | None:
-    """A score at a position, of each prompt, or [1] where only the mean is known; None where it is unknown."""
-    return _interpolated(curve, position, lambda point: _score(point, name))
-
-
-def cost_at(curve: Curve, position: CurvePosition, name: str) -> float | None:
-    """What training had cost up to a position."""
-    found = _interpolated(
-        curve,
-        position,
-        lambda point: None if name not in point.cost else np.array([point.cost[name]], dtype=np.float64),
-    )
-    return None if found is None else float(found[0])
-
-
-def _score(point: Point, name: str) -> Array | None:
-    if point.by_prompt.get(name):
-        return np.asarray(point.by_prompt[name], dtype=np.float64)
-    return None if name not in point.scores else np.array([point.scores[name]], dtype=np.float64)
-
-
-def _interpolated(curve: Curve, position: CurvePosition, read: Any) -> Array | None:
-    before = read(curve.points[position.before])
+def value_at(curve: Curve, position: CurvePosition, name: str) -> Array | None:
+    """A score or cost at a position, with the shapes of :meth:`Point.values`."""
+    before = curve.points[position.before].values(name)
     if before is None or position.weight == 0.0:
         return before
-    after = read(curve.points[position.before + 1])
+    after = curve.points[position.before + 1].values(name)
     return None if after is None else (1 - position.weight) * before + position.weight * after
 
 
@@ -137,7 +125,7 @@ class Estimate:
     """A mean over seeds and prompts.
 
     Attributes:
-        low, high: 95 % percentile bootstrap; None for one seed without scores by prompt.
+        low, high: 95 % percentile bootstrap interval; None for one seed without scores by prompt.
         over: what was resampled: "seeds and prompts", "seeds", "prompts" or "".
     """
 
@@ -146,53 +134,44 @@ class Estimate:
     high: float | None
     over: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean, "low": self.low, "high": self.high, "over": self.over}
+
+def resampled_means(values: Array, stream: int) -> Array:
+    """Means of resamples of seeds and prompts, [RESAMPLES]. All methods share the same draws of prompts.
+
+    Args:
+        values: [seeds, prompts].
+        stream: number that separates the draws of one method's seeds from those of another's.
+    """
+    seeds, prompts = _weights(len(values), 1 + stream), _weights(values.shape[1], 0)
+    return ((seeds @ values) * prompts).sum(axis=1)
 
 
-class Draws:
-    """The same draws of prompts for every method: what differs between two of them is then not the prompts' luck."""
-
-    def __init__(self, resamples: int = RESAMPLES, seed: int = 0) -> None:
-        self.resamples, self.seed = resamples, seed
-
-    def weights(self, count: int, stream: int) -> Array:
-        """Shares [resamples, count] of each of ``count`` things in resamples with replacement."""
-        random = np.random.default_rng((self.seed, stream, count))
-        return random.multinomial(count, np.full(count, 1 / count), size=self.resamples) / count
-
-    def means(self, values: Array, stream: int) -> Array:
-        """Means of resamples of seeds and prompts, [resamples].
-
-        Args:
-            values: [seeds, prompts]; stream: distinguishes the seeds of one method from those of another.
-        """
-        seeds, prompts = self.weights(len(values), 1 + stream), self.weights(values.shape[1], 0)
-        return ((seeds @ values) * prompts).sum(axis=1)
+def _weights(count: int, stream: int) -> Array:
+    """Shares [RESAMPLES, count] of each of ``count`` items in resamples with replacement."""
+    random = np.random.default_rng((0, stream, count))
+    return random.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
 
 
-def estimate(rows: Sequence[Array], draws: Draws) -> Estimate | None:
+def estimate(rows: Sequence[Array]) -> Estimate | None:
     """The mean of a score over seeds (rows, [prompts] each) with its interval; None without rows."""
+    if not rows:
+        return None
     values = _stacked(rows)
-    if values is None:
+    return _estimate(float(values.mean()), resampled_means(values, 0), values.shape)
+
+
+def difference(one: Sequence[Array], other: Sequence[Array]) -> Estimate | None:
+    """The mean of ``one`` minus that of ``other``, on the same prompts and independent seeds."""
+    if not one or not other:
         return None
-    return _estimate(float(values.mean()), draws.means(values, 0), values.shape)
-
-
-def difference(one: Sequence[Array], other: Sequence[Array], draws: Draws) -> Estimate | None:
-    """The mean of ``one`` less that of ``other``: the same prompts, seeds of their own."""
     left, right = _stacked(one), _stacked(other)
-    if left is None or right is None:
-        return None
     if left.shape[1] != right.shape[1]:
         left, right = (values.mean(axis=1, keepdims=True) for values in (left, right))
-    means = draws.means(left, 0) - draws.means(right, 1)
+    means = resampled_means(left, 0) - resampled_means(right, 1)
     return _estimate(float(left.mean() - right.mean()), means, (min(len(left), len(right)), left.shape[1]))
 
 
-def _stacked(rows: Sequence[Array]) -> Array | None:
-    if not rows:
-        return None
+def _stacked(rows: Sequence[Array]) -> Array:
     if len({len(row) for row in rows}) > 1:
         rows = [row.mean(keepdims=True) for row in rows]
     return np.stack(list(rows))
@@ -207,7 +186,7 @@ def _estimate(mean: float, means: Array, shape: tuple[int, ...]) -> Estimate:
 
 
 def best_of_all(curves: Sequence[Curve]) -> float:
-    """The proxy reward that every seed's run reached at some evaluation."""
+    """The highest proxy reward that the runs of all seeds reached."""
     return min(curve.best for curve in curves)
 
 
@@ -216,7 +195,8 @@ class Level:
     """The proxy reward at which methods are compared.
 
     Attributes:
-        set_by: the weakest of the methods that learn, whose best it is; left_out: methods that hardly move.
+        set_by: weakest of the methods that learn, whose best it is.
+        left_out: methods that hardly improve.
     """
 
     value: float
@@ -224,15 +204,8 @@ class Level:
     left_out: list[str]
 
 
-# A method that gains less than this share of what the best one gains would compare the others with the base model.
-LEARNS = 0.25
-
-
 def common_level(methods: Mapping[str, Sequence[Curve]]) -> Level | None:
-    """The weakest method's best proxy reward; None without curves.
-
-    Methods whose gain is below ``LEARNS`` of the best one's do not set it.
-    """
+    """The best proxy reward of the weakest method that gains ``LEARNS`` of the best gain; None without curves."""
     known = {name: curves for name, curves in methods.items() if curves}
     if not known:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,42 +13,35 @@ from sqdf_fast.display.plots import Chart, Point
 from sqdf_fast.display.tradeoffs import Series, tradeoff_chart
 from sqdf_fast.evaluate.judge import Better
 
-# Of a plot's axes; a judge that measures a property without a good side has no front.
+# A judge that measures a property without a good direction has no Pareto front.
 SIGNS: dict[Better, int] = {"higher": 1, "lower": -1, "neither": 0}
 COST_LABELS = {"unet_evaluations": "UNet evaluations", "seconds": "training seconds", "reward_evaluations": "rewards"}
 
 
 def figures(results: Results, group: str) -> dict[str, Chart]:
-    """The plots of a group by the name of their file: scores against proxy reward, reward against compute."""
+    """The plots of a group by file name: scores against proxy reward, reward against compute."""
     unplotted = (PROXY, "vendi", "vendi_all", "distance_to_base")
     axes = [(PROXY, score) for score in results.metrics if score not in unplotted]
     axes += [(cost, PROXY) for cost in ("unet_evaluations", "seconds")]
     if "true_reward" in results.metrics:
         axes.append(("unet_evaluations", "true_reward"))
-    better = _directions(results)
-    drawn = {f"{prefix(group)}_{y}_against_{x}": _chart(results, group, x, y, better) for x, y in axes}
+    drawn = {f"{prefix(group)}_{y}_against_{x}": _chart(results, group, x, y) for x, y in axes}
     return {name: chart for name, chart in drawn.items() if chart is not None}
 
 
-def _directions(results: Results) -> dict[str, Better]:
-    """Which direction of a cost or score is good, where that may be other than higher."""
-    found: dict[str, Better] = dict.fromkeys(("kl", *COSTS), "lower")
-    for run in results.runs:
-        for curve in run.curves:
-            found.update(curve.better)
-    return found
-
-
-def _chart(results: Results, group: str, x: str, y: str, directions: Mapping[str, Better]) -> Chart | None:
+def _chart(results: Results, group: str, x: str, y: str) -> Chart | None:
     series = []
-    for position, index in enumerate(results.of(group)):
-        run = results.runs[index]
-        # A cost paid for every image does not compare with one that training paid once.
+    for position, run in enumerate(results.runs[index] for index in results.of(group)):
+        # A cost paid for every image is not comparable with the one-time cost of training.
         points = [] if run.training_free and x in COSTS else _mean_points(run.curves, x, y)
         if points:
-            series.append(Series.of(run.label, points, position))
+            series.append(Series(run.label, points, position))
     if not series:
         return None
+    directions: dict[str, Better] = dict.fromkeys(("kl", *COSTS), "lower")
+    for run in results.runs:
+        for curve in run.curves:
+            directions.update(curve.better)
     x_label, y_label = (COST_LABELS.get(name, label(name)) for name in (x, y))
     level = results.levels.get(group)
     return tradeoff_chart(
@@ -71,8 +64,7 @@ def _mean_points(curves: Sequence[Curve], x: str, y: str) -> list[Point]:
     points = []
     for row in zip(*(curve.points for curve in curves), strict=False):
         pairs = [(point.cost.get(x, point.scores.get(x)), point.scores.get(y)) for point in row]
-        known = [(a, b) for a, b in pairs if a is not None and b is not None]
-        if known and len(known) == len(pairs):
-            across, up = np.asarray(known, dtype=np.float64).mean(axis=0)
+        if pairs and not any(None in pair for pair in pairs):
+            across, up = np.asarray(pairs, dtype=np.float64).mean(axis=0)
             points.append((float(across), float(up)))
     return points

@@ -1,31 +1,26 @@
-"""One run of one method: where it lies, how far it is, what it is run with."""
+"""One run of one method: its folder, settings and progress."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sqdf_fast.compare.protocol import parse_budget
-from sqdf_fast.config import Config, settings_of, with_settings
+from sqdf_fast.config import Config, dotted, settings_of, with_settings
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 from sqdf_fast.runs.checkpoint import checkpoints
 from sqdf_fast.runs.folder import RunFolder
+from sqdf_fast.runs.metrics import parse_record
 
-# A limit ends the runs; the number of steps must not.
+# A limit ends the runs before this number of steps.
 ENDLESS = 10**9
 
 
-@dataclass(frozen=True)
-class TrainingFreeSpec:
-    """A method that improves samples without training.
-
-    Attributes:
-        sweep: candidates of "best-of-n", scales of "guided"; one evaluation each.
-    """
+class TrainingFreeSpec(NamedTuple):
+    """A method that improves samples without training: one evaluation per number of candidates, or per scale."""
 
     kind: Literal["best-of-n", "guided"]
     sweep: tuple[float, ...]
@@ -36,7 +31,7 @@ class Job:
     """One run of a comparison.
 
     Attributes:
-        folder: run folder; its log lies beside it.
+        folder: run folder; its log is beside it.
         trial: number of the tuning trial; None: a reported run.
         training_free: method that samples the base model; None: the run trains.
     """
@@ -50,7 +45,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """For people, short."""
+        """Short display name."""
         return f"{self.method} seed {self.seed}" if self.trial is None else f"{self.method} trial {self.trial}"
 
     @property
@@ -59,92 +54,68 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether the run is finished: it is then never started again."""
+        """Whether the run is finished and is never started again."""
         return is_finished(self.folder)
 
 
 def job_config(base: Config, seed: int, budget: str, points: int) -> Config:
-    """A method's configuration as a run of that seed and budget, saved after each evaluation."""
-    return with_settings(
-        base,
-        {
-            "seed": seed,
-            "steps": ENDLESS,
-            "checkpoint_every": 0,
-            "limits": parse_budget(budget).model_dump(),
-            "evaluation": {"points": points, "every": 0, "checkpoint": True},
-        },
-    )
+    """A method's configuration for a run of that seed and budget, with a checkpoint after each evaluation."""
+    settings = {
+        "seed": seed,
+        "steps": ENDLESS,
+        "checkpoint_every": 0,
+        "limits": parse_budget(budget).model_dump(),
+        "evaluation": {"points": points, "every": 0, "checkpoint": True},
+    }
+    return with_settings(base, settings)
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a run folder's metrics say that the run has ended."""
     try:
-        with (folder / "metrics.jsonl").open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 4096))
-            lines = file.read().splitlines()
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
         return False
-    return bool(lines) and _kind(lines[-1]) == "end"
-
-
-def _kind(line: bytes) -> str | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record.get("kind") if isinstance(record, dict) else None
+    return (parse_record(lines[-1]) or {}).get("kind") == "end" if lines else False
 
 
 def make_ready(job: Job) -> bool:
-    """Prepare a job's folder; whether it is continued (True) or begins (False).
+    """Prepare a job's folder; True if its run is to be continued, False if it starts from scratch.
 
-    What a run left that was killed before its first checkpoint is dropped.
+    A run that was killed before its first checkpoint is deleted.
 
     Raises:
         UserError: the folder holds a run of other settings, or the disk refuses.
     """
-    run = RunFolder(job.folder)
-    if not checkpoints(run.checkpoints):
-        with disk_errors(job.folder):
-            if job.folder.exists():
-                shutil.rmtree(job.folder)
-            job.folder.parent.mkdir(parents=True, exist_ok=True)
-        return False
-    check_settings(job)
-    return True
+    if checkpoints(RunFolder(job.folder).checkpoints):
+        check_settings(job)
+        return True
+    with disk_errors(job.folder):
+        if job.folder.exists():
+            shutil.rmtree(job.folder)
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+    return False
 
 
 def check_settings(job: Job) -> None:
     """Raises UserError when the job's folder holds a run of other settings."""
-    found = RunFolder.open(job.folder)[1]
-    ours, theirs = (_comparable(config) for config in (job.config, found))
-    if ours != theirs:
-        raise UserError(
-            f"run {job.folder} is of other settings ({_difference(theirs, ours)}); choose another --output, or delete "
-            "that folder to run it again"
-        )
+    ours, theirs = (_comparable(config) for config in (job.config, RunFolder.open(job.folder)[1]))
+    for key in {**theirs, **ours}:
+        found, wanted = theirs.get(key), ours.get(key)
+        if found != wanted:
+            raise UserError(
+                f"run {job.folder} has other settings ({key} is {found}, not {wanted}); choose another --output, or "
+                "delete that folder to run it again"
+            )
 
 
 def _comparable(config: Config) -> dict[str, Any]:
     values = settings_of(config)
     if config.vram is not None:
-        # The plan of a memory budget fills these in.
+        # The planner fills these in.
         for key in ("execution", "sampling", "dtype", "optimizer"):
             values.pop(key)
-    return values
-
-
-def _difference(one: dict[str, Any], two: dict[str, Any], prefix: str = "") -> str:
-    for key, value in one.items():
-        other = two.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            if found := _difference(value, other, f"{prefix}{key}."):
-                return found
-        elif value != other:
-            return f"{prefix}{key} is {value}, not {other}"
-    return ""
+    return dotted(values)
 
 
 @dataclass
@@ -152,8 +123,9 @@ class Tail:
     """Follows a run's metrics while another process writes them.
 
     Attributes:
-        rows, seconds: what training has cost so far.
-        step: the last one; proxy: of the last evaluation.
+        rows, seconds: UNet evaluations and time of training so far.
+        step: last step.
+        proxy: proxy reward of the last evaluation.
     """
 
     path: Path
@@ -167,37 +139,25 @@ class Tail:
         """Take in what was written since."""
         try:
             with self.path.open("rb") as file:
-                size = file.seek(0, 2)
-                if size < self._offset:
+                if file.seek(0, 2) < self._offset:
                     # A resumed run drops what it writes again.
                     self.rows, self.seconds, self.step, self._offset = 0, 0.0, 0, 0
                 file.seek(self._offset)
                 text = file.read()
         except OSError:
             return
-        whole = text.rfind(b"\n") + 1
-        self._offset += whole
-        for line in text[:whole].splitlines():
-            self._take(line)
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for record in filter(None, map(parse_record, complete.splitlines())):
+            if record.get("kind") == "step":
+                self.step = record["step"]
+                self.rows += record.get("unet_evaluations") or 0
+                self.seconds += record.get("seconds") or 0.0
+            elif record.get("kind") == "evaluation":
+                self.proxy = record.get("eval_proxy_reward")
 
     def share(self, config: Config) -> float:
         """How much of the run's limit is spent, in [0, 1]."""
         limits = config.limits
-        shares = [0.0]
-        if limits.unet_evaluations:
-            shares.append(self.rows / limits.unet_evaluations)
-        if limits.seconds:
-            shares.append(self.seconds / limits.seconds)
-        return min(1.0, max(shares))
-
-    def _take(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return
-        if record.get("kind") == "step":
-            self.step = record["step"]
-            self.rows += record.get("unet_evaluations") or 0
-            self.seconds += record.get("seconds") or 0.0
-        elif record.get("kind") == "evaluation":
-            self.proxy = record.get("eval_proxy_reward")
+        rows = self.rows / limits.unet_evaluations if limits.unet_evaluations else 0.0
+        return min(1.0, max(rows, self.seconds / limits.seconds if limits.seconds else 0.0))

@@ -1,4 +1,4 @@
-"""Runs several jobs at a time, each as a job of submitit: a process here, or a job of a Slurm cluster."""
+"""Concurrent runs as jobs of submitit: local processes, or jobs of a Slurm cluster."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import psutil
 import submitit
@@ -27,38 +26,22 @@ from sqdf_fast.files import disk_errors
 
 LAUNCHERS = ("local", "slurm", "debug")
 POLL = 0.2
-# A run answers between two network calls and then writes a checkpoint.
+# Seconds: a run reacts between two network calls and then writes a checkpoint.
 GRACE = 60.0
 _YEAR = 365 * 24 * 60
 _DAY = 24 * 60
-# Of a Slurm job whose time is over.
+# Restarts of a Slurm job that ran out of time.
 _REQUEUES = 100
 
 Handle = submitit.Job[int]
 
 
-class Launcher(Protocol):
-    """Where runs are started."""
-
-    def capacity(self, waiting: int) -> int:
-        """How many of the waiting runs are started at a time."""
-
-    def start(self, job: Job, slot: int) -> Handle:
-        """Start a run in one of the slots, numbers below the capacity."""
-
-    def ask_to_stop(self, handle: Handle) -> None:
-        """Have a run save its state and end."""
-
-    def kill(self, handle: Handle) -> None:
-        """End a run at once."""
-
-
 class LocalLauncher:
-    """Processes of this machine, which end with the process that started them.
+    """Local processes that end with the process that started them.
 
     Args:
         folder: submitit's files.
-        jobs: number of runs at a time; None: one per GPU, one on the CPU.
+        jobs: number of concurrent runs; None: one per GPU, one on the CPU.
         device: setting `device` of the runs.
     """
 
@@ -66,16 +49,18 @@ class LocalLauncher:
         self._folder, self._slots = folder, device_slots(jobs, device)
 
     def capacity(self, waiting: int) -> int:
+        """The number of runs to start at a time."""
         return len(self._slots)
 
     def start(self, job: Job, slot: int) -> Handle:
+        """Start a run in one of the slots, numbers below the capacity."""
         executor = submitit.LocalExecutor(self._folder, python=self._python(slot))
         executor.update_parameters(timeout_min=_YEAR)
         with _without_ctrl_c():
             return executor.submit(RunProcess(job, os.getcwd(), parent=os.getpid()))
 
     def _python(self, slot: int) -> str:
-        """Python with the slot's devices: submitit itself would hide all GPUs, or show those with a number alone."""
+        """Python with the slot's devices; submitit itself would hide all GPUs, or show only numbered ones."""
         devices = self._slots[slot]
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES") if devices.gpu is None else devices.gpu
         environment = ["-u", "CUDA_VISIBLE_DEVICES"] if gpu is None else [f"CUDA_VISIBLE_DEVICES={gpu}"]
@@ -84,11 +69,13 @@ class LocalLauncher:
         return _python(*environment)
 
     def ask_to_stop(self, handle: Handle) -> None:
+        """Make a run save its state and end."""
         # submitit's own `cancel` leaves a run one second.
         if not handle.done():
             os.kill(int(handle.job_id), signal.SIGTERM)
 
     def kill(self, handle: Handle) -> None:
+        """End a run and its processes at once."""
         if handle.done():
             return
         with suppress(psutil.NoSuchProcess):
@@ -101,11 +88,10 @@ class LocalLauncher:
 
 
 class ClusterLauncher:
-    """Jobs of a cluster, which go on when the process that submitted them is gone.
+    """Cluster jobs, which outlive the process that submitted them, by a submitit executor.
 
     Args:
-        executor: of submitit, set up.
-        jobs: number of jobs in the queue at a time; None: all.
+        jobs: number of queued jobs at a time; None: all.
     """
 
     def __init__(self, executor: submitit.Executor, jobs: int | None) -> None:
@@ -121,8 +107,10 @@ class ClusterLauncher:
         if not handle.done():
             handle.cancel(check=False)
 
-    def kill(self, handle: Handle) -> None:
-        self.ask_to_stop(handle)
+    kill = ask_to_stop
+
+
+Launcher = LocalLauncher | ClusterLauncher
 
 
 @contextmanager
@@ -133,8 +121,8 @@ def open_launcher(
 
     Args:
         kind: "local"; "slurm"; "debug": in this process, one run after the other.
-        folder: of the comparison.
-        jobs: number of runs at a time; None: one per GPU, one on the CPU, all on a cluster.
+        folder: folder of the comparison.
+        jobs: number of concurrent runs; None: one per GPU, one on the CPU, all on a cluster.
         device: setting `device` of the runs.
         slurm: parameters of `sbatch` by submitit's names.
 
@@ -142,19 +130,20 @@ def open_launcher(
         UserError: Slurm is not installed here, or does not know a parameter.
     """
     if slurm and kind != "slurm":
-        raise UserError(f"--slurm {next(iter(slurm))}=... has no use without --launcher slurm; leave it out")
+        raise UserError(f"--slurm {next(iter(slurm))}=... has no effect without --launcher slurm; leave it out")
     files = folder / ".submitit"
     if kind == "slurm":
         yield ClusterLauncher(_slurm(files, slurm), jobs)
-        # Not after an interruption: jobs in the queue read their files when they start.
+        # Kept after an interruption: queued jobs read their files when they start.
         shutil.rmtree(files, ignore_errors=True)
         return
-    # Those of a comparison that was killed may have the names of new ones: process ids come again.
+    # Files of a killed comparison may have the names of new ones, because process ids are reused.
     shutil.rmtree(files, ignore_errors=True)
     with disk_errors(files):
         files.mkdir(parents=True)
     try:
-        yield LocalLauncher(files, jobs, device) if kind == "local" else ClusterLauncher(_debug(files), jobs=1)
+        debug = submitit.AutoExecutor(files, cluster="debug")
+        yield LocalLauncher(files, jobs, device) if kind == "local" else ClusterLauncher(debug, jobs=1)
     finally:
         shutil.rmtree(files, ignore_errors=True)
 
@@ -172,17 +161,13 @@ def _slurm(folder: Path, settings: Mapping[str, Any]) -> submitit.SlurmExecutor:
 
 
 def _python(*environment: str) -> str:
-    """This Python with a changed environment, as a command line. Packages come before the working directory."""
+    """A command line for this Python in a changed environment, without the working directory on its path."""
     return shlex.join(["env", *environment, "PYTHONSAFEPATH=1", sys.executable])
-
-
-def _debug(folder: Path) -> submitit.Executor:
-    return submitit.AutoExecutor(folder, cluster="debug")
 
 
 @contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """A process started inside never gets the terminal's Ctrl-C: this one does, and asks its runs to stop."""
+    """Shield processes started inside from the terminal's Ctrl-C: this process gets it and asks its runs to stop."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -190,9 +175,8 @@ def _without_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-@dataclass
-class Active:
-    """A run that is under way."""
+class Active(NamedTuple):
+    """A run in progress."""
 
     job: Job
     slot: int
@@ -201,15 +185,13 @@ class Active:
 
 
 def run_jobs(jobs: Sequence[Job], launcher: Launcher, progress: CompareProgress) -> dict[str, str]:
-    """Run what is not finished, as many at a time as the launcher takes.
-
-    A job that fails does not end the others.
+    """Run the jobs that are not finished, as many at a time as the launcher takes; a failure does not end the others.
 
     Returns:
         name and one-line reason of each job that failed.
 
     Raises:
-        Interrupted: after Ctrl-C or SIGTERM; every run under way has saved its state, and no process of ours is left.
+        Interrupted: after Ctrl-C or SIGTERM; every run in progress has saved its state and ended.
     """
     waiting = deque(job for job in jobs if not job.ended)
     free = deque(range(launcher.capacity(len(waiting))))
@@ -220,9 +202,12 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, progress: CompareProgress)
         try:
             while (waiting or active) and not requests:
                 while waiting and free and not requests:
-                    started = _start(launcher, waiting.popleft(), free.popleft())
-                    active[started.slot] = started
-                    progress.began(started.job, started.tail)
+                    job, slot = waiting.popleft(), free.popleft()
+                    # The log of an earlier attempt does not explain this one.
+                    job.log.unlink(missing_ok=True)
+                    tail = Tail(job.folder / "metrics.jsonl")
+                    active[slot] = Active(job, slot, launcher.start(job, slot), tail)
+                    progress.began(job, tail)
                 ended = [run for run in active.values() if run.handle.done()]
                 for run in active.values():
                     run.tail.read()
@@ -236,8 +221,14 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, progress: CompareProgress)
                 if active:
                     time.sleep(POLL)
             if requests:
-                progress.message("Stopping: the runs under way save their state; once more to stop at once.")
-                _stop(list(active.values()), launcher, requests)
+                progress.message("Stopping: the running jobs save their state; press again to stop at once.")
+                for run in active.values():
+                    launcher.ask_to_stop(run.handle)
+                deadline = time.monotonic() + GRACE
+                while time.monotonic() < deadline and len(requests) < 2:
+                    if all(run.handle.done() for run in active.values()):
+                        break
+                    time.sleep(POLL)
                 raise Interrupted
         finally:
             for run in active.values():
@@ -245,27 +236,13 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, progress: CompareProgress)
     return failed
 
 
-def _start(launcher: Launcher, job: Job, slot: int) -> Active:
-    # A log of an earlier attempt says nothing of this one.
-    job.log.unlink(missing_ok=True)
-    return Active(job, slot, launcher.start(job, slot), Tail(job.folder / "metrics.jsonl"))
-
-
 def _failure(run: Active) -> str | None:
     if run.job.ended:
         return None
     if (reason := failure(run.job.log)) is not None:
         return reason
-    # submitit's own log says what failed before the run had one.
+    # A failure before the run's log exists is in submitit's own log.
     lines = (run.handle.stderr() or "").rstrip().splitlines()
     if lines and not run.job.log.exists():
         return lines[-1]
-    return f"its process was killed (out of memory, perhaps); see {run.job.log}"
-
-
-def _stop(active: Sequence[Active], launcher: Launcher, requests: list[int]) -> None:
-    for run in active:
-        launcher.ask_to_stop(run.handle)
-    deadline = time.monotonic() + GRACE
-    while time.monotonic() < deadline and len(requests) < 2 and not all(run.handle.done() for run in active):
-        time.sleep(POLL)
+    return f"its process was killed, perhaps for lack of memory; see {run.job.log}"

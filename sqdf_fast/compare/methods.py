@@ -1,4 +1,4 @@
-"""What is compared: named settings on top of those that all methods share, and the variants of an ablation."""
+"""Methods as named settings on top of the shared ones, and the variants of an ablation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sqdf_fast.algorithms import ALGORITHMS
 from sqdf_fast.config import Config, with_settings
 from sqdf_fast.errors import UserError
 
 Settings = dict[str, Any]
 
-# What trains nothing looks ahead by no consistency model: it must neither load nor need one.
+# Methods that train nothing must neither load nor need a consistency model.
 _BLIND: Settings = {"objective.lookahead": "tweedie"}
 
 # A consistency model's own way of sampling.
@@ -35,41 +34,27 @@ METHODS: dict[str, Settings] = {
     "awm": {**_ON_POLICY, "algorithm": "awm"},
 }
 
-# Methods that train nothing, with the values that make their curve; the first value is plain sampling.
+# Methods without training and the values of their curves; the first value is plain sampling.
 TRAINING_FREE: dict[str, tuple[float, ...]] = {
     "best-of-n": (1, 2, 4, 8),
     "guided": (0.0, 1.0, 4.0, 16.0),
 }
 
-# What has to be alike for figures to be comparable, and what the comparison itself decides.
-SHARED = (
-    "model",
-    "preset",
-    "reward",
-    "reward_options",
-    "prompts",
-    "resolution",
-    "device",
-    "dtype",
-    "seed",
-    "steps",
-    "limits",
-    "evaluation",
-    "monitor",
-    "checkpoint_every",
+# Settings that must be equal for figures to be comparable, and those that the comparison decides.
+SHARED = frozenset(
+    {
+        *("model", "preset", "reward", "reward_options", "prompts", "resolution", "device", "dtype", "seed", "steps"),
+        *("limits", "evaluation", "monitor", "checkpoint_every"),
+    }
 )
 
-
-def _lookaheads(config: Config) -> dict[str, Settings]:
-    found: dict[str, Settings] = {"lookahead-tweedie": {"objective.lookahead": "tweedie"}}
-    for steps in (2, 4):
-        found[f"lookahead-deterministic-{steps}"] = {
-            "objective.lookahead": "deterministic",
-            "objective.lookahead_steps": steps,
-        }
-    # The number of steps is the base's: it means nothing here, and the variant is then the base itself.
-    found["lookahead-consistency"] = {"objective.lookahead": "consistency"}
-    return found
+_LOOKAHEADS: dict[str, Settings] = {
+    "lookahead-tweedie": {"objective.lookahead": "tweedie"},
+    "lookahead-deterministic-2": {"objective.lookahead": "deterministic", "objective.lookahead_steps": 2},
+    "lookahead-deterministic-4": {"objective.lookahead": "deterministic", "objective.lookahead_steps": 4},
+    # It has no steps of its own: the base's number stays, so that this can be the base itself.
+    "lookahead-consistency": {"objective.lookahead": "consistency"},
+}
 
 
 def _alphas(config: Config) -> dict[str, Settings]:
@@ -81,7 +66,7 @@ def _alphas(config: Config) -> dict[str, Settings]:
 ABLATIONS: dict[str, Callable[[Config], dict[str, Settings]]] = {
     "gamma": lambda config: {f"gamma-{gamma:g}": {"objective.gamma": gamma} for gamma in (1.0, 0.95, 0.9, 0.85)},
     "credit": lambda config: {f"credit-{kind}": {"objective.credit": kind} for kind in ("discount", "posterior")},
-    "lookahead": _lookaheads,
+    "lookahead": lambda config: dict(_LOOKAHEADS),
     "buffer": lambda config: {
         f"buffer-{mode}": {"replay.mode": mode} for mode in ("uniform", "prioritised", "on-policy")
     },
@@ -91,13 +76,10 @@ ABLATIONS: dict[str, Callable[[Config], dict[str, Settings]]] = {
 
 
 def builtin(name: str, base: str = "network") -> Settings:
-    """The settings of a method of the table.
+    """The settings of a built-in method. Raises UserError for an unknown name.
 
     Args:
-        base: ``policy.base`` that all methods share; a consistency model looks ahead itself, training or not.
-
-    Raises:
-        UserError: an unknown name.
+        base: shared setting ``policy.base``; a consistency model looks ahead by itself even where nothing is trained.
     """
     if name not in METHODS and name not in TRAINING_FREE:
         close = difflib.get_close_matches(name, [*METHODS, *TRAINING_FREE], n=1)
@@ -109,36 +91,21 @@ def builtin(name: str, base: str = "network") -> Settings:
 
 
 def method_config(base: Config, name: str, settings: Mapping[str, Any]) -> Config:
-    """``base`` with a method's settings.
-
-    Raises:
-        UserError: a setting that is unknown, not allowed, or has to be alike for all methods; an algorithm that this
-            version does not have.
-    """
+    """``base`` with a method's settings. Raises UserError for one that is unknown, not allowed or shared."""
     for key in settings:
         if key.partition(".")[0] in SHARED:
             raise UserError(
-                f"method {name!r} sets {key}, which has to be alike for all methods; set it for all of them (--set, or "
+                f"method {name!r} sets {key}, which must be equal for all methods; set it for all of them (--set, or "
                 "settings of the protocol)"
             )
     try:
-        config = with_settings(base, settings)
+        return with_settings(base, settings)
     except UserError as error:
         raise UserError(f"method {name!r}: {error}") from None
-    if config.algorithm not in ALGORITHMS:
-        raise UserError(
-            f"method {name!r} needs the algorithm {config.algorithm}, which this version does not have; "
-            f"it has: {', '.join(ALGORITHMS)}"
-        )
-    return config
 
 
 def ablation(axis: str, config: Config) -> dict[str, Settings]:
-    """The variants along one axis: name to what it changes. One of them may change nothing.
-
-    Raises:
-        UserError: an unknown axis.
-    """
+    """Changed settings by variant; one variant may equal ``config``. Raises UserError for an unknown axis."""
     if axis not in ABLATIONS:
         raise UserError(f"--ablate {axis}: unknown; allowed: {', '.join(ABLATIONS)}")
     return ABLATIONS[axis](config)

@@ -1,4 +1,4 @@
-"""What a comparison names is looked up before its first run: every run would fail by the same mistake in turn."""
+"""Look-up of everything a comparison names before its first run: a mistake would fail every run in turn."""
 
 from __future__ import annotations
 
@@ -17,41 +17,36 @@ from sqdf_fast.rewards.weighted import is_sum, parse_sum
 
 
 def look_up(config: Config, followers: Sequence[str]) -> None:
-    """Look up device, model, prompts, rewards and judges. No weights are read.
+    """Look up device, model, prompts, rewards and judges, without reading weights.
 
     Args:
-        config: what all methods share.
-        followers: names of the methods that follow the reward's gradient.
+        config: shared settings of all methods.
+        followers: methods that follow the reward's gradient.
 
     Raises:
         UserError: one of them is missing, or the reward is known to have no gradient.
     """
-    _look_up_device(config.device)
+    gpus = len(visible_gpus())
+    # Asking torch about a GPU would create a CUDA context, whose memory the runs need.
+    if config.device not in ("auto", *("cuda",) * (gpus > 0), *(f"cuda:{index}" for index in range(gpus))):
+        pick_device(config.device)
     refuse_unknown_model(config.model)
     load_prompts(config.prompts)
-    evaluation = config.evaluation
-    if evaluation.prompts is not None:
-        load_prompts(evaluation.prompts)
-    for judge in evaluation.judges:
+    if config.evaluation.prompts is not None:
+        load_prompts(config.evaluation.prompts)
+    for judge in config.evaluation.judges:
         find_judge(judge)
-    for spec in evaluation.held_out:
+    for spec in config.evaluation.held_out:
         _rewards(spec)
     blind = [name for name, found in _rewards(config.reward).items() if not getattr(found, "differentiable", True)]
     if blind and followers:
         raise UserError(
             f"reward {' and '.join(map(repr, blind))} has no gradient for {', '.join(followers)} to follow; choose "
-            "among the methods ddpo, dpok, awm and best-of-n, which need none"
+            "among the methods ddpo, dpok, awm and best-of-n, which need no gradient"
         )
 
 
 def _rewards(spec: str) -> dict[str, Any]:
-    """Functions and classes of a reward, or of the parts of a sum, by name."""
+    """The functions or classes of a reward, or of the terms of a sum, by name."""
     names = [term.name for term in parse_sum(spec)] if is_sum(spec) else [spec]
     return {name: find_reward(name) for name in names}
-
-
-def _look_up_device(name: str) -> None:
-    gpus = len(visible_gpus())
-    # A GPU is left alone: a CUDA context of this process would take memory from the runs.
-    if name not in ("auto", *("cuda",) * (gpus > 0), *(f"cuda:{index}" for index in range(gpus))):
-        pick_device(name)

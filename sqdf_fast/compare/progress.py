@@ -1,10 +1,10 @@
-"""What a comparison shows while it runs: a bar for each run under way and one for the whole."""
+"""Progress of a comparison: a bar for each running job and one for all."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
@@ -16,9 +16,8 @@ from sqdf_fast.display.progress import LiveProgress
 PLAIN_INTERVAL = 60.0
 
 
-@dataclass(frozen=True)
-class _Active:
-    """A run under way and its bar; ``before`` is the share of it that an earlier process did."""
+class _Active(NamedTuple):
+    """A run in progress and its bar; ``before`` is the share that an earlier process did."""
 
     job: Job
     tail: Tail
@@ -31,11 +30,11 @@ class _Active:
 
 
 class CompareProgress(LiveProgress):
-    """Progress of all runs. A context manager.
+    """Progress of all runs, live on a terminal. A context manager.
 
     Args:
-        jobs: all of the comparison, finished ones too.
-        console: standard error by default. Live only if it is a terminal.
+        jobs: number of all runs, including finished ones.
+        console: standard error by default.
         clock: seconds; replaced in tests.
     """
 
@@ -49,22 +48,22 @@ class CompareProgress(LiveProgress):
         self.total, self.done, self.failed = jobs, 0, 0
         self._clock, self._began, self._last_plain = clock, clock(), clock()
         self._active: dict[str, _Active] = {}
-        # Runs done in this process: they predict how long the rest takes.
+        # Number of runs done in this process, which predicts the time left.
         self._worked = 0.0
         self._whole = self._bars.add_task("all", total=jobs, state="")
 
     def known(self, jobs: Sequence[Job]) -> None:
-        """These need no run: they are finished."""
+        """These runs were finished before."""
         self.done += len(jobs)
 
     def began(self, job: Job, tail: Tail) -> None:
-        """A run is under way."""
+        """A run has started."""
         tail.read()
         bar = self._bars.add_task(job.name, total=1, state="")
         self._active[job.name] = _Active(job, tail, tail.share(job.config), bar)
 
     def finished(self, job: Job, failure: str | None) -> None:
-        """A run is over; ``failure`` says in one line why it is not complete."""
+        """A run has ended; ``failure`` is its one-line reason, if it failed."""
         active = self._active.pop(job.name)
         self._bars.remove_task(active.bar)
         self._worked += 1 - active.before
@@ -76,7 +75,7 @@ class CompareProgress(LiveProgress):
         self.message(f"{job.name}: {state}  ({self._summary()})")
 
     def tick(self) -> None:
-        """Time has passed."""
+        """Redraw; without a terminal, print a line a minute."""
         for one in self._active.values():
             self._bars.update(one.bar, completed=one.share, state=_state(one.tail, " · proxy"))
         done = self.done + sum(one.share for one in self._active.values())
@@ -87,7 +86,7 @@ class CompareProgress(LiveProgress):
             self.message(f"{self._summary()}: {under_way}")
 
     def seconds_left(self) -> float | None:
-        """None while nothing predicts it. Runs count alike, evaluations as part of them."""
+        """Estimate from equally weighted runs; None while there is nothing to predict from."""
         begun = sum(one.share for one in self._active.values())
         worked = self._worked + sum(one.share - one.before for one in self._active.values())
         if worked < 0.02:

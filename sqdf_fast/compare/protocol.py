@@ -1,4 +1,4 @@
-"""A comparison, described before its first run: methods, budget, seeds, tuning. ``protocol.yaml`` is this, whole."""
+"""The description of a comparison, ``protocol.yaml``: methods, budget, seeds and tuning."""
 
 from __future__ import annotations
 
@@ -10,32 +10,41 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sqdf_fast.compare.methods import ABLATIONS, TRAINING_FREE, Settings, builtin
-from sqdf_fast.config import Config, Limits, Section, make_config, read_config_file, validate, with_settings
+from sqdf_fast.config import Config, Limits, Section, dotted, make_config, read_config_file, validate, with_settings
 from sqdf_fast.errors import UserError
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-def dotted(settings: Any, prefix: str = "") -> Any:
-    """Nested settings under dotted keys; what is dotted already stays, and what is no mapping."""
-    if not isinstance(settings, dict):
-        return settings
-    flat: Settings = {}
-    for key, value in settings.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-Dotted = Annotated[Settings, BeforeValidator(dotted)]
 _UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
-# By the methods, the budget, the seeds and the points of a comparison.
+
+
+def parse_budget(text: str) -> Limits:
+    """ "20000", "20_000" or "20k" UNet evaluations; "120s", "2m", "1.5h" of training. Raises UserError."""
+    rows = re.fullmatch(r"\s*(\d[\d_,]*)(k?)\s*", text)
+    if rows and (count := int(re.sub("[_,]", "", rows[1])) * (1000 if rows[2] else 1)) > 0:
+        return Limits(unet_evaluations=count)
+    time = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|m|h)\s*", text)
+    if time and float(time[1]) > 0:
+        return Limits(seconds=float(time[1]) * _UNITS[time[2]])
+    raise UserError(
+        f"invalid budget {text!r}: expected UNet evaluations such as 20000 or 20k, or training time such as 120s"
+    )
+
+
+def _budget(value: Any) -> Any:
+    text = str(value) if isinstance(value, int) else value
+    if isinstance(text, str):
+        parse_budget(text)
+    return text
+
+
+Budget = Annotated[str, BeforeValidator(_budget)]
+Dotted = Annotated[Settings, BeforeValidator(lambda value: dotted(value) if isinstance(value, dict) else value)]
+# Settings that follow from the methods, budget, seeds and points of a comparison.
 _DECIDED = ("algorithm", "seed", "steps", "evaluation.points", "evaluation.every")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
-
-
 _log = logging.getLogger(__name__)
 
 
@@ -47,8 +56,8 @@ def _announce(old: str, new: str) -> None:
 class Method(Section):
     """One method of a protocol."""
 
-    like: str | None = Field(None, description="built-in method it starts from; default: its name's")
-    settings: Dotted = Field(default_factory=dict, description="settings on top of those, dotted or nested")
+    like: str | None = Field(None, description="built-in method it starts from; default: that of its name")
+    settings: Dotted = Field(default_factory=dict, description="settings on top of that, dotted or nested")
     sweep: tuple[float, ...] = Field((), description="candidates of best-of-n, or scales of guided")
     trials: tuple[Dotted, ...] = Field((), description="settings to try in tuning, one mapping per trial")
     grid: dict[str, list[Any]] = Field(default_factory=dict, description="values to try, by key, in every combination")
@@ -71,27 +80,22 @@ class Method(Section):
     @model_validator(mode="after")
     def _trials_or_grid(self) -> Method:
         if self.trials and self.grid:
-            raise ValueError("a method has trials or a grid, not both; write every trial out, or leave trials away")
+            raise ValueError("trials and grid of a method are mutually exclusive")
         return self
 
 
 class Tuning(Section):
     """Every method gets the same number of trials of the same budget; docs/compare.md."""
 
-    budget: str = Field(..., description="budget of a trial, in the units of a run's")
+    budget: Budget = Field(..., description="budget of a trial, in the units of a run's")
     trials: Annotated[int, Field(ge=1)] = Field(..., description="number of trials of each method")
     seed: Seed = Field(1000, description="seed of the trials, not one of the reported seeds")
     points: Annotated[int, Field(ge=2)] = Field(2, description="number of evaluations of a trial")
     reward: str = Field("proxy_reward", description="score whose last value decides, eval_<reward> of the records")
     keep: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=lambda: {"alignment": 0.9},
-        description="by score, the share of the base model's value that a trial has to keep",
+        description="by score, fraction of the base model's value that a trial has to keep",
     )
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _budget_is_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _the_true_reward_decides_nothing(self) -> Tuning:
@@ -105,28 +109,26 @@ class Protocol(Section):
 
     preset: str | None = Field(None, description="named preset that the shared settings start from")
     settings: Dotted = Field(default_factory=dict, description="settings shared by all methods, dotted or nested")
-    budget: str = Field(..., description="budget of a run: 20000 UNet evaluations, or seconds: 120s")
+    budget: Budget = Field(..., description="budget of a run: 20000 UNet evaluations, or seconds: 120s")
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field((0, 1, 2), description="seeds of each method")
     points: Annotated[int, Field(ge=2)] = Field(6, description="evaluations per run, the first before training")
     methods: dict[str, Method] = Field(..., min_length=1)
-    ablate: tuple[str, ...] = Field((), description="axes along which `ablated` is varied")
+    ablate: tuple[str, ...] = Field((), description="ablations of the method `ablated`")
     ablated: str = Field("sqdf", description="method that is ablated and that the others are compared with")
     ablate_seeds: tuple[Seed, ...] | None = Field(None, description="seeds of the variants; default: seeds")
-    tuning: Tuning | None = Field(None, description="how each method's settings are chosen; none: as given")
+    tuning: Tuning | None = Field(None, description="choice of each method's settings; default: as given")
 
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        values = dict(values)
         methods = values.get("methods")
         if isinstance(methods, list | tuple):
-            values["methods"] = {name: {} for name in methods}
-        elif isinstance(methods, dict):
-            values["methods"] = {name: {} if method is None else method for name, method in methods.items()}
-        if isinstance(values.get("budget"), int):
-            values["budget"] = str(values["budget"])
+            methods = dict.fromkeys(methods)
+        if isinstance(methods, dict):
+            methods = {name: {} if method is None else method for name, method in methods.items()}
+            return {**values, "methods": methods}
         return values
 
     @model_validator(mode="after")
@@ -141,46 +143,40 @@ class Protocol(Section):
         for axis in self.ablate:
             if axis not in ABLATIONS:
                 raise ValueError(f"ablate: {axis!r} is unknown; allowed: {', '.join(ABLATIONS)}")
-        self._check_ablated()
+        ablated = self.methods.get(self.ablated)
+        # Without an ablation, the default need not be among the methods.
+        if ablated is None and (self.ablate or self.ablated != type(self).model_fields["ablated"].default):
+            raise ValueError(
+                f"ablated = {self.ablated!r} is not one of the methods ({', '.join(self.methods)}); add it"
+            )
+        if ablated and self.ablate:
+            settings = {**builtin(ablated.like or self.ablated), **ablated.settings}
+            if settings.get("algorithm") != "sqdf":
+                raise ValueError(
+                    f"ablate varies settings of SQDF, which the method {self.ablated!r} does not read; name a method "
+                    "that is SQDF as `ablated`, or leave ablate out"
+                )
         self._check_tuning()
         return self
 
-    def _check_ablated(self) -> None:
-        name, method = self.ablated, self.methods.get(self.ablated)
-        # Where nothing is ablated the default need not be among the methods.
-        if method is None and (self.ablate or name != type(self).model_fields["ablated"].default):
-            raise ValueError(f"ablated = {name!r} is not one of the methods ({', '.join(self.methods)}); add it")
-        if method is None or not self.ablate:
-            return
-        if {**builtin(method.like or name), **method.settings}.get("algorithm") != "sqdf":
-            raise ValueError(
-                f"ablate varies settings of SQDF, which the method {name!r} does not read; name a method that is SQDF "
-                "as `ablated`, or leave ablate out"
-            )
-
     def _check_tuning(self) -> None:
-        if self.tuning is None:
-            named = [name for name, method in self.methods.items() if method.tried]
-            if named:
-                raise ValueError(f"method {named[0]!r} has trials but the protocol has no tuning; add it")
-            return
-        if self.tuning.seed in (*self.seeds, *(self.ablate_seeds or ())):
-            raise ValueError(f"tuning.seed = {self.tuning.seed} is one of the reported seeds; choose another")
         for name, method in self.methods.items():
-            if self.sweep_of(name):
-                continue
-            if len(method.tried) != self.tuning.trials:
+            if self.tuning is None and method.tried:
+                raise ValueError(f"method {name!r} has trials but the protocol has no tuning; add it")
+            if self.tuning and not self.sweep_of(name) and len(method.tried) != self.tuning.trials:
                 raise ValueError(
                     f"method {name!r} has {len(method.tried)} tuning trials and every method gets "
                     f"{self.tuning.trials}; give it as many (the budget for tuning is equal)"
                 )
+        if self.tuning and self.tuning.seed in (*self.seeds, *(self.ablate_seeds or ())):
+            raise ValueError(f"tuning.seed = {self.tuning.seed} is one of the reported seeds; choose another")
 
     def base(self) -> Config:
         """The settings that all methods share, validated. Raises UserError."""
         for key in self.settings:
             if key in _DECIDED or key.startswith("limits"):
                 raise UserError(
-                    f"settings.{key} is the comparison's to decide; set methods, budget, seeds and points instead"
+                    f"settings.{key} is decided by the comparison; set methods, budget, seeds and points instead"
                 )
         return with_settings(make_config(self.preset), self.settings, shared=True)
 
@@ -208,37 +204,18 @@ def _check_sweep(name: str, method: Method) -> None:
     _refuse_repeated(f"methods.{name}.sweep", method.sweep)
     for value in method.sweep:
         if kind == "best-of-n" and (value < 1 or value % 1):
-            raise ValueError(f"methods.{name}.sweep: {value:g} candidates; give whole numbers from 1 on")
+            raise ValueError(f"methods.{name}.sweep: {value:g} candidates; give integers >= 1")
         if value < 0:
             raise ValueError(f"methods.{name}.sweep: a guidance scale of {value:g}; give numbers >= 0")
 
 
-def parse_budget(text: str) -> Limits:
-    """ "20000", "20_000" or "20k" UNet evaluations; "120s", "2m", "1.5h" of training. Raises UserError."""
-    rows = re.fullmatch(r"\s*(\d[\d_,]*)(k?)\s*", text)
-    if rows:
-        count = int(re.sub("[_,]", "", rows[1])) * (1000 if rows[2] else 1)
-        if count > 0:
-            return Limits(unet_evaluations=count)
-    time = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|m|h)\s*", text)
-    if time and float(time[1]) > 0:
-        return Limits(seconds=float(time[1]) * _UNITS[time[2]])
-    raise UserError(
-        f"invalid budget {text!r}: expected UNet evaluations such as 20000 or 20k, or training time such as 120s"
-    )
-
-
 def make_protocol(values: dict[str, Any]) -> Protocol:
     """A protocol from plain values. Raises UserError: one line that names the key and what is allowed."""
-    protocol = validate(Protocol, values)
-    parse_budget(protocol.budget)
-    if protocol.tuning:
-        parse_budget(protocol.tuning.budget)
-    return protocol
+    return validate(Protocol, values)
 
 
 def read_protocol(path: Path) -> dict[str, Any]:
-    """The values of a protocol file. Raises UserError when it cannot be read or is no mapping."""
+    """The values of a protocol file. Raises UserError when it cannot be read or is not a mapping."""
     try:
         return read_config_file(path)
     except UserError as error:
@@ -246,37 +223,42 @@ def read_protocol(path: Path) -> dict[str, Any]:
 
 
 def dump_protocol(protocol: Protocol) -> str:
-    """The whole protocol as YAML, readable back with :func:`read_protocol`."""
+    """The protocol as YAML that :func:`read_protocol` reads."""
     return yaml.safe_dump(protocol.model_dump(mode="json"), sort_keys=False)
 
 
 def grown(known: Protocol, given: Protocol, folder: Path) -> Protocol:
-    """A folder's protocol with the seeds, methods and ablations of another; anything else new would mix figures.
+    """A folder's protocol with the seeds, methods and ablations of another one added.
 
     Raises:
-        UserError: names the first other difference.
+        UserError: any other difference, which would mix incomparable figures; the first one is named.
     """
-    may_grow = ("seeds", "methods", "ablate", "ablate_seeds")
+
+    def refuse_difference(key: str, old: Any, new: Any) -> None:
+        if old != new:
+            shown = [str(value.model_dump() if isinstance(value, Section) else value) for value in (old, new)]
+            was, now = (text if len(text) <= 120 else text[:117] + "..." for text in shown)
+            raise UserError(
+                f"{folder} belongs to another comparison: its {key} is {was}, not {now}; choose another --output, or "
+                f"continue it with --resume {folder}"
+            )
+
     for key in type(known).model_fields:
-        if key not in may_grow and getattr(known, key) != getattr(given, key):
-            raise _other(folder, key, getattr(known, key), getattr(given, key))
-    for name in known.methods.keys() & given.methods.keys():
-        if known.methods[name] != given.methods[name]:
-            raise _other(folder, f"methods.{name}", known.methods[name], given.methods[name])
-    union: dict[str, Any] = {
-        key: tuple(dict.fromkeys((*getattr(known, key), *getattr(given, key)))) for key in ("seeds", "ablate")
-    }
+        if key not in ("seeds", "methods", "ablate", "ablate_seeds"):
+            refuse_difference(key, getattr(known, key), getattr(given, key))
+    for name in known.methods:
+        refuse_difference(f"methods.{name}", known.methods[name], given.methods.get(name, known.methods[name]))
+    # None stands for all seeds.
     of_variants = [one.ablate_seeds for one in (known, given) if one.ablate] or [known.ablate_seeds]
-    # None is all seeds.
-    every = None in of_variants
-    union["ablate_seeds"] = None if every else tuple(dict.fromkeys(itertools.chain(*filter(None, of_variants))))
-    return known.model_copy(update={**union, "methods": {**known.methods, **given.methods}})
-
-
-def _other(folder: Path, key: str, known: Any, given: Any) -> UserError:
-    shown = [str(value.model_dump() if isinstance(value, Section) else value) for value in (known, given)]
-    was, now = (text if len(text) <= 120 else text[:117] + "..." for text in shown)
-    return UserError(
-        f"{folder} is of another comparison: its {key} is {was}, not {now}; choose another --output, or "
-        f"continue it with --resume {folder}"
+    return known.model_copy(
+        update={
+            "seeds": _union(known.seeds, given.seeds),
+            "methods": {**known.methods, **given.methods},
+            "ablate": _union(known.ablate, given.ablate),
+            "ablate_seeds": None if None in of_variants else _union(*filter(None, of_variants)),
+        }
     )
+
+
+def _union(*values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(itertools.chain(*values)))

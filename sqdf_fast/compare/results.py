@@ -1,10 +1,10 @@
-"""``results.json``: what a comparison found, as figures."""
+"""``results.json``: the figures of a comparison."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,24 @@ from sqdf_fast import __version__
 from sqdf_fast.compare.curves import (
     COSTS,
     PROXY,
+    START,
     Array,
     Curve,
     CurvePosition,
-    Draws,
     Estimate,
     Level,
     best_of_all,
     common_level,
-    cost_at,
     crossing,
     difference,
     estimate,
-    score_at,
+    value_at,
 )
 from sqdf_fast.compare.protocol import Protocol
 from sqdf_fast.compare.tuning import Choice
 from sqdf_fast.files import write_text
 
-# In this order; what a run does not measure is left out, what is not here comes after it.
+# Order of the columns. Scores with other names, of held-out rewards and chosen judges, follow the first two.
 KNOWN = (
     PROXY,
     "true_reward",
@@ -52,11 +51,11 @@ class Runs:
     """The runs of one method.
 
     Attributes:
-        label: name within its group, for people.
+        label: display name within its group.
         group: axis of an ablation; "" for the methods.
-        curves, folders: of the finished runs, one per seed.
+        curves, folders: finished runs, one per seed.
         unfinished: one-line reason by seed.
-        training_free: nothing is trained; costs are those of one image, each time one is sampled.
+        training_free: whether nothing is trained; costs are then per image.
     """
 
     name: str
@@ -75,8 +74,8 @@ class MethodSummary:
 
     Attributes:
         scores: means over seeds, with intervals.
-        costs: means over seeds; of peak_bytes the maximum.
-        reached: number of seeds whose curve reaches that position.
+        costs: means over seeds; the maximum of ``peak_bytes``.
+        reached: number of seeds whose curve reaches the position.
         seeds: number of all seeds.
         untrained: whether the position is every curve's first evaluation, before training.
     """
@@ -98,12 +97,12 @@ class PairwiseComparison:
     """Two methods at the best proxy reward of the weaker one.
 
     Attributes:
-        group: group of both, as ``Runs.group``.
+        group: group of ``other``, as ``Runs.group``.
         one, other: labels.
         level: proxy reward at which they are compared.
-        differences: of ``one`` less ``other``, by score.
+        differences: ``one`` minus ``other``, by score.
         costs: cost of ``one`` over that of ``other``, up to the level.
-        untrained: labels of the methods that are at the level before training.
+        untrained: labels of the methods that reach the level before training.
     """
 
     group: str
@@ -121,10 +120,10 @@ class Results:
 
     Attributes:
         runs: methods and variants, in the protocol's order.
-        metrics: names of the scores, in the order to show.
+        metrics: names of the scores, in display order.
         levels: levels of equal reward by group, "" for the methods.
         end, equal: summaries by index of ``runs``: at the end of training, and at the level of its group.
-        positions: where the curves of ``runs`` reach the level of their group.
+        positions: positions of the level of their group on the curves of ``runs``.
         comparisons: the ablated method (default: the first one) against every other and against its variants.
     """
 
@@ -140,7 +139,6 @@ class Results:
     environment: dict[str, str]
 
     def comparisons_of(self, group: str) -> list[PairwiseComparison]:
-        """Comparisons whose other side belongs to a group."""
         return [comparison for comparison in self.comparisons if comparison.group == group]
 
     @property
@@ -149,7 +147,7 @@ class Results:
         return list(dict.fromkeys(run.group for run in self.runs))
 
     def of(self, group: str) -> list[int]:
-        """Positions of a group's runs."""
+        """Indices of a group's runs."""
         return [index for index, run in enumerate(self.runs) if run.group == group]
 
 
@@ -157,14 +155,17 @@ def make_results(
     protocol: Protocol, runs: Sequence[Runs], choices: Mapping[str, Choice], environment: Mapping[str, str]
 ) -> Results:
     """Summaries at the end and at equal reward, with bootstrap intervals over seeds and prompts."""
-    draws = Draws()
-    metrics = _metrics(runs)
-    groups = list(dict.fromkeys(run.group for run in runs))
+    points = [point for run in runs for curve in run.curves for point in curve.points]
+    found = list(dict.fromkeys(name for point in points for name in point.scores))
+    others = [name for name in found if name not in KNOWN and name not in HIDDEN]
+    metrics = [name for name in (*KNOWN[:2], *others, *KNOWN[2:]) if name in found]
     levels = {
         group: common_level({run.label: run.curves for run in runs if run.group == group and not run.training_free})
-        for group in groups
+        for group in dict.fromkeys(run.group for run in runs)
     }
-    positions = [[_at(curve, levels[run.group]) for curve in run.curves] for run in runs]
+    positions = [
+        [crossing(curve, level.value) if (level := levels[run.group]) else None for curve in run.curves] for run in runs
+    ]
     methods = [run for run in runs if not run.group and run.curves]
     first = next((run for run in methods if run.name == protocol.ablated), methods[0] if methods else None)
     return Results(
@@ -172,70 +173,48 @@ def make_results(
         runs=list(runs),
         metrics=metrics,
         levels=levels,
-        end=[_summarise(run, [curve.last for curve in run.curves], metrics, draws) for run in runs],
-        equal=[_summarise(run, found, metrics, draws) for run, found in zip(runs, positions, strict=True)],
+        end=[_summarize(run, [curve.last for curve in run.curves], metrics) for run in runs],
+        equal=[_summarize(run, found, metrics) for run, found in zip(runs, positions, strict=True)],
         positions=positions,
-        comparisons=[
-            _compare(first, run, metrics, draws) for run in runs if first and run.curves and run.name != first.name
-        ],
+        comparisons=[_compare(first, run, metrics) for run in runs if first and run.curves and run.name != first.name],
         choices=dict(choices),
         environment=dict(environment),
     )
 
 
-def _metrics(runs: Sequence[Runs]) -> list[str]:
-    found = dict.fromkeys(
-        name for run in runs for curve in run.curves for point in curve.points for name in point.scores
-    )
-    held_out = [name for name in found if name not in KNOWN and name not in HIDDEN]
-    before, after = KNOWN[:2], KNOWN[2:]
-    return [name for name in (*before, *held_out, *after) if name in found]
-
-
-def _at(curve: Curve, level: Level | None) -> CurvePosition | None:
-    return None if level is None else crossing(curve, level.value)
-
-
-def _summarise(
-    run: Runs, positions: Sequence[CurvePosition | None], metrics: Sequence[str], draws: Draws
-) -> MethodSummary:
-    reached = [(curve, position) for curve, position in zip(run.curves, positions, strict=True) if position is not None]
-    scores = {name: found for name in metrics if (found := estimate(_rows(reached, name), draws)) is not None}
-    costs = {}
-    for name in COSTS:
-        values = [value for curve, position in reached if (value := cost_at(curve, position, name)) is not None]
-        if values:
-            costs[name] = float(np.mean(values))
-    peaks = [curve.peak_bytes for curve, _ in reached if curve.peak_bytes]
-    if peaks:
+def _summarize(run: Runs, positions: Sequence[CurvePosition | None], metrics: Sequence[str]) -> MethodSummary:
+    scores = {name: found for name in metrics if (found := estimate(_rows(run, positions, name)))}
+    costs = {name: float(np.mean(rows)) for name in COSTS if (rows := _rows(run, positions, name))}
+    reached = [curve for curve, position in zip(run.curves, positions, strict=True) if position is not None]
+    if peaks := [curve.peak_bytes for curve in reached if curve.peak_bytes]:
         costs["peak_bytes"] = max(peaks)
-    return MethodSummary(scores, costs, len(reached), len(run.curves), _untrained(run, reached))
+    return MethodSummary(scores, costs, len(reached), len(run.curves), _untrained(run, positions))
 
 
-def _untrained(run: Runs, reached: Sequence[tuple[Curve, CurvePosition]]) -> bool:
-    return not run.training_free and bool(reached) and all(position == CurvePosition(0, 0.0) for _, position in reached)
+def _rows(run: Runs, positions: Sequence[CurvePosition | None], name: str) -> list[Array]:
+    """A score or cost of each curve that reaches its position and has measured it."""
+    reached = [(curve, position) for curve, position in zip(run.curves, positions, strict=True) if position is not None]
+    return [row for curve, position in reached if (row := value_at(curve, position, name)) is not None]
 
 
-def _rows(reached: Sequence[tuple[Curve, CurvePosition]], name: str) -> list[Array]:
-    return [row for curve, position in reached if (row := score_at(curve, position, name)) is not None]
+def _untrained(run: Runs, positions: Sequence[CurvePosition | None]) -> bool:
+    return not run.training_free and {position for position in positions if position is not None} == {START}
 
 
-def _compare(one: Runs, other: Runs, metrics: Sequence[str], draws: Draws) -> PairwiseComparison:
+def _compare(one: Runs, other: Runs, metrics: Sequence[str]) -> PairwiseComparison:
     level = min(best_of_all(one.curves), best_of_all(other.curves))
-    sides = [
-        [(curve, position) for curve in run.curves if (position := crossing(curve, level)) is not None]
-        for run in (one, other)
-    ]
-    differences = {}
-    for name in metrics:
-        if (found := difference(_rows(sides[0], name), _rows(sides[1], name), draws)) is not None:
-            differences[name] = found
+    sides = [(run, [crossing(curve, level) for curve in run.curves]) for run in (one, other)]
+
+    def rows(name: str) -> list[list[Array]]:
+        return [_rows(*side, name) for side in sides]
+
+    differences = {name: found for name in metrics if (found := difference(*rows(name)))}
     costs = {}
     for name in COSTS if not (one.training_free or other.training_free) else ():
-        spent = [[value for side in reached if (value := cost_at(*side, name)) is not None] for reached in sides]
+        spent = rows(name)
         if all(spent) and np.mean(spent[1]) > 0:
             costs[name] = float(np.mean(spent[0]) / np.mean(spent[1]))
-    untrained = [run.label for run, reached in zip((one, other), sides, strict=True) if _untrained(run, reached)]
+    untrained = [side[0].label for side in sides if _untrained(*side)]
     return PairwiseComparison(other.group, one.label, other.label, level, differences, costs, untrained)
 
 
@@ -253,63 +232,57 @@ def as_dict(results: Results, folder: Path) -> dict[str, Any]:
         "sqdf_fast": __version__,
         "protocol": results.protocol.model_dump(mode="json"),
         "metrics": results.metrics,
-        "equal_reward": {group or "methods": _level(level) for group, level in results.levels.items()},
+        "equal_reward": {
+            group or "methods": level
+            and {"proxy_reward": level.value, "set_by": level.set_by, "does_not_set_it": level.left_out}
+            for group, level in results.levels.items()
+        },
         "methods": [_method(results, index, folder) for index in range(len(results.runs))],
-        "duels": [_comparison_dict(comparison) for comparison in results.comparisons],
+        "duels": [
+            {
+                "group": found.group or "methods",
+                "method": found.one,
+                "against": found.other,
+                "proxy_reward": found.level,
+                "difference": {name: asdict(estimate) for name, estimate in found.differences.items()},
+                "cost_ratio": found.costs,
+            }
+            for found in results.comparisons
+        ],
         "tuning": {name: {"chosen": choice.index, "trials": choice.rows} for name, choice in results.choices.items()},
         "environment": results.environment,
     }
 
 
-def _level(level: Level | None) -> dict[str, Any] | None:
-    if level is None:
-        return None
-    return {"proxy_reward": level.value, "set_by": level.set_by, "does_not_set_it": level.left_out}
-
-
 def _method(results: Results, index: int, folder: Path) -> dict[str, Any]:
     run = results.runs[index]
+    end, equal = (
+        {
+            "seeds_that_reach_it": summary.reached,
+            "seeds": summary.seeds,
+            "scores": {name: asdict(found) for name, found in summary.scores.items()},
+            "cost": summary.costs,
+        }
+        for summary in (results.end[index], results.equal[index])
+    )
     return {
         "name": run.name,
         "label": run.label,
         "group": run.group or "methods",
         "settings": run.settings,
+        # A value of files that exist.
         "cost_is": "of one picture" if run.training_free else "of training",
-        "end": _summary_dict(results.end[index]),
-        "at_equal_reward": _summary_dict(results.equal[index]),
+        "end": end,
+        "at_equal_reward": equal,
         "unfinished": {str(seed): reason for seed, reason in run.unfinished.items()},
         "runs": [
-            _run(curve, where.relative_to(folder).as_posix(), position)
-            for curve, where, position in zip(run.curves, run.folders, results.positions[index], strict=True)
+            {
+                "seed": curve.seed,
+                "folder": path.relative_to(folder).as_posix(),
+                "equal_reward_between": position and {"evaluation": position.before, "weight": position.weight},
+                "peak_bytes": curve.peak_bytes,
+                "curve": [{"step": point.step, **point.cost, "scores": dict(point.scores)} for point in curve.points],
+            }
+            for curve, path, position in zip(run.curves, run.folders, results.positions[index], strict=True)
         ],
-    }
-
-
-def _run(curve: Curve, folder: str, position: CurvePosition | None) -> dict[str, Any]:
-    return {
-        "seed": curve.seed,
-        "folder": folder,
-        "equal_reward_between": position and {"evaluation": position.before, "weight": position.weight},
-        "peak_bytes": curve.peak_bytes,
-        "curve": [{"step": point.step, **point.cost, "scores": dict(point.scores)} for point in curve.points],
-    }
-
-
-def _summary_dict(summary: MethodSummary) -> dict[str, Any]:
-    return {
-        "seeds_that_reach_it": summary.reached,
-        "seeds": summary.seeds,
-        "scores": {name: found.as_dict() for name, found in summary.scores.items()},
-        "cost": summary.costs,
-    }
-
-
-def _comparison_dict(comparison: PairwiseComparison) -> dict[str, Any]:
-    return {
-        "group": comparison.group or "methods",
-        "method": comparison.one,
-        "against": comparison.other,
-        "proxy_reward": comparison.level,
-        "difference": {name: found.as_dict() for name, found in comparison.differences.items()},
-        "cost_ratio": comparison.costs,
     }

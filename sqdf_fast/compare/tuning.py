@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqdf_fast.compare.curves import Curve
 from sqdf_fast.compare.protocol import Tuning
 
-# Why a run that ended has no place in a comparison.
+# Why a run that ended cannot be compared.
 UNJUDGED = "it has no evaluation after training"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One trial of one method.
-
-    Attributes:
-        curve: None where the run failed; failure: why, in one line.
-    """
+class Trial(NamedTuple):
+    """One trial of one method; ``curve`` is None if the run failed, for the one-line reason ``failure``."""
 
     settings: dict[str, Any]
     curve: Curve | None
@@ -28,21 +23,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen trial and what the others reached, for the record.
-
-    Attributes:
-        index: of the chosen trial; None where no trial ended.
-        rows: per trial its settings, its reward, the share kept of each guarded score, and whether it kept enough.
-    """
+    """The index of the chosen trial, None if no trial ended, and a row of results per trial."""
 
     index: int | None
     rows: list[dict[str, Any]]
 
 
 def choose(trials: Sequence[Trial], tuning: Tuning) -> Choice:
-    """The trial with the highest last reward among those that keep what has to be kept.
+    """The trial with the highest last reward among those that keep the guarded scores.
 
-    Where none keeps enough, the one that keeps the largest share of its worst guarded score.
+    If no trial keeps enough, the one that keeps the largest share of its worst guarded score.
     """
     rows = [_row(trial, tuning) for trial in trials]
     kept = [i for i, row in enumerate(rows) if row["kept_enough"]]
@@ -53,6 +43,7 @@ def choose(trials: Sequence[Trial], tuning: Tuning) -> Choice:
 
 
 def _row(trial: Trial, tuning: Tuning) -> dict[str, Any]:
+    """Settings, reward, share kept of each guarded score, and whether that is enough."""
     row: dict[str, Any] = {"settings": trial.settings, "reward": None, "kept": {}, "kept_enough": False}
     if trial.curve is None or len(trial.curve.points) < 2 or tuning.reward not in trial.curve.points[-1].scores:
         return row | {"failure": trial.failure or UNJUDGED}

@@ -1,4 +1,4 @@
-"""What the process of one run does."""
+"""The process of one run."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from sqdf_fast.compare.jobs import Job, make_ready
 from sqdf_fast.errors import Interrupted, UserError
 
 FAILED, REFUSED, STOPPED = 1, 2, 130
-# How a log's last line begins when the run failed.
+# Beginning of the last line of a failed run's log.
 FAILURE = "failed: "
 
 
 @dataclass(frozen=True)
 class RunProcess(Checkpointable):
-    """Trains the run of a job, or continues it, as `sqdf-fast train` and its `--resume` do; returns the exit status.
+    """Starts or continues the run of a job like `sqdf-fast train`, with its output in a log; returns the exit status.
 
-    SIGTERM (and Ctrl-C, where it arrives) saves a checkpoint first. What the run prints goes to the job's log. A
-    Slurm job at the end of its time is requeued, and the run continues from its last evaluation.
+    SIGTERM and Ctrl-C save a checkpoint first. A Slurm job that runs out of time is requeued, and the run continues
+    from its last evaluation.
 
     Attributes:
-        directory: working directory, where relative paths and a reward of the user's own are looked up.
-        parent: id of the process that this one must not outlive; None: it may.
+        directory: working directory, which relative paths and the user's own rewards refer to.
+        parent: id of the process that this one must not outlive, if any.
     """
 
     job: Job
@@ -52,10 +52,10 @@ class RunProcess(Checkpointable):
         with on_stop_request(lambda number: stop.set()), _output_to(self.job.log):
             status = _guarded(self.job, stop)
         if self.parent is not None:
-            # Threads of libraries must not keep the process of a finished run alive.
+            # Library threads must not keep the process of a finished run alive.
             os._exit(status)
         if status == STOPPED:
-            # For whoever handled the signal before.
+            # For the previous signal handler.
             signal.raise_signal(signal.SIGTERM)
         return status
 
@@ -64,7 +64,7 @@ class RunProcess(Checkpointable):
 def on_stop_request(ask: Callable[[int], None]) -> Iterator[None]:
     """Call ``ask`` with the number of the signal at each Ctrl-C or SIGTERM."""
     previous: dict[int, Any] = {}
-    # Only the main thread may; elsewhere the caller has its own way to stop.
+    # Only possible in the main thread; elsewhere the caller has its own way to stop.
     with suppress(ValueError):
         for kind in (signal.SIGINT, signal.SIGTERM):
             previous[kind] = signal.signal(kind, lambda number, frame: ask(number))
@@ -76,7 +76,7 @@ def on_stop_request(ask: Callable[[int], None]) -> Iterator[None]:
 
 
 def failure(log: Path) -> str | None:
-    """Why the run of this log failed, in one line; None where it did not, or could not say so."""
+    """The one-line reason why the run of this log failed; None without one."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
     except OSError:
@@ -85,11 +85,11 @@ def failure(log: Path) -> str | None:
 
 
 def _guarded(job: Job, stop: threading.Event) -> int:
-    # Libraries narrate their loading; users need their errors.
+    # Only the errors matter to users.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with job.folder.with_name(f".{job.folder.name}.lock").open("w") as lock:
-            # The process of an earlier, killed comparison may still be about to end.
+            # The process of a killed comparison may not have ended yet.
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not job.ended:
                 _run(job, stop)
@@ -121,14 +121,14 @@ def _run(job: Job, stop: threading.Event) -> None:
 
 
 def _say(reason: str) -> None:
-    # What a reward of the user's own printed comes before it: the log's last line tells why a run failed.
+    """Make the reason of the failure the last line of the log, after what the user's own reward printed."""
     sys.stdout.flush()
     sys.stderr.write(f"{FAILURE}{' '.join(reason.split())}\n")
 
 
 @contextmanager
 def _output_to(log: Path) -> Iterator[None]:
-    """Python's output and that of libraries below it."""
+    """Redirect the output of Python and of native libraries."""
     sys.stdout.flush()
     sys.stderr.flush()
     with log.open("w", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
@@ -145,7 +145,7 @@ def _output_to(log: Path) -> Iterator[None]:
 
 
 def _end_with(parent: int) -> None:
-    """End this process at once when one that it descends from is gone, however that ended."""
+    """End this process as soon as its ancestor ``parent`` is gone."""
     ancestor = next((process for process in psutil.Process().parents() if process.pid == parent), None)
     with suppress(psutil.NoSuchProcess):
         while ancestor is not None and ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE:

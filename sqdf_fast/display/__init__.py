@@ -1,4 +1,4 @@
-"""What people look at: plots, pages, tables, progress and image grids. It knows nothing of a run."""
+"""Plots, pages, tables, progress and image grids, independent of runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of images under the names of what they show."""
+"""Labeled grids of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 
-# Pixels: between images, and of the names of the rows.
+# Pixels: gap between images, and width of the row labels.
 GAP, NAME_WIDTH = 6, 150
 TEXT = (40, 44, 52)
 FAINT = (110, 116, 128)
@@ -21,19 +21,19 @@ _FONT_SIZE, _LINE = 13, 16
 def image_grid(
     images: Sequence[Sequence[Image.Image | None]], rows: Sequence[str], columns: Sequence[str] = (), tile: int = 128
 ) -> Image.Image:
-    """Rows of images, the name of a row at its left and that of a column at its top; long names wrap.
+    """Rows of images with a label left of each row and above each column; long labels wrap.
 
     Args:
-        images: by row, any sizes; each is scaled to fit a square of ``tile`` pixels. None leaves a gap.
-        columns: names; empty for none.
+        images: images of any size by row, scaled to fit a square of ``tile`` pixels. None leaves a gap.
+        rows, columns: labels; columns may be empty.
 
     Raises:
-        UserError: no image, or other numbers of names than of rows and columns.
+        UserError: no image, or a wrong number of labels.
     """
     widths = {len(row) for row in images}
     if len(widths) != 1 or 0 in widths or len(rows) != len(images) or (columns and widths != {len(columns)}):
-        given = f"{len(images)} rows of {sorted(widths)} images, {len(rows)} and {len(columns)} names"
-        raise UserError(f"an image grid needs rows of equal length and a name for each row and column: {given}")
+        given = f"{len(images)} rows of {sorted(widths)} images with {len(rows)} and {len(columns)} labels"
+        raise UserError(f"an image grid needs rows of equal length and a label for each row and column, not {given}")
     font = ImageFont.load_default(size=_FONT_SIZE)
     names = [_wrap(name, font, NAME_WIDTH - 2 * GAP) for name in rows]
     heads = [_wrap(name, font, tile) for name in columns]
@@ -69,7 +69,7 @@ def _paste(sheet: Image.Image, image: Image.Image, left: int, top: int, tile: in
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of ``text`` no wider than ``width``; a word that is wider by itself is broken."""
+    """Lines of ``text`` no wider than ``width`` pixels; wider words are broken."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

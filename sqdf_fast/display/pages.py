@@ -1,14 +1,13 @@
-"""Pages by jinja2, every value escaped: one HTML file that asks the network for nothing."""
+"""Pages by jinja2 with autoescape: one HTML file without network requests."""
 
 from __future__ import annotations
 
 import base64
 import io
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
@@ -17,9 +16,8 @@ from sqdf_fast import __version__
 from sqdf_fast.display.plots import dark_css
 from sqdf_fast.display.units import MINUS, format_bytes, format_duration, format_energy
 
-# Larger images are scaled down: a report of 16 pairs stays a few megabytes.
+# Pixels: larger images are scaled down, so that a report stays a few megabytes.
 EMBEDDED_SIDE = 384
-# A figure, and its interval where it has one.
 _END = rf"([+{MINUS}]?[\d.]+)"
 _INTERVAL = re.compile(rf"(\S+) \[{_END}, {_END}\]")
 
@@ -41,20 +39,19 @@ def environment(folder: Path | None = None) -> Environment:
         lstrip_blocks=True,
     )
     found.filters.update(
-        minus=minus, figure=figure, bytes=format_bytes, duration=format_duration, energy=format_energy, setting=setting
+        minus=lambda text: text.replace("-", MINUS),
+        figure=figure,
+        bytes=format_bytes,
+        duration=format_duration,
+        energy=format_energy,
+        setting=setting,
     )
     found.globals.update(version=__version__, plot_css=dark_css(), image_uri=image_uri)
     return found
 
 
-def minus(text: str) -> str:
-    """``text`` with typographic minus signs."""
-    return text.replace("-", MINUS)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number in a table; ``clear``: its interval excludes 0."""
+class Figure(NamedTuple):
+    """A number in a table, its interval, and whether the interval excludes 0."""
 
     mean: str
     interval: str = ""
@@ -62,10 +59,10 @@ class Figure:
 
 
 def figure(cell: str) -> Figure | None:
-    """A table's cell, "mean [low, high]" or a number; None for a remark."""
+    """A table's cell "mean [low, high]" or "number"; None for a remark."""
     if cell[:1] not in "+-0123456789":
         return None
-    text = minus(cell)
+    text = cell.replace("-", MINUS)
     match = _INTERVAL.fullmatch(text)
     if match is None:
         return Figure(text)
@@ -86,7 +83,7 @@ def setting(value: Any) -> str:
 
 
 def image_uri(source: Path | Image.Image | None) -> str | None:
-    """An image itself, in base64; None where the file is missing or not a whole image."""
+    """An image as a data URI; None for a missing or damaged file."""
     if source is None:
         return None
     if isinstance(source, Image.Image):

@@ -1,4 +1,4 @@
-"""Plots by matplotlib: inline in a page, where they follow its light or dark colours, or as SVG and PNG files."""
+"""Plots by matplotlib, inline in a page in its light or dark colors, or as SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sqdf_fast.files import disk_errors
 
 Point = tuple[float, float]
 
-# The colours of twelve series, then of text, rules and paper: on light, on dark.
+# Colors on light and on dark of twelve series, text, rules and background.
 PALETTE = {
     "c1": ("#2457c5", "#7ba7f7"),
     "c2": ("#c2571a", "#f0995a"),
@@ -42,7 +42,7 @@ PALETTE = {
     "grid": ("#eceae5", "#292d35"),
     "card": ("#ffffff", "#1c1f25"),
 }
-# More marks than these would hide their line.
+# Largest number of points that are marked on a line.
 MARKED = 12
 _TIP = "tip: "
 ROUND = [1, 2, 5, 10]
@@ -54,33 +54,37 @@ class Line:
     """One curve.
 
     Attributes:
-        label: its entry in the legend; empty for none.
-        points: (x, y), x rising.
-        colour: 1 to 12, a colour of the palette.
-        band: (low, high) around each point, or None.
+        label: legend entry, if any.
+        points: (x, y) in order of x.
+        color: number from 1 to 12 in the palette.
+        band: (low, high) around each point.
         faint: thin and pale, for raw values under a smoothed curve.
-        dashed: for baselines.
-        right: measured on an axis of its own, at the right.
+        dashed: style of baselines.
+        right: whether the curve has an axis of its own on the right.
     """
 
     label: str
     points: Sequence[Point]
-    colour: int = 1
+    color: int = 1
     band: Sequence[Point] | None = None
     faint: bool = False
     dashed: bool = False
     right: bool = False
 
+    def finite(self) -> Line:
+        """Without the points that are not finite."""
+        kept = [index for index, point in enumerate(self.points) if all(map(math.isfinite, point))]
+        band = None if self.band is None else [self.band[index] for index in kept]
+        return replace(self, points=[self.points[index] for index in kept], band=band)
+
+    @property
+    def hex(self) -> str:
+        return PALETTE[f"c{self.color}"][0]
+
 
 @dataclass(frozen=True)
 class Bars:
-    """One value of every name.
-
-    Attributes:
-        label: its entry in the legend.
-        values: in the order of the names, from 0; None where unknown.
-        faint: pale, for what is only planned.
-    """
+    """One value per name, in their order, None if unknown; faint bars are pale, for planned values."""
 
     label: str
     values: Sequence[float | None]
@@ -89,14 +93,13 @@ class Bars:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure and its title, which a page writes as the caption and a file above the plot."""
+    """A figure and its title, the caption on a page and the heading in a file."""
 
     title: str
     figure: Figure
 
     @property
     def axes(self) -> Axes:
-        """The main axes."""
         return self.figure.axes[0]
 
     def svg(self) -> str:
@@ -109,11 +112,7 @@ class Chart:
         return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(self.title)}">{text}'
 
     def save(self, path: Path) -> None:
-        """Write the titled plot, as SVG or PNG by the suffix; the SVG is dark for readers who prefer it.
-
-        Raises:
-            UserError: the disk refuses.
-        """
+        """Write the titled plot as SVG or PNG, by the suffix; the SVG has a dark mode. Raises UserError."""
         with rc_context(STYLE):
             self.axes.set_title(self.title)
         content = self._saved(path.suffix[1:], facecolor=PALETTE["card"][0])
@@ -128,14 +127,14 @@ class Chart:
         buffer = io.BytesIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else {}
         with rc_context(STYLE), warnings.catch_warnings():
-            # A name in a script that the bundled font lacks: a browser has another font.
+            # A browser has fonts for the scripts that the bundled one lacks.
             warnings.filterwarnings("ignore", message="Glyph")
             self.figure.savefig(buffer, format=kind, dpi=144, facecolor=facecolor, metadata=metadata)
         return buffer.getvalue()
 
 
 def dark_css() -> str:
-    """Rules that turn plots dark where the reader prefers it."""
+    """Rules that turn plots dark for readers who prefer it."""
     rules = (
         f'[style*="{kind}: {light}"]{{{kind}:{dark}!important}}'
         for light, dark in PALETTE.values()
@@ -150,10 +149,6 @@ def make_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def colour_of(number: int) -> str:
-    return PALETTE[f"c{number}"][0]
-
-
 def line_chart(
     title: str,
     lines: Sequence[Line],
@@ -162,12 +157,13 @@ def line_chart(
     right_label: str = "",
     include: Sequence[float] = (),
 ) -> Chart | None:
-    """Curves over steps or indices; None when no line has a point. Values that are not finite are left out.
+    """Curves over steps or indices, without values that are not finite; None when no line has a point.
 
     Args:
-        include: values that the left axis must reach, such as 0 where shares are compared.
+        include: values that the left axis must reach, such as 0 to compare fractions.
     """
-    lines = [line for line in map(_finite, lines) if line.points]
+    lines = [line.finite() for line in lines]
+    lines = [line for line in lines if line.points]
     if not lines:
         return None
     with rc_context(STYLE):
@@ -183,16 +179,16 @@ def line_chart(
             axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=ROUND))
             _fit(axes)
         if right is not left:
-            colour = colour_of(next(line.colour for line in lines if line.right))
+            color = next(line.hex for line in lines if line.right)
             right.set_ylabel(right_label)
-            right.tick_params(axis="y", labelcolor=colour)
+            right.tick_params(axis="y", labelcolor=color)
             right.grid(visible=False)
         _legend(figure)
     return Chart(title, figure)
 
 
 def moving_average(points: Sequence[Point], window: int) -> list[Point]:
-    """Centred mean of up to ``window`` (odd) neighbours; of fewer at the ends."""
+    """Centered mean of ``window`` (odd) neighbors, fewer at the ends."""
     if not points:
         return []
     ones, values = np.ones(window), np.array([y for _, y in points], dtype=np.float64)
@@ -201,31 +197,25 @@ def moving_average(points: Sequence[Point], window: int) -> list[Point]:
     return [(x, float(mean)) for (x, _), mean in zip(points, sums / counts, strict=True)]
 
 
-def _finite(line: Line) -> Line:
-    kept = [index for index, point in enumerate(line.points) if all(map(math.isfinite, point))]
-    band = None if line.band is None else [line.band[index] for index in kept]
-    return replace(line, points=[line.points[index] for index in kept], band=band)
-
-
 def _draw(axes: Axes, line: Line) -> None:
-    colour, (x, y) = colour_of(line.colour), zip(*line.points, strict=True)
+    color, (x, y) = line.hex, zip(*line.points, strict=True)
     if line.band is not None:
         low, high = zip(*line.band, strict=True)
-        axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0, clip_on=False)
+        axes.fill_between(x, low, high, color=color, alpha=0.14, linewidth=0, clip_on=False)
     style: dict[str, Any] = {"linewidth": 1, "alpha": 0.4} if line.faint else {"linewidth": 2}
-    axes.plot(x, y, "--" if line.dashed else "-", color=colour, label=line.label, clip_on=False, **style)
+    axes.plot(x, y, "--" if line.dashed else "-", color=color, label=line.label, clip_on=False, **style)
     if len(line.points) <= MARKED and not line.faint:
         for point in line.points:
-            add_mark(axes, point, f"{line.label or 'value'} {point[1]:.4g} at {point[0]:g}", colour, 6, clip_on=False)
+            add_mark(axes, point, f"{line.label or 'value'} {point[1]:.4g} at {point[0]:g}", color, 6, clip_on=False)
 
 
-def add_mark(axes: Axes, point: Point, tip: str, colour: str, size: float, marker: str = "o", **style: Any) -> None:
+def add_mark(axes: Axes, point: Point, tip: str, color: str, size: float, marker: str = "o", **style: Any) -> None:
     """A marker that says ``tip`` under a mouse."""
-    axes.plot(*point, marker, color=colour, markersize=size, markeredgewidth=0, gid=_TIP + tip, **style)
+    axes.plot(*point, marker, color=color, markersize=size, markeredgewidth=0, gid=_TIP + tip, **style)
 
 
 def _fit(axes: Axes) -> None:
-    """Fit the axes to the data; quantities that cannot be negative keep their zero."""
+    """Fit the axes to the data, without negative values if the data has none."""
     axes.margins(x=0, y=0.06)
     axes.autoscale_view()
     bottom, top = axes.dataLim.intervaly
@@ -241,16 +231,17 @@ def _legend(figure: Figure) -> None:
         figure.legend(shown.values(), shown.keys(), loc="outside lower left", ncols=columns, handlelength=1.6)
 
 
-def bar_chart(title: str, names: Sequence[str], groups: Sequence[Bars], unit: str, colour: int = 1) -> Chart | None:
-    """Horizontal bars, a row a name; None when no value is above 0.
+def bar_chart(title: str, names: Sequence[str], groups: Sequence[Bars], unit: str, color: int = 1) -> Chart | None:
+    """Horizontal bars; None when no value is above 0.
 
     Args:
-        names: of the rows, from the top.
-        groups: the bars of a row, from its top; a group without any value is left out.
-        unit: under the axis.
+        names: names of the rows, from the top.
+        groups: bars of each row, from its top; groups without any value are left out.
+        unit: label of the axis.
     """
-    measured = [(group, np.array([_length(value) for value in group.values])) for group in groups]
-    shown = [(group, values) for group, values in measured if not np.isnan(values).all()]
+    lengths = [np.array(group.values, dtype=np.float64) for group in groups]
+    lengths = [np.where(np.isfinite(values) & (values >= 0), values, math.nan) for values in lengths]
+    shown = [(group, values) for group, values in zip(groups, lengths, strict=True) if not np.isnan(values).all()]
     if not any(np.nanmax(values) > 0 for _, values in shown):
         return None
     with rc_context(STYLE):
@@ -259,7 +250,7 @@ def bar_chart(title: str, names: Sequence[str], groups: Sequence[Bars], unit: st
         for place, (group, values) in enumerate(shown):
             rows = np.arange(len(names)) + (place - (len(shown) - 1) / 2) * height
             alpha = 0.35 if group.faint else 1.0
-            bars = axes.barh(rows, values, height, color=colour_of(colour), alpha=alpha, label=group.label)
+            bars = axes.barh(rows, values, height, color=PALETTE[f"c{color}"][0], alpha=alpha, label=group.label)
             axes.bar_label(bars, fmt="%.3g", padding=4, color=PALETTE["soft"][0])
         axes.set(xlabel=unit, yticks=range(len(names)), yticklabels=names)
         axes.invert_yaxis()
@@ -267,7 +258,3 @@ def bar_chart(title: str, names: Sequence[str], groups: Sequence[Bars], unit: st
         axes.grid(axis="x")
         _legend(figure)
     return Chart(title, figure)
-
-
-def _length(value: float | None) -> float:
-    return value if value is not None and math.isfinite(value) and value >= 0 else math.nan

@@ -1,10 +1,9 @@
-"""What a run shows while it runs: live bars on a terminal, an occasional line elsewhere."""
+"""Progress of a run: live bars on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,7 +19,7 @@ PLAIN_INTERVAL = 10.0
 
 
 class TimeLeft(ProgressColumn):
-    """The time to the end of a task, as far as its speed predicts it."""
+    """The predicted time to the end of a task."""
 
     max_refresh = 0.5
 
@@ -30,7 +29,7 @@ class TimeLeft(ProgressColumn):
 
 
 class LiveText(ProgressColumn):
-    """A text that is made whenever the bars are drawn."""
+    """A text that is computed whenever the bars are drawn."""
 
     def __init__(self, text: Callable[[], str], style: str = "") -> None:
         super().__init__()
@@ -41,10 +40,7 @@ class LiveText(ProgressColumn):
 
 
 class LiveProgress:
-    """Bars on standard error, redrawn on a terminal; bars that stay are printed at the end elsewhere too.
-
-    A context manager.
-    """
+    """Bars on standard error, live on a terminal; ``stay`` prints them at the end anywhere. A context manager."""
 
     def __init__(self, *columns: ProgressColumn, console: Console | None = None, stay: bool = False) -> None:
         self.console = console or Console(stderr=True)
@@ -56,9 +52,7 @@ class LiveProgress:
             self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._drawn:
             self._bars.stop()
 
@@ -71,14 +65,14 @@ class TrainingProgress(LiveProgress):
     """Step, time left, reward, KL, memory and phase of a run. A context manager.
 
     Args:
-        total_steps: optimizer steps of the whole run.
-        first_step: steps already done, by the run that is resumed.
-        console: where to write; standard error by default. Live only if it is a terminal.
+        total_steps: number of optimizer steps of the run.
+        first_step: number of steps done before it was resumed.
+        console: standard error by default; live only if it is a terminal.
         clock: seconds; replaced in tests.
-        planned_bytes: the plan's peak; memory is then shown against it.
+        planned_bytes: peak of the plan, shown beside the memory.
 
     Attributes:
-        memory: bytes that are alive now and the most so far, None where unknown; called whenever a line is drawn.
+        memory: function that returns current and peak bytes, None if unknown; called whenever a line is drawn.
     """
 
     def __init__(
@@ -115,17 +109,17 @@ class TrainingProgress(LiveProgress):
         return super().__enter__()
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Say what is being done: "sampling", "training", "evaluating"; and how far, where it takes long."""
+        """Show the current phase, such as "sampling", and its progress."""
         self.phase_name = f"{name} {done}/{total}" if total else name
         if self.step == self.first_step and name in ("checking", "evaluating"):
-            # What precedes the first step says nothing about how long steps take.
+            # The time before the first step does not predict that of steps.
             self._began = self._clock()
 
     def update(self, step: int, reward: float, kl: float | None, share: float | None = None) -> None:
-        """An optimizer step is finished: ``step`` of ``total_steps``, counted from 1.
+        """Optimizer step ``step``, counted from 1, is finished.
 
         Args:
-            share: of the run that is over, in (0, 1]; default: that of its steps. A limit may end it earlier.
+            share: finished fraction of the run, in (0, 1]; default: that of its steps, which a limit may cut short.
         """
         self.step, self.reward, self.kl = step, reward, kl
         self.share = step / self.total_steps if share is None else min(share, 1.0)
@@ -139,14 +133,14 @@ class TrainingProgress(LiveProgress):
         return last or self._last_plain is None or self._clock() - self._last_plain >= PLAIN_INTERVAL
 
     def _expected_steps(self) -> int:
-        """Of the whole run, as its share so far predicts."""
+        """The number of steps that the finished share predicts."""
         return round(self.step / self.share) if 0 < self.step < self.share * self.total_steps else self.total_steps
 
     def _seconds_left(self) -> float | None:
         done = self.step - self.first_step
         if done <= 0:
             return None
-        # Steps cost alike, so those of this process predict the rest.
+        # All steps take about as long as those of this process.
         to_come = self.step * (1 / self.share - 1)
         return (self._clock() - self._began) / done * to_come
 
@@ -168,7 +162,7 @@ class TrainingProgress(LiveProgress):
 
 
 class StageProgress(LiveProgress):
-    """A bar a stage, called with (stage, done, total, figures). A context manager."""
+    """A bar per stage, called with (stage, done, total, figures). A context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(
@@ -189,6 +183,6 @@ class StageProgress(LiveProgress):
         self._bars.update(self._tasks[stage], completed=done, total=total, figures=shown)
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Draw the bar of stage ``name``; one without a total has nothing to show yet."""
+        """Draw the bar of stage ``name``, if its total is known."""
         if total:
             self(name, done, total, {})

@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# No table is as wide: a terminal wraps or scrolls, a file keeps its lines.
+# Wider than any table, so that rich does not wrap.
 _WIDTH = 10_000
 
 
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Columns aligned under their heads, without a head line where there are no heads.
+    """Columns aligned under their heads; no head line without heads.
 
     Args:
-        rows: as many cells as columns; a shorter row is a name and a remark, printed below the table.
-        left: columns aligned to the left; the others to the right.
+        rows: a cell per column; shorter rows, a name and a remark, are printed below the table.
+        left: left-aligned columns; the others are right-aligned.
     """
     rows = [list(row) for row in rows]
     columns = len(heads) or max(map(len, rows))

@@ -1,4 +1,4 @@
-"""Trade-off plots: one score against another or against cost, a curve a method."""
+"""Trade-off plots: one score against another or against cost, a curve per method."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from sqdf_fast.display.plots import PALETTE, ROUND, STYLE, Chart, Point, add_mark, colour_of, make_figure
+from sqdf_fast.display.plots import PALETTE, ROUND, STYLE, Chart, Point, add_mark, make_figure
 from sqdf_fast.display.units import MINUS
 
 SERIES = 12
 MARKERS = ("o", "s", "^", "D", "v", "P")
-# A plot that a single curve would make this many times as high leaves out its far end.
+# A plot leaves out the far end of a single curve that would make it more than this many times as high.
 FAR = 2.5
 
 
 @dataclass(frozen=True)
 class Series:
-    """One method's curve, a point an evaluation; ``colour`` counts from 1, ``marker`` is matplotlib's."""
+    """One method's curve, a point per evaluation; its position, from 0, selects color and marker."""
 
     name: str
     points: Sequence[Point]
-    colour: int
-    marker: str
+    position: int
 
-    @staticmethod
-    def of(name: str, points: Sequence[Point], position: int) -> Series:
-        """With the colour and marker of the ``position``-th series, from 0."""
-        return Series(name, points, position % SERIES + 1, MARKERS[position % len(MARKERS)])
+    @property
+    def color(self) -> str:
+        return PALETTE[f"c{self.position % SERIES + 1}"][0]
+
+    @property
+    def marker(self) -> str:
+        return MARKERS[self.position % len(MARKERS)]
 
 
 def tradeoff_chart(
@@ -44,12 +46,11 @@ def tradeoff_chart(
 ) -> Chart:
     """Curves with a mark at each evaluation, a large one at the end, over the Pareto front of all points.
 
-    A curve that collapses leaves the plot, so that the others stay distinct: its large mark is where it leaves, and
-    the legend says where it ends.
+    A curve that collapses leaves the plot to the others: its large mark is where it leaves, and the legend has its end.
 
     Args:
-        level: x of a vertical line: the proxy reward at which methods are compared.
-        better: of x and y, 1 where more is better, -1 where less is, 0 where neither is, which draws no front.
+        level: proxy reward at which methods are compared, a vertical line.
+        better: signs of the good directions of x and y; no front is drawn if one is 0.
     """
     with rc_context(STYLE):
         figure, axes = make_figure(560, 400)
@@ -78,27 +79,26 @@ def tradeoff_chart(
 
 
 def _draw(axes: Axes, one: Series) -> None:
-    """A curve with its marks."""
-    (low, high), colour = axes.get_ylim(), colour_of(one.colour)
-    axes.plot(*zip(*one.points, strict=True), color=colour, linewidth=1.8)
+    low, high = axes.get_ylim()
+    axes.plot(*zip(*one.points, strict=True), color=one.color, linewidth=1.8)
     *before, last = one.points
     end, name = _end(one, low, high)
     shown = [(point, point, 5.2) for point in before if low <= point[1] <= high]
     for place, point, size in [*shown, (end, last, 9)]:
         tip = f"{one.name}: {axes.get_xlabel()} {point[0]:.4g}, {axes.get_ylabel()} {point[1]:.4g}"
         label = name if point is last else ""
-        add_mark(axes, place, tip, colour, size, one.marker, clip_on=False, zorder=3, label=label)
+        add_mark(axes, place, tip, one.color, size, one.marker, clip_on=False, zorder=3, label=label)
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or 0.5 * max(abs(low), 1.0)
-    # Quantities that cannot be negative keep their zero.
+    # No negative axis for quantities that are not negative.
     return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
 
 
 def in_view(series: Sequence[Series], better: int) -> list[float]:
-    """The heights that a plot has to show: all, or not those of a single curve that is far worse than the others."""
+    """All heights, or those without the far end of a single curve that is far worse than the others."""
     heights = [[y for _, y in one.points] for one in series]
     everything = [y for one in heights for y in one]
     if len(series) < 3 or not better:
@@ -110,7 +110,7 @@ def in_view(series: Sequence[Series], better: int) -> list[float]:
 
 
 def _end(one: Series, low: float, high: float) -> tuple[Point, str]:
-    """Where a curve's large mark is, at its end or where it last leaves the plot, and its entry in the legend."""
+    """The position of a curve's large mark, its end or where it last leaves the plot, and its legend entry."""
     end = one.points[-1]
     if low <= end[1] <= high:
         return end, one.name

@@ -1,4 +1,4 @@
-"""Numbers for people: durations, bytes and energy in units that read at a glance."""
+"""Durations, bytes and energy in readable units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder each, whole or absent, verified when read back."""
+"""Checkpoints: one folder each, written atomically and verified when read back."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def save_checkpoint(
     """Write ``folder/step_{step}`` atomically and drop all but the newest ``keep`` checkpoints.
 
     Args:
-        tensors: any names, any dtypes; values: what JSON can hold.
+        tensors: any names and dtypes.
+        values: JSON values.
 
     Raises:
-        UserError: the disk refuses; what was there before is untouched.
+        UserError: the disk refuses; existing checkpoints are untouched.
     """
     path = folder / f"step_{step:06d}"
     with atomic_folder(path) as partial:
@@ -56,7 +57,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and values of one checkpoint.
 
     Raises:
-        UserError: a file is missing, unreadable, or not the one that was written.
+        UserError: a file is missing, unreadable or altered.
     """
     try:
         values = json.loads((path / _VALUES).read_text(encoding="utf-8"))

@@ -1,13 +1,12 @@
-"""What a run was planned to take, and what it took."""
+"""A run's plan beside its measurements."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqdf_fast.runs.metrics import Record
 
@@ -16,30 +15,27 @@ SAMPLING = "sampling"
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A figure of the plan beside the measured one; None where unknown."""
+class Measure(NamedTuple):
+    """A planned figure beside the measured one; None where unknown."""
 
     planned: float | None = None
     measured: float | None = None
 
     @property
     def difference(self) -> str:
-        """The measured figure against the planned one, "+3.1%"; empty where one of them is missing."""
+        """Relative deviation of the measured figure, "+3.1%"; empty if one of them is missing."""
         if not self.planned or self.measured is None:
             return ""
         return f"{self.measured / self.planned - 1:+.1%}"
 
 
-@dataclass(frozen=True)
-class StageFigures:
+class StageFigures(NamedTuple):
     """One stage of a step.
 
     Attributes:
-        memory: bytes; measured is the largest peak of the steps that were measured.
-        seconds: measured is their median, so that a first step's warm-up does not count; of the sampling, a step's
-            share.
-        note: what the plan traded in this stage.
+        memory: bytes; largest measured peak.
+        seconds: median, so that the warm-up in the first step does not count; of sampling, a step's share.
+        note: trade-off that the plan made in this stage.
     """
 
     name: str
@@ -48,19 +44,18 @@ class StageFigures:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A plan beside the records of the steps.
 
     Attributes:
-        planned: a readable plan exists.
-        stages: in the plan's order, then those that it does not know.
-        peak: bytes of a GPU's allocator, or of a counter of live tensors on a CPU.
-        seconds: of a step; measured is the mean over all steps, sampling included.
-        reserve: bytes that the plan leaves free beside its peak.
-        joules: of a step, mean of those that were measured.
-        events: (step, what happened to the budget).
-        measured_steps: steps whose stages were measured.
+        planned: whether a readable plan exists.
+        stages: stages in the plan's order, then those that it does not know.
+        peak: bytes of a GPU's allocator, or of live tensors on a CPU.
+        seconds: time per step; measured is the mean over all steps, including sampling.
+        reserve: bytes that the plan leaves free above its peak.
+        joules: mean energy of the measured steps.
+        events: steps and descriptions of out-of-memory fallbacks.
+        measured_steps: number of steps whose stages were measured.
     """
 
     planned: bool
@@ -84,7 +79,7 @@ class Comparison:
 
 
 def read_plan(folder: Path) -> Record:
-    """``plan.json`` of a run folder; empty if the run has none, or one that cannot be read."""
+    """``plan.json`` of a run folder; empty if it is missing or cannot be read."""
     try:
         plan = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -93,12 +88,12 @@ def read_plan(folder: Path) -> Record:
 
 
 def compare(plan: Mapping[str, Any], steps: Iterable[Record], on_gpu: bool, steps_per_refill: int = 1) -> Comparison:
-    """Set ``plan`` against the records of kind "step".
+    """Compare ``plan`` with the records of kind "step".
 
     Args:
-        on_gpu: ``memory_bytes`` of the records are a GPU allocator's peak; on a CPU they are the whole process's
-            resident memory, which no plan predicts.
-        steps_per_refill: one sampling serves so many steps, as the plan's line of it says already.
+        on_gpu: whether ``memory_bytes`` is a GPU allocator's peak; on a CPU it is the resident memory of the process,
+            which no plan predicts.
+        steps_per_refill: number of steps per sampling, which the plan has already taken into account.
     """
     steps = list(steps)
     stages = _stages(plan, steps, steps_per_refill)
@@ -121,17 +116,16 @@ def compare(plan: Mapping[str, Any], steps: Iterable[Record], on_gpu: bool, step
 def _stages(plan: Mapping[str, Any], steps: Iterable[Record], steps_per_refill: int) -> list[StageFigures]:
     named = [stage for stage in plan.get("stages") or () if isinstance(stage, Mapping) and "name" in stage]
     planned: dict[str, Mapping[str, Any]] = {str(stage["name"]): stage for stage in named}
-    measured: dict[str, list[tuple[float | None, float]]] = {}
+    measured: dict[str, list[tuple[float | None, float]]] = {name: [] for name in planned}
     for name, peak, seconds in (stage for step in steps for stage in step.get("stages") or ()):
         measured.setdefault(name, []).append((peak, seconds))
     found = []
-    for name in dict.fromkeys([*planned, *measured]):
-        plan_of, of_steps = planned.get(name, {}), measured.get(name, [])
-        peaks = [peak for peak, _ in of_steps if peak is not None]
+    for name, pairs in measured.items():
+        plan_of = planned.get(name, {})
         shared = steps_per_refill if name == SAMPLING else 1
-        seconds = median(seconds for _, seconds in of_steps) / shared if of_steps else None
-        memory = Measure(_bytes(plan_of.get("live_gib")), max(peaks, default=None))
-        time = Measure(_number(plan_of.get("seconds")), seconds)
+        seconds = median(seconds for _, seconds in pairs) / shared if pairs else None
+        peak = max((peak for peak, _ in pairs if peak is not None), default=None)
+        memory, time = Measure(_bytes(plan_of.get("live_gib")), peak), Measure(_number(plan_of.get("seconds")), seconds)
         found.append(StageFigures(name, memory, time, str(plan_of.get("note") or "")))
     return found
 

@@ -1,4 +1,4 @@
-"""Which versions and which machine a run had."""
+"""Versions and machine of a run."""
 
 from __future__ import annotations
 
@@ -6,34 +6,23 @@ import importlib.metadata
 import json
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 from sqdf_fast.files import disk_errors
 
 FILE = "environment.json"
-_PACKAGES = (
-    "sqdf-fast",
-    "torch",
-    "triton",
-    "diffusers",
-    "transformers",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "numpy",
-)
+_PACKAGES = ("sqdf-fast", "torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
 def environment() -> dict[str, str]:
-    """Names and versions, in the order to show them."""
+    """Names and versions in display order."""
     import torch
 
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     found["CPU cores"] = str(os.cpu_count())
     found["torch threads"] = str(torch.get_num_threads())
     if torch.cuda.is_available():
@@ -43,7 +32,7 @@ def environment() -> dict[str, str]:
 
 
 def write_environment(run_folder: Path) -> None:
-    """Keep :func:`environment` in the run folder, so that a later report still tells what the run had."""
+    """Write :func:`environment` into the run folder. Raises UserError when the disk refuses."""
     path = run_folder / FILE
     with disk_errors(path):
         path.write_text(json.dumps(environment(), indent=1) + "\n", encoding="utf-8")

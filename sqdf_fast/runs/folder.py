@@ -1,9 +1,10 @@
-"""The folder of one run: where each file lies and who may write it."""
+"""The folder of one run and the paths in it."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from sqdf_fast.config import Config, dump_config, make_config, read_config_file
@@ -26,7 +27,7 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def policy(self, config: Config) -> Path:
-        """The result: a folder that diffusers' load_lora_weights reads, or the trained network's own."""
+        """Folder of the result: a LoRA for diffusers' load_lora_weights, or the trained network."""
         return self.path / ("network" if config.policy.kind == "full" else "lora")
 
     @property
@@ -47,7 +48,7 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path, config: Config) -> RunFolder:
-        """A new run. Raises UserError when ``path`` holds something or cannot be written."""
+        """Start a new run. Raises UserError when ``path`` is not empty or cannot be written."""
         RunFolder.refuse_existing(path)
         run = RunFolder(path)
         with disk_errors(path):
@@ -68,7 +69,4 @@ class RunFolder:
     @staticmethod
     def next_free(parent: Path, name: str) -> Path:
         """``parent/name-001`` or the first number after it that is free."""
-        number = 1
-        while (path := parent / f"{name}-{number:03d}").exists():
-            number += 1
-        return path
+        return next(path for number in count(1) if not (path := parent / f"{name}-{number:03d}").exists())

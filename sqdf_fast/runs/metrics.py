@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object a line, appended while a run proceeds."""
+"""``metrics.jsonl``: one JSON object per line, appended during a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sqdf_fast.errors import UserError
@@ -22,13 +21,12 @@ Record = dict[str, Any]
 
 
 class MetricsLog:
-    """Appends records to a file; every line has left the process before the next step begins.
+    """Appends records to a file without buffering; a context manager.
 
-    A line that an interrupted process left half-written is cut off when the file is opened again.
-    A context manager; otherwise close it.
+    Opening the file again removes a line that an interrupted process left half-written.
 
     Raises:
-        UserError: the file cannot be written (permissions, a full disk).
+        UserError: the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,11 +36,7 @@ class MetricsLog:
         self._file = _open(path)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record. None becomes null.
-
-        Raises:
-            UserError: a value is NaN or infinite, or the disk refuses.
-        """
+        """Write one record. Raises UserError when a value is not finite or the disk refuses."""
         _refuse_non_finite(record, record.get("step"))
         line = (json.dumps(record) + "\n").encode()
         with disk_errors(self.path):
@@ -50,7 +44,7 @@ class MetricsLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def truncate(self, step: int, evaluated: int) -> None:
-        """Drop what a resumed run writes again: beyond ``step``, of evaluations beyond ``evaluated``, and its end."""
+        """Drop what a resumed run writes again: steps after ``step``, evaluations after ``evaluated``, and the end."""
         self._file.close()
         kept = [
             record
@@ -67,17 +61,15 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of ``path`` in order; a cut last line is left out.
+    """The records of ``path`` in order, without an incomplete last line.
 
     Raises:
-        UserError: the file is missing, or a line before the last is not a JSON object with a ``step``.
+        UserError: the file is missing, or a line before the last is damaged.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -85,7 +77,7 @@ def read_metrics(path: Path) -> list[Record]:
         raise UserError(f"metrics {path}: cannot be read ({error.strerror}); give the folder of a run") from None
     records = []
     for number, line in enumerate(lines, start=1):
-        record = _parsed(line)
+        record = parse_record(line)
         if record is not None:
             records.append(record)
         elif number < len(lines):
@@ -93,7 +85,8 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def _parsed(line: str) -> Record | None:
+def parse_record(line: str | bytes) -> Record | None:
+    """A line of metrics.jsonl; None if it is not a JSON object with a ``step``."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -103,7 +96,7 @@ def _parsed(line: str) -> Record | None:
 
 def _open(path: Path) -> io.FileIO:
     with disk_errors(path):
-        # Unbuffered: after a failed write nothing is left over that closing the file would try again.
+        # Unbuffered, so that closing the file does not repeat a failed write.
         return io.FileIO(path, "a")
 
 

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sqdf_fast.config import dotted
 from sqdf_fast.display.pages import render_page
 from sqdf_fast.display.units import format_bytes, format_duration
 from sqdf_fast.files import write_text
 from sqdf_fast.monitor import watched
 from sqdf_fast.runs.charts import evaluation_charts, monitor_charts, stage_charts, training_charts
-from sqdf_fast.runs.comparison import Comparison, Measure
-from sqdf_fast.runs.run import Run, cost, read_run, summarise
+from sqdf_fast.runs.comparison import Comparison
+from sqdf_fast.runs.run import Run, Summary, cost, read_run
 from sqdf_fast.runs.samples import Samples
 
 T = TypeVar("T")
 
 FILM_ROWS, FILM_STEPS = 6, 7
 _UNKNOWN = "\N{EN DASH}"
-_STAGE_HEADS = (
-    "stage",
-    "memory planned",
-    "memory measured",
-    "difference",
-    "time planned",
-    "time measured",
-    "difference",
-    "note",
-)
 _CONSEQUENCES = {
     "warn": "The run continued; an earlier checkpoint, if it wrote one, holds the weights before the alarm.",
     "stop": "The run ended there.",
@@ -50,64 +41,62 @@ def write_report(run_folder: Path) -> Path:
 
 def render_report(run: Run) -> str:
     """The page as text. It asks the network for nothing."""
+    config, comparison = run.config, run.comparison
+    model, reward = (str(config.get(key) or "unnamed").rstrip("/").rsplit("/", 1)[-1] for key in ("model", "reward"))
+    prompt, seed = next(iter(run.samples.prompts), ""), str(config.get("seed", 0))
+    used = (config.get("evaluation") or {}).get("prompts")
+    own = used is None or used == config.get("prompts")
+    alarms = _alarms(run)
+    remarks = [" ".join(said) for said in (_planned(comparison, run.plan), _missing(comparison, run.on_gpu)) if said]
     return render_page(
         Path(__file__).with_name("report.html"),
-        title=f"{_name(run.config.get('model'))} fine-tuned towards {_name(run.config.get('reward'))}",
+        title=f"{model} fine-tuned towards {reward}",
         origin=run.folder.resolve().name,
         facts=_facts(run),
-        summary=summarise(run.judged),
+        summary=Summary(run.judged),
         samples=run.samples,
-        sample_command=_sample_command(run),
+        # The prompt of the first pair of images with other noise.
+        sample_command=shlex.join(["sqdf-fast", "sample", str(run.folder), prompt, "--seed", seed]),
         film=_film(run.samples),
-        evaluated_on=_evaluated_on(run),
+        evaluated_on="The prompts of the training" if own else f"The prompts of {used}, which training never used",
         evaluation_charts=evaluation_charts(run.evaluations),
-        monitor=_monitor(run),
+        alarms=alarms,
+        monitor_charts=[] if alarms is None else monitor_charts(run.evaluations, run.alarms),
         training_charts=training_charts(run.steps),
         cost=cost(run),
-        comparison=run.comparison,
-        plan=_plan(run),
-        configuration=_configuration(run.config),
+        comparison=comparison,
+        remarks=remarks,
+        tiles=_tiles(comparison),
+        stages=_stage_table(comparison),
+        stage_charts=stage_charts(comparison),
+        # Settings by section, those without a section first.
+        configuration={
+            "run": {key: value for key, value in config.items() if not isinstance(value, Mapping)},
+            **{key: dotted(value) for key, value in config.items() if isinstance(value, Mapping) and value},
+        },
         environment=run.environment,
     )
 
 
-def _name(setting: Any) -> str:
-    return str(setting).rstrip("/").rsplit("/", 1)[-1] if setting else "unnamed"
-
-
 def _facts(run: Run) -> list[str]:
-    planned = run.config.get("steps")
+    planned, preset = run.config.get("steps"), run.config.get("preset")
     state = f"{run.last_step} of {planned} steps" if isinstance(planned, int) else f"{run.last_step} steps"
     if run.ended is None:
         state = f"partial run: {state}"
     elif run.ended != "steps":
         state = f"{run.last_step} steps, ended by its {run.ended}"
-    preset = run.config.get("preset")
     return [state, f"seed {run.config.get('seed', 'unknown')}", *([f"preset {preset}"] if preset else [])]
 
 
-def _sample_command(run: Run) -> str:
-    """A command that draws from this run what its first pair of images shows, with other noise."""
-    prompt = next(iter(run.samples.prompts), "")
-    return shlex.join(["sqdf-fast", "sample", str(run.folder), prompt, "--seed", str(run.config.get("seed", 0))])
-
-
-def _evaluated_on(run: Run) -> str:
-    used = (run.config.get("evaluation") or {}).get("prompts")
-    if used is None or used == run.config.get("prompts"):
-        return "The prompts of the training"
-    return f"The prompts of {used}, which training never used"
-
-
 def _evenly(items: Sequence[T], count: int) -> list[T]:
-    """At most ``count`` items, the first and the last among them."""
+    """At most ``count`` items, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[round(position * (len(items) - 1) / (count - 1))] for position in range(count)]
 
 
 def _film(samples: Samples) -> tuple[list[str], list[tuple[str, list[Path | None]]]] | None:
-    """Column heads and rows of images, a prompt a row; None for fewer than three steps."""
+    """Column heads and rows of images, a prompt per row; None for fewer than three steps."""
     steps = _evenly(list(samples.steps), FILM_STEPS)
     if len(steps) < 3:
         return None
@@ -116,8 +105,8 @@ def _film(samples: Samples) -> tuple[list[str], list[tuple[str, list[Path | None
     return heads, [(prompt, [samples.steps[step][index] for step in steps]) for index, prompt in rows]
 
 
-def _monitor(run: Run) -> dict[str, Any] | None:
-    """Sentences and charts; None where the monitor was off or had nothing to compare."""
+def _alarms(run: Run) -> list[str] | None:
+    """A sentence per alarm; None if the monitor was off or had nothing to compare."""
     action = (run.config.get("monitor") or {}).get("action", "off")
     if action == "off" or len(run.evaluations) < 2 or not watched(run.evaluations):
         return None
@@ -126,16 +115,7 @@ def _monitor(run: Run) -> dict[str, Any] | None:
         consequence = _CONSEQUENCES.get(action, "").format(best_step=alarm.get("best_step", "unknown"))
         reason = alarm.get("reason", "a held-out score fell")
         alarms.append(f"Alarm at step {alarm['step']}: {reason}. {consequence}".strip())
-    return {"alarms": alarms, "charts": monitor_charts(run.evaluations, run.alarms)}
-
-
-def _plan(run: Run) -> dict[str, Any] | None:
-    """Remarks, tiles, table and charts of memory and time; None for a run with neither a plan nor measured stages."""
-    found = run.comparison
-    if not found:
-        return None
-    remarks = [" ".join(said) for said in (_planned(found, run.plan), _missing(found, run.on_gpu)) if said]
-    return {"remarks": remarks, "tiles": _tiles(found), "table": _stage_table(found), "charts": stage_charts(found)}
+    return alarms
 
 
 def _planned(found: Comparison, plan: Mapping[str, Any]) -> list[str]:
@@ -171,50 +151,33 @@ def _missing(found: Comparison, on_gpu: bool) -> list[str]:
 
 
 def _tiles(found: Comparison) -> list[tuple[str, str, str]]:
-    """Value, name and detail of memory and of time."""
+    """Value, name and detail of memory and time."""
     tiles = []
-    for name, more, measure, shown in (
+    for name, more, measure, show in (
         ("peak memory", "", found.peak, format_bytes),
         ("a step", ", sampling included", found.seconds, format_duration),
     ):
-        planned = "" if measure.planned is None else f"planned {shown(measure.planned)}"
+        planned = "" if measure.planned is None else f"planned {show(measure.planned)}"
         if measure.measured is not None:
             against = f" ({measure.difference})" if measure.difference else ""
-            tiles.append((shown(measure.measured), name + more, planned + against))
+            tiles.append((show(measure.measured), name + more, planned + against))
         elif measure.planned is not None:
-            tiles.append((shown(measure.planned), f"{name}, planned", ""))
+            tiles.append((show(measure.planned), f"{name}, planned", ""))
     return tiles
 
 
 def _stage_table(found: Comparison) -> tuple[list[str], list[list[str]]] | None:
-    """Column heads and rows, the last one of the whole step; without empty columns."""
+    """Column heads and rows, the last one for the whole step, without empty columns; None without stages."""
     if not found.stages:
         return None
-    stages = [(stage.name, stage.memory, stage.seconds, stage.note) for stage in found.stages]
-    rows = [
-        [name, *_cells(memory, format_bytes), *_cells(seconds, format_duration), note]
-        for name, memory, seconds, note in [*stages, ("whole step", found.peak, found.seconds, "")]
-    ]
-    filled = [index for index in range(len(_STAGE_HEADS)) if any(row[index].strip(_UNKNOWN) for row in rows)]
-    return [_STAGE_HEADS[index] for index in filled], [[row[index] for index in filled] for row in rows]
-
-
-def _cells(measure: Measure, shown: Callable[[float], str]) -> list[str]:
-    values = [_UNKNOWN if value is None else shown(value) for value in (measure.planned, measure.measured)]
-    return [*values, measure.difference or _UNKNOWN]
-
-
-def _configuration(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Settings by section, those without one first."""
-    sections = {key: _flattened(value) for key, value in config.items() if isinstance(value, Mapping) and value}
-    return {"run": {key: value for key, value in config.items() if not isinstance(value, Mapping)}, **sections}
-
-
-def _flattened(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            flat.update(_flattened(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    rows = []
+    for name, memory, seconds, note in [*found.stages, ("whole step", found.peak, found.seconds, "")]:
+        cells = []
+        for measure, show in ((memory, format_bytes), (seconds, format_duration)):
+            cells += [_UNKNOWN if value is None else show(value) for value in measure]
+            cells.append(measure.difference or _UNKNOWN)
+        rows.append([name, *cells, note])
+    measures = [[f"{kind} planned", f"{kind} measured", "difference"] for kind in ("memory", "time")]
+    heads = ["stage", *measures[0], *measures[1], "note"]
+    filled = [index for index in range(len(heads)) if any(row[index].strip(_UNKNOWN) for row in rows)]
+    return [heads[index] for index in filled], [[row[index] for index in filled] for row in rows]

@@ -1,4 +1,4 @@
-"""A run folder, read back, and what it shows in a few numbers."""
+"""A run folder read back, and its summary."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from sqdf_fast.runs.samples import Samples, read_samples
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds; any part but the configuration may still be empty.
+    """The contents of a run folder; all but the configuration may be empty.
 
     Attributes:
-        config: the nested settings.
-        steps: records of kind "step", in order.
-        evaluations: records of kind "evaluation", in order; alarms: of kind "alarm", what the monitor said.
-        ended: why the run is over: "steps", "limit" or "monitor"; None while it is not.
-        environment: versions; empty if the run kept none.
-        plan: what the planner wrote before the run; empty without one.
+        config: nested settings.
+        steps, evaluations, alarms: records of that kind, in order.
+        ended: reason why the run has ended, "steps", "limit" or "monitor"; None while it has not.
+        environment: versions and machine.
+        plan: plan of the memory budget.
     """
 
     folder: Path
@@ -43,12 +42,12 @@ class Run:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the run was on a GPU: one was there, and the CPU was not asked for."""
+        """Whether the run had a GPU and was not set to the CPU."""
         return "GPU" in self.environment and self.config.get("device", "auto") != "cpu"
 
     @property
     def comparison(self) -> Comparison:
-        """Its plan beside its steps."""
+        """The plan beside the steps."""
         replay = self.config.get("replay")
         shared = replay.get("steps_per_refill") if isinstance(replay, dict) else None
         return compare(self.plan, self.steps, self.on_gpu, shared if isinstance(shared, int) and shared > 0 else 1)
@@ -59,50 +58,52 @@ class Run:
 
     @property
     def judged(self) -> list[Record]:
-        """The evaluations up to the weights that the run left: a restored run left earlier ones than its last."""
+        """The evaluations up to the resulting weights, which are earlier than the last ones in a restored run."""
         monitor = self.config.get("monitor")
         restores = isinstance(monitor, dict) and monitor.get("action") == "restore"
         if self.ended != "monitor" or not restores or not self.alarms:
             return self.evaluations
         return [record for record in self.evaluations if record["step"] <= self.alarms[-1]["best_step"]]
 
-    @property
-    def finished(self) -> bool:
-        return self.ended is not None
 
-
-@dataclass(frozen=True)
 class Summary:
-    """The last evaluation against the first, which is the base model's. None where nothing can be said.
+    """The last evaluation against the first, which is the base model's. What was not measured is None.
 
     Attributes:
-        proxy, true, accuracy, diversity, alignment: (before, after).
-        proxy_gain: in standard deviations of the base model's proxy reward.
-        true_gain: in the true reward's units.
+        proxy, true, accuracy, diversity, alignment: scores (before, after).
+        proxy_gain: rise of the proxy reward in standard deviations of the base model's.
+        true_gain: rise of the true reward, in its own units.
         accuracy_kept, diversity_kept: after / before.
-        shuffled: alignment after training with the prompts shuffled, the level of chance.
+        shuffled: alignment after training with shuffled prompts, the level of chance.
     """
 
-    proxy: tuple[float, float] | None
-    true: tuple[float, float] | None
-    accuracy: tuple[float, float] | None
-    diversity: tuple[float, float] | None
-    alignment: tuple[float, float] | None
-    proxy_gain: float | None
-    true_gain: float | None
-    accuracy_kept: float | None
-    diversity_kept: float | None
-    shuffled: float | None
+    def __init__(self, evaluations: list[Record]) -> None:
+        first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+
+        def pair(key: str) -> tuple[float, float] | None:
+            before, after = first.get(f"eval_{key}"), last.get(f"eval_{key}")
+            return None if len(evaluations) < 2 or before is None or after is None else (before, after)
+
+        def kept(scores: tuple[float, float] | None) -> float | None:
+            return scores[1] / scores[0] if scores and scores[0] else None
+
+        self.proxy, self.true, self.accuracy = pair("proxy_reward"), pair("true_reward"), pair("attribute_accuracy")
+        self.diversity, self.alignment = pair("diversity"), pair("alignment")
+        spread = first.get("eval_proxy_reward_std")
+        self.proxy_gain = (self.proxy[1] - self.proxy[0]) / spread if self.proxy and spread else None
+        self.true_gain = self.true[1] - self.true[0] if self.true else None
+        self.accuracy_kept, self.diversity_kept = kept(self.accuracy), kept(self.diversity)
+        self.shuffled: float | None = last.get("eval_alignment_shuffled")
 
     @property
     def verdict(self) -> str:
         """One sentence for the top of a report."""
         if self.proxy_gain is None:
             return "No evaluation after training yet: the curves show how far the run has come."
-        rise = f"The trained reward rose by {self.proxy_gain:.2f} standard deviations of the base model's"
         if self.proxy_gain <= 0:
             change = f"{self.proxy_gain:+.2f} standard deviations of the base model's"
             return f"The trained reward did not rise ({change})."
+        rise = f"The trained reward rose by {self.proxy_gain:.2f} standard deviations of the base model's"
         if self.true_gain is None:
             return f"{rise}."
         if self.true_gain <= 0:
@@ -111,11 +112,7 @@ class Summary:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder.
-
-    Raises:
-        UserError: no such folder, no ``config.yaml`` in it, or a file in it that is damaged.
-    """
+    """Read a run folder. Raises UserError if it or its ``config.yaml`` is missing, or a file in it is damaged."""
     if not folder.is_dir():
         raise UserError(f"run folder {folder}: does not exist; give the folder that `sqdf-fast train` wrote")
     try:
@@ -152,59 +149,31 @@ def _read_environment(path: Path) -> dict[str, str]:
         return {}
 
 
-def summarise(evaluations: list[Record]) -> Summary:
-    """Compare the last evaluation with the first."""
-    proxy = _before_after(evaluations, "eval_proxy_reward")
-    true = _before_after(evaluations, "eval_true_reward")
-    accuracy = _before_after(evaluations, "eval_attribute_accuracy")
-    diversity = _before_after(evaluations, "eval_diversity")
-    spread = evaluations[0].get("eval_proxy_reward_std") if evaluations else None
-    return Summary(
-        proxy=proxy,
-        true=true,
-        accuracy=accuracy,
-        diversity=diversity,
-        alignment=_before_after(evaluations, "eval_alignment"),
-        proxy_gain=(proxy[1] - proxy[0]) / spread if proxy and spread else None,
-        true_gain=true[1] - true[0] if true else None,
-        accuracy_kept=accuracy[1] / accuracy[0] if accuracy and accuracy[0] else None,
-        diversity_kept=diversity[1] / diversity[0] if diversity and diversity[0] else None,
-        shuffled=evaluations[-1].get("eval_alignment_shuffled") if evaluations else None,
-    )
-
-
-def _before_after(evaluations: list[Record], key: str) -> tuple[float, float] | None:
-    if len(evaluations) < 2:
-        return None
-    before, after = evaluations[0].get(key), evaluations[-1].get(key)
-    return None if before is None or after is None else (before, after)
-
-
 def summary_lines(run: Run) -> list[str]:
     """The summary as plain lines, for the end of a run on a terminal."""
-    summary = summarise(run.judged)
+    summary = Summary(run.judged)
+    scores = (
+        ("proxy reward", summary.proxy, "{:+.2f} base standard deviations", summary.proxy_gain),
+        ("true reward", summary.true, "{:+.3f}", summary.true_gain),
+        ("attribute accuracy", summary.accuracy, "{:.0%} kept", summary.accuracy_kept),
+        ("diversity", summary.diversity, "{:.0%} kept", summary.diversity_kept),
+        ("alignment", summary.alignment, "shuffled prompts {:.3f}", summary.shuffled),
+    )
     rows: list[list[str]] = []
-    if summary.proxy and summary.proxy_gain is not None:
-        rows.append(["proxy reward", _change(summary.proxy, f"{summary.proxy_gain:+.2f} base standard deviations")])
-    if summary.true and summary.true_gain is not None:
-        rows.append(["true reward", _change(summary.true, f"{summary.true_gain:+.3f}")])
-    if summary.accuracy and summary.accuracy_kept is not None:
-        rows.append(["attribute accuracy", _change(summary.accuracy, f"{summary.accuracy_kept:.0%} kept")])
-    if summary.diversity and summary.diversity_kept is not None:
-        rows.append(["diversity", _change(summary.diversity, f"{summary.diversity_kept:.0%} kept")])
-    if summary.alignment:
-        chance = "" if summary.shuffled is None else f"shuffled prompts {summary.shuffled:.3f}"
-        rows.append(["alignment", _change(summary.alignment, chance)])
+    for name, pair, form, figure in scores:
+        if pair and (figure is not None or name == "alignment"):
+            note = "" if figure is None else f"  ({form.format(figure)})"
+            rows.append([name, f"{pair[0]:7.3f} -> {pair[1]:7.3f}{note}"])
     peak = run.comparison.peak
     if peak.planned is not None and peak.measured is not None:
-        pair = f"{format_bytes(peak.measured)} of {format_bytes(peak.planned)} planned"
-        rows.append(["peak memory", f"{pair}  ({peak.difference})"])
+        against = f"{format_bytes(peak.measured)} of {format_bytes(peak.planned)} planned"
+        rows.append(["peak memory", f"{against}  ({peak.difference})"])
     rows.append(["cost", ", ".join(f"{value} {name}" for name, value in cost(run).items())])
     return [summary.verdict, *text_table((), rows, left=(0, 1)).splitlines()]
 
 
 def cost(run: Run) -> dict[str, str]:
-    """What the run took, ready to print: name and value."""
+    """Names and formatted values of what the run spent."""
     training = sum(record.get("seconds") or 0.0 for record in run.steps)
     evaluating = sum(record.get("seconds") or 0.0 for record in run.evaluations)
     memory = [record["memory_bytes"] for record in run.steps if record.get("memory_bytes")]
@@ -217,7 +186,3 @@ def cost(run: Run) -> dict[str, str]:
     if memory:
         found["peak memory"] = format_bytes(max(memory))
     return found
-
-
-def _change(pair: tuple[float, float], note: str) -> str:
-    return f"{pair[0]:7.3f} -> {pair[1]:7.3f}" + (f"  ({note})" if note else "")

@@ -1,7 +1,7 @@
-"""``samples/``: the same seeds and prompts, sampled again as training proceeds.
+"""``samples/``: images of the same seeds and prompts at several steps of training.
 
 samples/samples.json            [{"prompt": ..., "seed": ...}, ...]
-samples/step_000000/00.png ...  images of that list, in its order
+samples/step_000000/00.png ...  one image per entry
 """
 
 from __future__ import annotations
@@ -9,25 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sqdf_fast.files import disk_errors
 from sqdf_fast.rewards.preprocess import to_pil
 
-_STEP_FOLDER = re.compile(r"step_(\d{6,})")
+_STEP = re.compile(r"step_(\d{6,})")
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What a run folder holds of samples.
+class Samples(NamedTuple):
+    """The samples of a run folder.
 
     Attributes:
-        prompts, seeds: one entry an image.
-        steps: by training step, in order, the file of each image; None where it is missing.
+        prompts, seeds: one entry per image.
+        steps: file of each image, None if it is missing, by training step in order.
     """
 
     prompts: list[str]
@@ -54,7 +52,7 @@ def save_samples(run_folder: Path, step: int, images: Tensor, prompts: Sequence[
 
 
 def read_samples(run_folder: Path) -> Samples:
-    """The samples of a run folder; empty where it has none, or where their list is damaged."""
+    """The samples of a run folder; empty if their list is missing or damaged."""
     folder = run_folder / "samples"
     try:
         listing: list[dict[str, Any]] = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
@@ -63,9 +61,7 @@ def read_samples(run_folder: Path) -> Samples:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Samples([], [], {})
     steps = {}
-    for path in folder.iterdir():
-        match = _STEP_FOLDER.fullmatch(path.name)
-        if match:
-            files = [path / f"{index:02d}.png" for index in range(len(prompts))]
-            steps[int(match[1])] = [file if file.is_file() else None for file in files]
+    for match in filter(None, (_STEP.fullmatch(path.name) for path in folder.iterdir())):
+        files = [folder / match[0] / f"{index:02d}.png" for index in range(len(prompts))]
+        steps[int(match[1])] = [file if file.is_file() else None for file in files]
     return Samples(prompts, seeds, dict(sorted(steps.items())))

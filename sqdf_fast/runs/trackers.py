@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from sqdf_fast.config import dotted
 from sqdf_fast.errors import UserError
 from sqdf_fast.files import disk_errors
 from sqdf_fast.rewards.preprocess import to_pil
@@ -57,12 +58,12 @@ class Trackers:
     ) -> Self:
         """Start the named trackers; local files go to ``RUN/trackers/``.
 
-        TensorBoard hides what a killed run logged beyond ``resumed_step``. wandb and trackio continue the same run:
-        wandb ignores the steps that it already has, trackio shows them twice, with equal values.
+        In a resumed run, TensorBoard hides later steps of the killed run; wandb ignores steps that it already has;
+        trackio shows them twice, with equal values.
 
         Args:
             names: any of `NAMES`.
-            config: settings of the run, nested.
+            config: nested settings of the run.
             report: receiver of the message about a tracker that failed.
             resumed_step: step of the checkpoint that the run continues from; None for a new run.
 
@@ -73,9 +74,8 @@ class Trackers:
         return cls([_start(name, run_folder, config, resumed_step) for name in names], report)
 
     def log(self, record: Record) -> None:
-        """Log the numbers of a record of `metrics.jsonl`; records of other kinds than step and evaluation have none."""
-        values = scalars(record)
-        if values:
+        """Log the numbers of a record of `metrics.jsonl`."""
+        if values := scalars(record):
             self._each(lambda tracker: tracker.log(values, step=record["step"]))
 
     def log_images(self, step: int, images: Tensor, prompts: Sequence[str]) -> None:
@@ -97,17 +97,17 @@ class Trackers:
         for tracker in list(self._trackers):
             try:
                 act(tracker)
-            # A tracker may raise anything, from its network or its disk: none of it is worth a run.
+            # No error of a tracker's network or disk may end the run.
             except Exception as error:
                 self._trackers.remove(tracker)
-                self._report(f"{tracker.name} failed and gets no more of this run: {_line(error)}")
+                self._report(f"{tracker.name} failed and receives no more data of this run: {_line(error)}")
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The numbers of a step or evaluation record by tag: ``train/``, ``evaluation/`` and ``kl/index_I``."""
-    if record.get("kind") not in _KINDS:
+    """The numbers of a step or evaluation record by tag ``train/``, ``evaluation/`` and ``kl/index_I``."""
+    prefix = _KINDS.get(record.get("kind", ""))
+    if prefix is None:
         return {}
-    prefix = _KINDS[record["kind"]]
     values = {
         f"{prefix}/{key.removeprefix('eval_')}": value
         for key, value in record.items()
@@ -120,7 +120,7 @@ def _start(name: str, run_folder: Path, config: Mapping[str, Any], resumed_step:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    # Accelerate's logger, which every tracker writes to, needs it.
+    # Accelerate's logger requires it.
     PartialState()
     folder = run_folder / FOLDER
     with disk_errors(folder):
@@ -130,8 +130,11 @@ def _start(name: str, run_folder: Path, config: Mapping[str, Any], resumed_step:
     try:
         tracker.start()
         if resumed_step is None:
-            tracker.store_init_configuration(_flat(config))
-    # Not logged in, no network, a full disk: each package has exceptions of its own.
+            # Numbers, booleans and text are stored as they are, everything else as text.
+            settings = dotted(config).items()
+            known = (bool, int, float, str)
+            tracker.store_init_configuration({key: x if isinstance(x, known) else str(x) for key, x in settings})
+    # Not logged in, no network, a full disk: each package has its own exceptions.
     except Exception as error:
         raise UserError(f"logging.trackers: {name} does not start ({_line(error)}); fix that or leave it out") from None
     return tracker
@@ -148,7 +151,7 @@ def _arguments(name: str, run_folder: Path, folder: Path, resumed_step: int | No
 
 
 def _run_id(folder: Path) -> str:
-    """Identifies the run to a server for as long as its folder lives, wherever that is moved to."""
+    """The run's identity on a server, kept in its folder."""
     path = folder / "id"
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
@@ -157,26 +160,15 @@ def _run_id(folder: Path) -> str:
 
 def _log_images(tracker: Any, step: int, captioned: Sequence[tuple[Any, str]]) -> None:
     if tracker.name == "tensorboard":
-        # It has no captions but its tags.
+        # TensorBoard has no captions but its tags.
         images = {f"samples/{index:02d} {prompt}": image[None] for index, (image, prompt) in enumerate(captioned)}
         tracker.log_images(images, step=step, dataformats="NHWC")
         tracker.tracker.flush()
     else:
-        # accelerate passes no captions on, and logs no images for trackio.
+        # accelerate passes no captions and logs no images for trackio.
         media = importlib.import_module(tracker.name)
         values = {f"samples/{i:02d}": media.Image(image, caption=prompt) for i, (image, prompt) in enumerate(captioned)}
         tracker.log(values, step=step)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; what is no number, truth value or text becomes text."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
 
 
 def _line(error: Exception) -> str:

@@ -117,7 +117,7 @@ def test_nan_and_a_wrong_shape_are_seen(setup):
         (lambda noise: 1.5 * noise, "variance"),
         (lambda noise: noise + 0.5, "mean"),
         (lambda noise: noise[:1].expand_as(noise), "samples"),
-        (lambda noise: noise.sort().values, "neighbours"),
+        (lambda noise: noise.sort().values, "neighbors"),
     ],
 )
 def test_noise_of_its_own_has_to_be_white_and_standard_normal(change, moment):
@@ -125,7 +125,7 @@ def test_noise_of_its_own_has_to_be_white_and_standard_normal(change, moment):
     assert moment in check(setup, altered(setup, lambda noise: (change(noise),)), own_noise=True)
 
 
-def test_wrong_noise_is_found_behind_a_denoising_step():
+def test_wrong_noise_behind_a_denoising_step_is_detected():
     setup = make(PROBLEMS[2])
     assert setup.problem.noise == "drawn"
     given = {name: tensor for name, tensor in setup.inputs.given.items() if name != "seed"}

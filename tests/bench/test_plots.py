@@ -76,9 +76,9 @@ def test_plots_are_drawn_and_linked(results, docs, command):
     for name in names:
         with Image.open(docs / "images" / name) as image:
             assert image.width >= 1200
-            colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=2**24)}
+            colors = {color for _, color in image.convert("RGB").getcolors(maxcolors=2**24)}
         # The light ground, and the lines or bars of torch.compile and ours.
-        assert {(255, 255, 255), (0xE0, 0x8A, 0x1E), (0x1F, 0x6F, 0xB4)} <= colours
+        assert {(255, 255, 255), (0xE0, 0x8A, 0x1E), (0x1F, 0x6F, 0xB4)} <= colors
         assert f"(images/{name})" in page
 
 

@@ -54,7 +54,7 @@ def test_plots_stand_under_their_group(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["study", "longer"])
-def test_what_is_laid_down_is_accepted(name, tmp_path):
+def test_the_committed_protocols_are_accepted(name, tmp_path):
     protocol = make_protocol(read_protocol(Path(comparison.__file__).with_name(f"{name}.yaml")))
     # Names, settings, prompts and grids are looked up before anything runs.
     assert Comparison(protocol, tmp_path).protocol == protocol
@@ -85,7 +85,7 @@ def test_cost_is_that_of_the_fastest_seed_and_of_training_alone():
 def test_what_is_no_study_is_refused_in_one_line(tmp_path, command, capsys):
     (tmp_path / "study").mkdir()
     for folder, said in (
-        (tmp_path / "study", "is no comparison"),
+        (tmp_path / "study", "is not a comparison"),
         (tmp_path, "name the folder after one of bench/study/*.yaml"),
     ):
         assert command("study", str(folder), "--output", str(tmp_path / "docs")) == 2

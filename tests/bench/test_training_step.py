@@ -115,7 +115,7 @@ def test_with_its_quirks_it_is_what_our_options_for_them_give(ours):
 
 def test_every_quirk_changes_the_numbers(ours):
     _, plain = accumulated(ours, published_with(ours, NO_QUIRKS))
-    for quirk in ("denormalised_twice", "hard_clamp", "masked", "grid"):
+    for quirk in ("denormalized_twice", "hard_clamp", "masked", "grid"):
         quirks = replace(NO_QUIRKS, **{quirk: getattr(Quirks(), quirk)})
         _, changed = accumulated(ours, published_with(ours, quirks))
         assert relative(changed, plain) > 1e-4, quirk

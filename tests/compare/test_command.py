@@ -138,7 +138,7 @@ def test_killed_and_started_again(model, folder, capsys, launcher):
     assert (finished / "metrics.jsonl").read_bytes() == before
     capsys.readouterr()
     assert main([*command, "--set", "policy.rank=2"]) == 2
-    assert "out is of another comparison: its settings is" in capsys.readouterr().err
+    assert "out belongs to another comparison: its settings is" in capsys.readouterr().err
 
 
 def test_methods_that_train_nothing_have_a_point_for_each_strength(model, folder, capsys):
@@ -181,7 +181,7 @@ def test_guided_sampling_follows_the_reward_more_at_a_larger_scale(model, folder
     assert main(arguments(model, "--protocol", "protocol.yaml", *IN_PROCESS)) == 0
     found = evaluations(folder / "out" / "runs" / "guided" / "seed-0")
     assert [record["strength"] for record in found] == [2.0, 8.0]
-    # Four guided steps of each picture.
+    # Four guided steps of each image.
     assert [record["spent_unet_evaluations"] for record in found] == [8.0, 8.0]
     low, high = (record["eval_proxy_reward"] for record in found)
     assert low < high
@@ -253,7 +253,7 @@ def test_a_run_that_is_killed_says_so(model, folder, capsys):
     assert main(arguments(model, "--methods", "sqdf", "--seeds", "0")) == 1
     killing.join()
     log = Path("out") / "runs" / "sqdf" / "seed-0.log"
-    said = f"1 run failed; sqdf seed 0: its process was killed (out of memory, perhaps); see {log}."
+    said = f"1 run failed; sqdf seed 0: its process was killed, perhaps for lack of memory; see {log}."
     assert said in capsys.readouterr().err
 
 
@@ -314,7 +314,7 @@ def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
     (run,) = Comparison(stored_protocol(folder / "out"), folder / "out").report().runs
     assert run.unfinished[0].startswith("failed: ")
     assert "no more light" in run.unfinished[0]
-    assert run.unfinished[1] == "broken off, or under way"
+    assert run.unfinished[1] == "interrupted or running"
     (folder / "broken").unlink()
     assert main(["compare", "--resume", "out", *IN_PROCESS]) == 0
 
@@ -327,10 +327,10 @@ def test_a_run_that_fails_does_not_end_the_others(model, folder, capsys):
         (["--seeds", "a"], "invalid --seeds 'a': expected comma-separated whole numbers"),
         (["--ablate", "beta"], "'beta' is unknown; allowed: gamma"),
         (["--set", "objective.alpah=1"], "'objective.alpah' is unknown"),
-        (["--set", "steps=5"], "settings.steps is the comparison's to decide"),
+        (["--set", "steps=5"], "settings.steps is decided by the comparison"),
         (["--protocol", "gone.yaml"], "protocol gone.yaml: cannot be read"),
         (["--resume", "out"], "leave out everything but --jobs, --launcher and --slurm"),
-        (["--output", "full"], "full exists and holds no comparison"),
+        (["--output", "full"], "full exists and is not a comparison"),
         (["--reward", "tast"], "reward 'tast' is unknown; did you mean 'taste'"),
         (["--prompts", "gone.txt"], "prompts 'gone.txt': neither a file nor a named set"),
     ],

@@ -1,20 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
 from sqdf_fast.compare.curves import (
     Curve,
     CurvePosition,
-    Draws,
     Point,
     common_level,
-    cost_at,
     crossing,
     difference,
     estimate,
     read_curve,
-    score_at,
+    resampled_means,
+    value_at,
 )
 from sqdf_fast.compare.protocol import Tuning
 from sqdf_fast.compare.tuning import Trial, choose
@@ -39,9 +40,9 @@ def curve(*proxies: float, seed: int = 0, **scores: list[float]) -> Curve:
 def test_crossing_is_interpolated_between_the_evaluations_around_it():
     found = curve(-1.0, 0.0, 2.0, 1.0, true_reward=[4.0, 6.0, 10.0, 0.0])
     assert crossing(found, 0.5) == CurvePosition(1, 0.25)
-    assert score_at(found, CurvePosition(1, 0.25), "true_reward").tolist() == [7.0]
-    assert cost_at(found, CurvePosition(1, 0.25), "unet_evaluations") == 125.0
-    assert cost_at(found, CurvePosition(1, 0.25), "reward_evaluations") is None
+    assert value_at(found, CurvePosition(1, 0.25), "true_reward").tolist() == [7.0]
+    assert value_at(found, CurvePosition(1, 0.25), "unet_evaluations").tolist() == [125.0]
+    assert value_at(found, CurvePosition(1, 0.25), "reward_evaluations") is None
     # The first time: a curve that falls again is not asked there.
     assert crossing(found, 1.5) == CurvePosition(1, 0.75)
     assert crossing(found, 2.0) == CurvePosition(1, 1.0)
@@ -55,8 +56,8 @@ def test_prompts_are_interpolated_one_by_one():
         Point(0, {"proxy_reward": 0.0, "true_reward": 1.0}, {"true_reward": [0.0, 2.0]}, {}),
         Point(5, {"proxy_reward": 1.0, "true_reward": 3.0}, {"true_reward": [4.0, 2.0]}, {}),
     ]
-    assert score_at(Curve(0, points), CurvePosition(0, 0.25), "true_reward").tolist() == [1.0, 2.0]
-    assert score_at(Curve(0, points), CurvePosition(0, 0.25), "kl") is None
+    assert value_at(Curve(0, points), CurvePosition(0, 0.25), "true_reward").tolist() == [1.0, 2.0]
+    assert value_at(Curve(0, points), CurvePosition(0, 0.25), "kl") is None
 
 
 def test_the_level_is_the_weakest_learning_methods_best():
@@ -75,33 +76,33 @@ def test_the_level_is_the_weakest_learning_methods_best():
 
 def test_estimates_draw_seeds_and_prompts():
     rows = [np.array([0.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])]
-    found = estimate(rows, Draws())
+    found = estimate(rows)
     assert found.mean == 1.5
     assert found.over == "seeds and prompts"
     # Seeds alone have sd .5 / sqrt(2), prompts .816 / sqrt(3): together .59.
     assert found.low == pytest.approx(1.5 - 1.96 * 0.59, abs=0.15)
     assert found.high == pytest.approx(1.5 + 1.96 * 0.59, abs=0.15)
-    assert estimate([np.array([2.0])], Draws()).as_dict() == {"mean": 2.0, "low": None, "high": None, "over": ""}
-    assert estimate([np.array([2.0]), np.array([4.0])], Draws()).over == "seeds"
-    assert estimate([np.array([2.0, 4.0])], Draws()).over == "prompts"
-    assert estimate([], Draws()) is None
+    assert asdict(estimate([np.array([2.0])])) == {"mean": 2.0, "low": None, "high": None, "over": ""}
+    assert estimate([np.array([2.0]), np.array([4.0])]).over == "seeds"
+    assert estimate([np.array([2.0, 4.0])]).over == "prompts"
+    assert estimate([]) is None
 
 
 def test_a_difference_has_the_prompts_in_common():
     luck = np.array([-10.0, 0.0, 10.0])
-    found = difference([luck + 1.0, luck + 1.0], [luck, luck], Draws())
+    found = difference([luck + 1.0, luck + 1.0], [luck, luck])
     # What one prompt gives it gives to both: nothing is left that varies.
     assert (found.mean, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
     # Where one side knows means only, both are taken as means.
-    assert difference([luck + 1.0, luck + 3.0], [np.array([0.5])], Draws()).mean == pytest.approx(1.5)
-    assert difference([luck], [], Draws()) is None
+    assert difference([luck + 1.0, luck + 3.0], [np.array([0.5])]).mean == pytest.approx(1.5)
+    assert difference([luck], []) is None
 
 
 def test_draws_do_not_depend_on_who_asks_first():
-    one, other = Draws(), Draws()
-    other.means(np.zeros((3, 4)), 1)
     values = np.arange(12.0).reshape(3, 4)
-    assert np.array_equal(one.means(values, 0), other.means(values, 0))
+    first = resampled_means(values, 0)
+    resampled_means(np.zeros((3, 4)), 1)
+    assert np.array_equal(first, resampled_means(values, 0))
 
 
 def test_a_runs_records_become_a_curve():

@@ -173,7 +173,7 @@ def test_a_second_ctrl_c_ends_the_runs_at_once(tmp_path):
 
 
 def test_why_a_run_failed(tmp_path):
-    killed = f"its process was killed (out of memory, perhaps); see {tmp_path / 'seed-0.log'}"
+    killed = f"its process was killed, perhaps for lack of memory; see {tmp_path / 'seed-0.log'}"
     assert run(tmp_path, Scripted(), number=1) == {"sqdf seed 0": killed}
     refused = Scripted(said="Traceback (most recent call last):\nModuleNotFoundError: No module named 'sqdf_fast'\n")
     assert run(tmp_path, refused, number=1) == {"sqdf seed 0": "ModuleNotFoundError: No module named 'sqdf_fast'"}
@@ -233,7 +233,7 @@ def test_what_slurm_cannot_take_is_one_line(cluster, monkeypatch):
     with pytest.raises(UserError, match=r"--slurm: Unavailable parameter\(s\): \['partitoin'\]") as error:
         opened("slurm", partitoin="gpu")
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"--slurm time=\.\.\. has no use without --launcher slurm"):
+    with pytest.raises(UserError, match=r"--slurm time=\.\.\. has no effect without --launcher slurm"):
         opened("local", time=20)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="--launcher slurm: `srun` is not installed here"):

@@ -11,14 +11,13 @@ from sqdf_fast.compare.methods import ABLATIONS, METHODS, ablation, builtin, met
 from sqdf_fast.compare.names import look_up
 from sqdf_fast.compare.protocol import (
     _announce,
-    dotted,
     dump_protocol,
     grown,
     make_protocol,
     parse_budget,
     read_protocol,
 )
-from sqdf_fast.config import make_config, settings_of
+from sqdf_fast.config import dotted, make_config, settings_of
 from sqdf_fast.config.merging import merge, nested
 from sqdf_fast.errors import UserError
 
@@ -111,8 +110,8 @@ def test_written_and_read_back(tmp_path):
         (changed(SMALL, ablate=["gamma"], methods=["draft-1"]), "ablated = 'sqdf' is not one of the methods"),
         (changed(SMALL, ablated="mine"), r"ablated = 'mine' is not one of the methods \(sqdf, draft-1\); add it"),
         (changed(SMALL, ablate=["gamma"], ablated="draft-1"), "which the method 'draft-1' does not read"),
-        (changed(SMALL, methods={"best-of-n": {"sweep": [1, 1.5]}}), "1.5 candidates; give whole numbers from 1"),
-        (changed(SMALL, methods={"best-of-n": {"sweep": [0]}}), "0 candidates; give whole numbers from 1"),
+        (changed(SMALL, methods={"best-of-n": {"sweep": [1, 1.5]}}), "1.5 candidates; give integers >= 1"),
+        (changed(SMALL, methods={"best-of-n": {"sweep": [0]}}), "0 candidates; give integers >= 1"),
         (changed(SMALL, methods={"guided": {"sweep": [0, -1]}}), "a guidance scale of -1; give numbers >= 0"),
         (changed(SMALL, methods={"guided": {"sweep": [2, 2]}}), "methods.guided.sweep: 2.0 is given twice"),
         (changed(SMALL, sedes=[1]), "'sedes' is unknown; did you mean 'seeds'"),
@@ -134,7 +133,7 @@ def test_refused(values, said):
 
 @pytest.mark.parametrize("key", ["algorithm", "seed", "steps", "limits.seconds", "evaluation.points"])
 def test_what_the_comparison_decides_is_not_set(key):
-    with pytest.raises(UserError, match=f"settings.{key} is the comparison's to decide"):
+    with pytest.raises(UserError, match=f"settings.{key} is decided by the comparison"):
         make_protocol(changed(SMALL, settings={key: 1})).base()
 
 
@@ -168,7 +167,9 @@ def test_a_folder_grows_by_seeds_methods_and_ablations_and_forgets_none():
 
 def test_a_folder_refuses_anything_else():
     known = make_protocol(SMALL)
-    with pytest.raises(UserError, match=r"^out is of another comparison: its budget is 1000, not 2000; choose another"):
+    with pytest.raises(
+        UserError, match=r"^out belongs to another comparison: its budget is 1000, not 2000; choose another"
+    ):
         grown(known, make_protocol(changed(SMALL, budget=2000)), Path("out"))
     other = {"sqdf": {"settings": {"policy.rank": 2}}}
     with pytest.raises(UserError, match=r"its methods\.sqdf is"):
@@ -278,7 +279,7 @@ def test_every_method_of_the_table_is_a_configuration(name):
 
 def test_settings_that_have_to_be_alike():
     for key in ("reward", "evaluation.num_prompts", "seed", "limits.seconds", "monitor.action"):
-        with pytest.raises(UserError, match=f"method 'x' sets {key}, which has to be alike"):
+        with pytest.raises(UserError, match=f"method 'x' sets {key}, which must be equal"):
             method_config(BASE, "x", {key: 1})
     with pytest.raises(UserError, match=r"method 'x': setting 'objective.alpa' is unknown; did you mean"):
         method_config(BASE, "x", {"objective.alpa": 1})

@@ -14,7 +14,7 @@ from sqdf_fast.compare.figures import figures
 from sqdf_fast.compare.page import verdict, write_page
 from sqdf_fast.compare.protocol import make_protocol
 from sqdf_fast.compare.results import Results, Runs, make_results, write_results
-from sqdf_fast.compare.table import as_text, comparison_table, end_table, equal_table, tuning_sentence
+from sqdf_fast.compare.table import Table, as_text, group_tables, tuning_sentence
 from sqdf_fast.compare.tuning import Trial, choose
 from sqdf_fast.runs import save_samples
 
@@ -108,6 +108,10 @@ def results(folder) -> Results:
     return make_results(protocol, every, choices, {"torch": "2"})
 
 
+def table(results: Results, group: str, kind: str) -> Table:
+    return group_tables(results, group)[kind][1]
+
+
 def test_scores_and_costs_at_equal_reward(results):
     assert (results.levels[""].value, results.levels[""].set_by) == (2.0, "draft-1")
     assert results.levels[""].left_out == ["asleep"]
@@ -160,18 +164,18 @@ def test_the_verdict_is_of_the_scores_that_were_measured(results):
 def test_an_ablation_has_duels_with_its_variants(results):
     (comparison,) = results.comparisons_of("gamma")
     assert (comparison.one, comparison.other, comparison.level) == ("sqdf", "gamma-1", 3.0)
-    assert comparison_table(results, "gamma")[1][0][0] == "gamma-1"
+    assert table(results, "gamma", "differences")[1][0][0] == "gamma-1"
 
 
 def test_tables(results):
-    heads, rows = end_table(results, "")
+    heads, rows = table(results, "", "end")
     assert heads[:4] == ["method", "proxy reward", "true reward", "diversity"]
     assert rows[0][2] == "3.000 [2.990, 3.010]"
     assert rows[0][-4:] == ["2,000", "200", "20 s", "1.0 MiB"]
     assert rows[3] == ["gone", "no <light>"]
-    assert equal_table(results, "")[1][2] == ["asleep", "reached by 0 of 2 seeds (best 0.100)"]
-    assert equal_table(results, "gamma")[1][0][0] == "gamma-0.9 (sqdf itself)"
-    assert comparison_table(results, "")[1][0][:3] == ["draft-1", "2.000", "+0.500 [+0.500, +0.500]"]
+    assert table(results, "", "equal")[1][2] == ["asleep", "reached by 0 of 2 seeds (best 0.100)"]
+    assert table(results, "gamma", "equal")[1][0][0] == "gamma-0.9 (sqdf itself)"
+    assert table(results, "", "differences")[1][0][:3] == ["draft-1", "2.000", "+0.500 [+0.500, +0.500]"]
     text = as_text(results)
     assert "At equal proxy reward 2.000, the best that every seed of draft-1 reached (not set by asleep" in text
     assert "ablation of gamma" in text
@@ -182,9 +186,13 @@ def test_what_stands_at_the_level_before_training_says_so(results):
     points = [replace(one, scores={**one.scores, "proxy_reward": 5.0}) for one in ahead.curves[0].points]
     ahead = replace(ahead, curves=[replace(ahead.curves[0], points=points)])
     found = make_results(results.protocol, [*results.runs[:2], ahead, replace(ahead, training_free=True)], {}, {})
-    assert [row[0] for row in equal_table(found, "")[1]] == ["sqdf", "draft-1", "ahead (before training)", "ahead"]
-    assert [row[0] for row in end_table(found, "")[1]] == ["sqdf", "draft-1", "ahead", "ahead"]
-    assert [row[0] for row in comparison_table(found, "")[1]] == ["draft-1", "ahead (ahead before training)", "ahead"]
+    assert [row[0] for row in table(found, "", "equal")[1]] == ["sqdf", "draft-1", "ahead (before training)", "ahead"]
+    assert [row[0] for row in table(found, "", "end")[1]] == ["sqdf", "draft-1", "ahead", "ahead"]
+    assert [row[0] for row in table(found, "", "differences")[1]] == [
+        "draft-1",
+        "ahead (ahead before training)",
+        "ahead",
+    ]
 
 
 def test_differences_have_the_judges_that_were_asked_for(results):
@@ -195,7 +203,7 @@ def test_differences_have_the_judges_that_were_asked_for(results):
 
     found = make_results(results.protocol, [judged(run) for run in results.runs], {}, {})
     heads = ["against", "proxy reward", "true reward", "diversity", "sharpness", "lpips diversity", "UNet evals, ratio"]
-    assert comparison_table(found, "")[0] == heads
+    assert table(found, "", "differences")[0] == heads
 
 
 def test_tuning_says_what_it_guarded(results):

@@ -12,8 +12,8 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 LEFT = NAME_WIDTH + GAP
 
 
-def flat(colour, size=(64, 64)):
-    return Image.new("RGB", size, colour)
+def flat(color, size=(64, 64)):
+    return Image.new("RGB", size, color)
 
 
 def centres(sheet: Image.Image, tile: int, places: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
@@ -80,9 +80,9 @@ def test_other_shapes_keep_their_proportions():
 @pytest.mark.parametrize(
     ("images", "rows", "columns", "said"),
     [
-        ([[flat(RED)], [flat(RED)]], ["a"], [], r"2 rows of \[1\] images, 1 and 0 names"),
+        ([[flat(RED)], [flat(RED)]], ["a"], [], r"2 rows of \[1\] images with 1 and 0 labels"),
         ([[flat(RED)], [flat(RED), flat(RED)]], ["a", "b"], [], r"2 rows of \[1, 2\] images"),
-        ([[flat(RED)]], ["a"], ["b", "c"], r"1 rows of \[1\] images, 1 and 2 names"),
+        ([[flat(RED)]], ["a"], ["b", "c"], r"1 rows of \[1\] images with 1 and 2 labels"),
         ([], [], [], r"0 rows of \[\] images"),
         ([[]], ["a"], [], r"1 rows of \[0\] images"),
     ],

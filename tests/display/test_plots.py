@@ -114,7 +114,7 @@ def test_included_values_widen_the_axis():
     [
         line_chart('<b>&"', [Line('"x" <i> $\\frac$', [(0, 1.0)])], y_label="<y>"),
         bar_chart('<b>&"', ["<i>"], [Bars('"x" <i> $\\frac$', [1.0])], "<y>"),
-        tradeoff_chart('<b>&"', "x", "<y>", [Series.of('"x" <i> $\\frac$', [(0, 1), (1, 2)], 0)]),
+        tradeoff_chart('<b>&"', "x", "<y>", [Series('"x" <i> $\\frac$', [(0, 1), (1, 2)], 0)]),
     ],
 )
 def test_text_is_escaped_and_a_dollar_is_a_dollar(chart):
@@ -126,7 +126,7 @@ def test_text_is_escaped_and_a_dollar_is_a_dollar(chart):
     assert {"<y>", '"x" <i> $\\frac$'} <= set(words)
 
 
-def test_an_inline_plot_has_the_colours_of_its_page_and_no_address():
+def test_an_inline_plot_has_the_colors_of_its_page_and_no_address():
     text = line_chart("t", [Line("a", [(0, 1.0), (1, 2.0)], 3)]).svg()
     light, dark = PALETTE["c3"]
     assert f"stroke: {light}" in text
@@ -171,9 +171,9 @@ def test_no_bars_to_draw(values):
 
 
 def test_a_plot_is_saved_with_its_title_in_both_formats(tmp_path):
-    markers = [Series.of("", [], position).marker for position in range(7)]
+    markers = [Series("", [], position).marker for position in range(7)]
     assert markers == ["o", "s", "^", "D", "v", "P", "o"]
-    chart = tradeoff_chart("a < b", "x", "y", [Series.of("one", [(0, 0), (1, 1)], 0)], level=0.5)
+    chart = tradeoff_chart("a < b", "x", "y", [Series("one", [(0, 0), (1, 1)], 0)], level=0.5)
     for kind in ("svg", "png"):
         chart.save(tmp_path / "plots" / f"one.{kind}")
     texts = [

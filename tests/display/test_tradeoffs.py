@@ -20,9 +20,9 @@ def legend(chart: Chart) -> list[str]:
     return [text.get_text() for found in chart.figure.legends for text in found.get_texts()]
 
 
-def test_curves_have_their_names_in_their_colours_which_do_not_cover_each_other():
+def test_curves_have_their_names_in_their_colors_which_do_not_cover_each_other():
     names = [f"method-{i}" for i in range(12)]
-    chart = tradeoff_chart("t", "x", "y", [Series.of(n, [(0, 0.0), (1, 1 + i / 100)], i) for i, n in enumerate(names)])
+    chart = tradeoff_chart("t", "x", "y", [Series(n, [(0, 0.0), (1, 1 + i / 100)], i) for i, n in enumerate(names)])
     assert legend(chart) == names
     chart.svg()
     texts = chart.figure.legends[0].get_texts()
@@ -36,8 +36,8 @@ def test_curves_have_their_names_in_their_colours_which_do_not_cover_each_other(
 
 
 def test_a_curve_that_collapses_leaves_the_plot_to_the_others():
-    calm = [Series.of(f"calm-{i}", [(0, 0.0), (1 + i, 2 - 0.5 * i)], i) for i in range(2)]
-    falling = Series.of("fall-1", [(0, 0.0), (1, 2.0), (2, -8.0), (3, -9.0)], 2)
+    calm = [Series(f"calm-{i}", [(0, 0.0), (1 + i, 2 - 0.5 * i)], i) for i in range(2)]
+    falling = Series("fall-1", [(0, 0.0), (1, 2.0), (2, -8.0), (3, -9.0)], 2)
     chart = tradeoff_chart("title", "x", "y", [*calm, falling])
     bottom, top = chart.axes.get_ylim()
     assert (bottom, top) == (0, pytest.approx(2.12))
@@ -52,7 +52,7 @@ def test_a_curve_that_collapses_leaves_the_plot_to_the_others():
     assert "<title>fall-1: x 3, y -9</title>" in chart.svg()
     assert legend(chart) == ["calm-0", "calm-1", "fall-1, ends at \u22129"]
     # Two such curves are no exception, of two curves none is, and none that is good.
-    second = Series.of("falling", falling.points, 3)
+    second = Series("falling", falling.points, 3)
     for series, better in (
         ([*calm, falling, second], 1),
         ([calm[0], falling], 1),

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for every GPU generation, without a GPU, and check the machine code.
 
 The launchers run on tensors without memory under a stand-in driver: what is compiled is what they launch, with the same
-specialisation. Usage:
+specialization. Usage:
 
     python tests/kernels/gate.py            all kernels, dtypes, flags and architectures; exit status 1 on a violation
     python tests/kernels/gate.py --quick    a subset of the flags

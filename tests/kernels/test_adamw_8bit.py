@@ -98,7 +98,7 @@ def test_the_nearest_code_is_found_at_every_boundary(signed: bool) -> None:
     values = near_boundaries(signed)
     blocks = torch.nn.functional.pad(values, (0, -len(values) % 255)).view(-1, 255)
     blocks = torch.cat([torch.ones(len(blocks), 1), blocks], dim=1).flatten()  # absmax 1: nothing is rescaled
-    codes, absmax = reference.quantise(blocks, signed=signed)
+    codes, absmax = reference.quantize(blocks, signed=signed)
     assert torch.equal(absmax, torch.ones(len(blocks) // BLOCK))
     if not signed:
         assert ((codes == 0) == (blocks == 0)).all()
@@ -124,7 +124,7 @@ def test_native_codes_are_the_references_at_every_boundary(signed: bool, instruc
         states = fresh_states(len(given))
         adamw_8bit(torch.zeros(len(given)), given, *states, only, impl="native")
         moments = given if signed else given * given
-        codes, absmax = reference.quantise(moments, signed=signed)
+        codes, absmax = reference.quantize(moments, signed=signed)
         assert torch.equal(states[0 if signed else 1], codes), name
         assert torch.equal(states[2 if signed else 3], absmax), name
 
@@ -173,7 +173,7 @@ def test_32_bit_states_give_adamw(impl: str, dtype: torch.dtype) -> None:
 
 @implementations
 @pytest.mark.parametrize("spread", [0.0, 1.0])
-def test_parameters_are_those_of_bitsandbytes_within_its_own_quantisation_error(impl: str, spread: float) -> None:
+def test_parameters_are_those_of_bitsandbytes_within_its_own_quantization_error(impl: str, spread: float) -> None:
     """Gradients of one magnitude, and of magnitudes over decades, where 8 bits say little of the smaller ones."""
     optim = pytest.importorskip("bitsandbytes.optim")
     generator = torch.Generator().manual_seed(5)
@@ -191,7 +191,7 @@ def test_parameters_are_those_of_bitsandbytes_within_its_own_quantisation_error(
         truth.step()
         apart = (ours - theirs.detach()).double().norm()
         their_error, our_error = ((p.detach().double() - exact.detach()).norm() for p in (theirs, ours))
-        if step == 1:  # nothing has been quantised yet when the parameters are updated
+        if step == 1:  # nothing has been quantized yet when the parameters are updated
             assert apart <= 1e-5 * (exact.detach() - start).norm()
         else:
             assert apart <= their_error
@@ -199,7 +199,7 @@ def test_parameters_are_those_of_bitsandbytes_within_its_own_quantisation_error(
 
 
 @implementations
-def test_states_of_bitsandbytes_are_gone_on_with(impl: str) -> None:
+def test_states_of_bitsandbytes_continue(impl: str) -> None:
     optim = pytest.importorskip("bitsandbytes.optim")
     settings = {name: SETTINGS[name] for name in ("lr", "eps", "weight_decay")}
     theirs = torch.nn.Parameter(torch.randn(50_000, generator=torch.Generator().manual_seed(6)))
@@ -222,7 +222,7 @@ def test_codes_are_those_of_the_exact_search_of_bitsandbytes(signed: bool) -> No
     pytest.importorskip("bitsandbytes")
     moments = gradient_like(torch.empty(20 * 256), 3)
     moments = moments if signed else moments.square()
-    codes, absmax = reference.quantise(moments, signed=signed)
+    codes, absmax = reference.quantize(moments, signed=signed)
     expected, scale = torch.ops.bitsandbytes.quantize_blockwise(moments.double(), dynamic_map(signed), 256)
     assert torch.equal(absmax, scale)
     expected = expected.int() if signed else expected.int().clamp(min=1)
@@ -239,7 +239,7 @@ def test_a_block_without_gradient_stays_zero_and_a_tiny_one_is_no_nan(impl: str)
         adamw_8bit(parameter, gradient, *states, coefficients(step), impl=impl)
     assert torch.isfinite(parameter).all()
     first, second = (
-        reference.dequantise(states[i], states[i + 2], signed=signed) for i, signed in ((0, True), (1, False))
+        reference.dequantize(states[i], states[i + 2], signed=signed) for i, signed in ((0, True), (1, False))
     )
     assert torch.equal(first[:512], torch.zeros(512))
     assert torch.equal(second[:768], torch.zeros(768))
@@ -258,7 +258,7 @@ def test_what_is_not_finite_reaches_its_own_element_and_its_blocks_scale_and_no_
     assert states[2].isfinite().tolist() == states[3].isfinite().tolist() == [True, False, True]
 
 
-def test_stochastic_rounding_takes_one_of_the_two_neighbours_and_is_right_on_average() -> None:
+def test_stochastic_rounding_takes_one_of_the_two_neighbors_and_is_right_on_average() -> None:
     down, up = 1.0, 1.0 + 2.0**-7
     for part in (0.0, 0.125, 0.5, 0.9):
         values = torch.full((2**18,), down + part * 2.0**-7)

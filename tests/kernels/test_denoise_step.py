@@ -448,7 +448,7 @@ def test_seed_draws_the_counter_based_noise(target, dtype):
 @pytest.mark.parametrize(
     "elements", [127, 2048 + 3, *(pytest.param(n, marks=slow_interpreted) for n in (16384 + 3, 36001))]
 )
-def test_row_does_not_depend_on_its_neighbours(target, elements):
+def test_row_does_not_depend_on_its_neighbors(target, elements):
     x, policy, reference, _, index = (t.to(target.device) for t in make((elements,), torch.float32, index=(2, 0, 1, 1)))
     seed, table = torch.arange(4, device=target.device), TRANSITION.to(target.device)
     grads = [t.to(target.device) for t in cotangents(x)]

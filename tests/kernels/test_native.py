@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,26 @@ from torch import Tensor
 
 from sqdf_fast.errors import UserError
 from sqdf_fast.kernels import discounted_loss, native
-from sqdf_fast.kernels.denoise_step import native as denoise_step
+from sqdf_fast.kernels.dispatch import module
 from sqdf_fast.kernels.philox import native as philox
-from sqdf_fast.kernels.posterior_mean import native as posterior_mean
+from sqdf_fast.kernels.philox.reference import Draw
+
+
+class Raw:
+    """The raw functions of an op's native implementation, called with the fields of their arguments."""
+
+    def __init__(self, op: str) -> None:
+        self._native, self._reference = module(op, "native"), module(op, "reference")
+
+    def forward(self, *given: object) -> Any:
+        return self._native.forward(self._reference.Forward(*given))
+
+    def backward(self, *given: object) -> Any:
+        return self._native.backward(self._reference.Backward(*given))
+
+
+denoise_step, posterior_mean = Raw("denoise_step"), Raw("posterior_mean")
+
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -129,9 +147,9 @@ def every_result(shape: tuple[int, ...], guidance_scale: float, dtype: torch.dty
     given = denoise_step.forward(x, policy, reference, table, index, g, noise, None, 0.5, True)
     drawn = denoise_step.forward(x, policy, reference, table, index, g, None, seed, 0.5, True)
     grad_kl = torch.linspace(1, 2, 7)[:batch]
-    pulled = denoise_step.backward(grad, grad_kl, given[2], table, index, g, 0.5, dtype, dtype, True, True)
+    pulled = denoise_step.backward(grad, grad_kl, given[2], table, index, g, 0.5, dtype, dtype)
     mean = posterior_mean.forward(x, policy, table[:, :2], index, g, dtype)
-    back = posterior_mean.backward(grad, table[:, :2], index, g, dtype, dtype, True, True)
+    back = posterior_mean.backward(grad, table[:, :2], index, g, dtype, dtype)
     names = ("x_prev", "kl", "delta", "x_prev_seed", "kl_seed", "delta_seed", "grad_x", "grad_policy", "x0")
     return dict(zip((*names, "mean_grad_x", "mean_grad_output"), (*given, *drawn, *pulled, mean, *back), strict=True))
 
@@ -166,7 +184,7 @@ def test_instruction_sets_give_the_same_bits(
         native.limit_instruction_set(name)
         assert native.instruction_set() == name
         found.append(every_result((2, 3, 2741), guidance_scale, dtype))
-        found[-1]["normal"] = philox.normal(torch.tensor([3, -4]), 5003)
+        found[-1]["normal"] = philox.normal(Draw(torch.tensor([3, -4]), 5003))
     for other in found[1:]:
         assert_same_bits(other, found[0])
 
@@ -194,7 +212,7 @@ def test_past_the_cache_go_the_same_bits(
 @needs_native
 @pytest.mark.usefixtures("cached_traffic")
 def test_only_whole_lines_are_written_past_the_cache() -> None:
-    """Destinations at every offset to a cache line keep their neighbours, whatever the length of a row."""
+    """Destinations at every offset to a cache line keep their neighbors, whatever the length of a row."""
     mean = native.function("sqdf_fast_posterior_mean_forward", "pipiplpdllpii", "i")
     table, index = torch.tensor([[2.0, 3.0]]), torch.zeros(2, dtype=torch.int64)
     native.limit_cached_traffic(0)
@@ -222,9 +240,9 @@ def test_rows_of_every_length_are_walked_to_their_end(numel: int) -> None:
         cut = [tensor[:, :n].contiguous() for tensor in (x, policy, reference)]
         x_prev, _, delta = denoise_step.forward(*cut, table, index, 3.0, noise[:, :n], None, 1.0, True)
         drawn, _, _ = denoise_step.forward(*cut, table, index, 3.0, None, seed, 1.0, True)
-        pulled = denoise_step.backward(grad[:, :n], grad_kl, delta, table, index, 3.0, 1.0, *DTYPES[:2], True, True)
+        pulled = denoise_step.backward(grad[:, :n], grad_kl, delta, table, index, 3.0, 1.0, *DTYPES[:2])
         mean = posterior_mean.forward(cut[0], cut[1], table[:, :2], index, 3.0, torch.float32)
-        back = posterior_mean.backward(grad[:, :n], table[:, :2], index, 3.0, *DTYPES[:2], True, True)
+        back = posterior_mean.backward(grad[:, :n], table[:, :2], index, 3.0, *DTYPES[:2])
         return x_prev, delta, drawn, *pulled, mean, *back
 
     for cut, whole in zip(results(numel), results(20000), strict=True):
@@ -252,7 +270,7 @@ def test_a_sample_is_the_same_alone_and_among_others(guidance_scale: float) -> N
 
 
 def all_floats_near_halves(dtype: torch.dtype) -> Tensor:
-    """Every value of `dtype`, the ties between neighbours, and the floats right beside both."""
+    """Every value of `dtype`, the ties between neighbors, and the floats right beside both."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     finite = values[values.isfinite()].sort().values
     ties = (finite[1:].double() + finite[:-1].double()).div(2).float()
@@ -313,18 +331,18 @@ def test_what_is_not_needed_is_empty_and_changes_nothing_else(traffic: int) -> N
     *_, nothing = denoise_step.forward(x, half, reference, table, index, 3.0, noise, None, 1.0, False)
     assert nothing.dtype == torch.float16
 
-    settings = (table, index, 3.0, 1.0, torch.float32, torch.bfloat16)
-    both = denoise_step.backward(grad, torch.ones(2), delta, *settings, True, True)
-    only_x = denoise_step.backward(grad, torch.ones(2), delta.new_empty(0), *settings, True, False)
-    only_policy = denoise_step.backward(grad, torch.ones(2), delta, *settings, False, True)
-    settings = (table[:, :2], index, 3.0, torch.float32, torch.bfloat16)
-    mean_both = posterior_mean.backward(grad, *settings, True, True)
-    mean_x = posterior_mean.backward(grad, *settings, True, False)
-    mean_output = posterior_mean.backward(grad, *settings, False, True)
+    settings, full, half = (table, index, 3.0, 1.0), torch.float32, torch.bfloat16
+    both = denoise_step.backward(grad, torch.ones(2), delta, *settings, full, half)
+    only_x = denoise_step.backward(grad, torch.ones(2), delta.new_empty(0), *settings, full, None)
+    only_policy = denoise_step.backward(grad, torch.ones(2), delta, *settings, None, half)
+    settings = (table[:, :2], index, 3.0)
+    mean_both = posterior_mean.backward(grad, *settings, full, half)
+    mean_x = posterior_mean.backward(grad, *settings, full, None)
+    mean_output = posterior_mean.backward(grad, *settings, None, half)
     for (first, second), x_alone, second_alone in ((both, only_x, only_policy), (mean_both, mean_x, mean_output)):
         assert (first.dtype, second.dtype, second.shape) == (torch.float32, torch.bfloat16, (4, 720))
         assert torch.equal(x_alone[0], first)
-        assert (x_alone[1].shape, x_alone[1].dtype) == ((0,), torch.bfloat16)
+        assert (x_alone[1].shape, x_alone[1].dtype) == ((0,), grad.dtype)
         assert torch.equal(second_alone[1], second)
         assert second_alone[0].shape == (0,)
 
@@ -337,7 +355,7 @@ def test_a_row_without_the_network_does_not_read_it() -> None:
     x0 = posterior_mean.forward(x, output, table, index, 7.5, torch.float32)
     assert torch.equal(x0, torch.tensor([2.0, 4.0])[:, None].expand(2, 600))
     grad = torch.tensor([torch.inf, 1.0])[:, None].expand(2, 600)
-    _, grad_output = posterior_mean.backward(grad, table, index, 7.5, torch.float32, torch.float32, True, True)
+    _, grad_output = posterior_mean.backward(grad, table, index, 7.5, torch.float32, torch.float32)
     assert torch.equal(grad_output, torch.tensor([0.0, -19.5, 0.0, 22.5])[:, None].expand(4, 600))
 
 
@@ -346,7 +364,7 @@ def test_a_row_without_noise_has_a_gradient_where_the_kl_is_not_part_of_the_loss
     table, index = torch.tensor([[0.5, 2.0, 0.0]]), torch.zeros(2, dtype=torch.int64)
     grad, delta, grad_kl = torch.ones(2, 300), torch.ones(2, 300), torch.tensor([0.0, 1.0])
     settings = (table, index, 1.0, 1.0, torch.float32, torch.float32)
-    grad_x, grad_policy = denoise_step.backward(grad, grad_kl, delta, *settings, True, True)
+    grad_x, grad_policy = denoise_step.backward(grad, grad_kl, delta, *settings)
     assert torch.equal(grad_x, torch.full((2, 300), 0.5))
     assert torch.equal(grad_policy, torch.tensor([2.0, torch.inf])[:, None].expand(2, 300))
 
@@ -357,9 +375,9 @@ def test_results_are_plainly_contiguous_where_an_input_has_odd_strides() -> None
     assert x.is_contiguous()
     table, index = torch.rand(1, 3), torch.zeros(2, dtype=torch.int64)
     x_prev, _, delta = denoise_step.forward(x, x, x, table, index, 1.0, x, None, 1.0, True)
-    grads = denoise_step.backward(x, torch.ones(2), x, table, index, 1.0, 1.0, *DTYPES[:2], True, True)
+    grads = denoise_step.backward(x, torch.ones(2), x, table, index, 1.0, 1.0, *DTYPES[:2])
     x0 = posterior_mean.forward(x, x, table[:, :2], index, 1.0, torch.float16)
-    mean_grads = posterior_mean.backward(x, table[:, :2], index, 1.0, *DTYPES[:2], True, True)
+    mean_grads = posterior_mean.backward(x, table[:, :2], index, 1.0, *DTYPES[:2])
     for result in (x_prev, delta, *grads, x0, *mean_grads):
         assert result.stride() == (30, 30, 5, 1)
 
@@ -369,13 +387,13 @@ def test_results_are_on_the_device_of_the_inputs_and_not_on_the_default_one() ->
     x, index = torch.ones(2, 300), torch.zeros(2, dtype=torch.int64)
     table, dtypes = torch.tensor([[2.0, 3.0, 1.0]]), (torch.float32, torch.bfloat16)
     with torch.device("meta"):
-        results = [philox.words(index, 300), philox.normal(index, 300)]
+        results = [philox.words(Draw(index, 300)), philox.normal(Draw(index, 300))]
         results += denoise_step.forward(x, x, x, table, index, 1.0, x, None, 1.0, True)
         results += denoise_step.forward(x, x, x, table, index, 1.0, None, index, 1.0, False)
-        results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, True, True)
-        results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes, False, False)
+        results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, *dtypes)
+        results += denoise_step.backward(x, x[:, 0], x, table, index, 1.0, 1.0, None, None)
         results += [posterior_mean.forward(x, x, table[:, :2], index, 1.0, torch.float16)]
-        results += posterior_mean.backward(x, table[:, :2], index, 1.0, *dtypes, True, True)
+        results += posterior_mean.backward(x, table[:, :2], index, 1.0, *dtypes)
         loss = discounted_loss(x, x, index[:, None].expand(2, 300), gamma=0.5, alpha=0.25)
         assert torch.empty(1).device.type == "meta"
     assert {result.device.type for result in (*results, loss)} == {"cpu"}
@@ -414,12 +432,12 @@ def test_an_index_is_read_as_pytorch_reads_it() -> None:
         with pytest.raises(IndexError, match="2 steps"):
             posterior_mean.forward(x, x, table, index, 1.0, torch.float32)
         with pytest.raises(IndexError, match="2 steps"):
-            posterior_mean.backward(x, table, index, 1.0, torch.float32, torch.float32, True, True)
+            posterior_mean.backward(x, table, index, 1.0, torch.float32, torch.float32)
         rows = torch.rand(2, 3)
         with pytest.raises(IndexError, match="2 steps"):
             denoise_step.forward(x, x, x, rows, index, 1.0, x, None, 1.0, True)
         with pytest.raises(IndexError, match="2 steps"):
-            denoise_step.backward(x, x[:, 0], x, rows, index, 1.0, 1.0, torch.float32, torch.float32, True, True)
+            denoise_step.backward(x, x[:, 0], x, rows, index, 1.0, 1.0, torch.float32, torch.float32)
 
 
 @needs_native
@@ -429,8 +447,9 @@ def test_a_dtype_that_the_library_does_not_know_is_refused() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("module", [denoise_step, posterior_mean])
-def test_what_the_ops_cannot_run_has_a_reason(module) -> None:
-    assert module.unavailable(torch.device("cpu"), torch.float32) is None
-    assert "reference" in module.unavailable(torch.device("cpu"), torch.float64)
-    assert "CPU" in module.unavailable(torch.device("cuda"), torch.float32)
+@pytest.mark.parametrize("op", ["denoise_step", "posterior_mean"])
+def test_what_the_ops_cannot_run_has_a_reason(op: str) -> None:
+    unavailable = module(op, "native").unavailable
+    assert unavailable(torch.device("cpu"), torch.float32) is None
+    assert "reference" in unavailable(torch.device("cpu"), torch.float64)
+    assert "CPU" in unavailable(torch.device("cuda"), torch.float32)

@@ -174,7 +174,7 @@ def test_derived_seeds_are_pinned() -> None:
 
 @given(st.lists(int64, max_size=3), st.lists(int64, min_size=1, max_size=5))
 @settings(max_examples=50, deadline=None)
-def test_vectorised_derivation_equals_the_scalar_one(base: list[int], ids: list[int]) -> None:
+def test_vectorized_derivation_equals_the_scalar_one(base: list[int], ids: list[int]) -> None:
     assert derive_seeds(*base, ids=seeds(*ids)).tolist() == [derive_seed(*base, i) for i in ids]
 
 

@@ -220,7 +220,7 @@ def test_memory_layout(target, layout):
         assert torch.equal(value, plain)
 
 
-def test_row_does_not_depend_on_its_neighbours(target):
+def test_row_does_not_depend_on_its_neighbors(target):
     x, output, index = (t.to(target.device) for t in make((16384 + 3,), torch.float32))
     table = POSTERIOR.to(target.device)
     x0 = posterior_mean(x, output, table, index, guidance_scale=5.0, impl=target.impl)

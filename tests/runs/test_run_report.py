@@ -22,7 +22,7 @@ from sqdf_fast.runs import (
     write_environment,
     write_report,
 )
-from sqdf_fast.runs.run import summarise
+from sqdf_fast.runs.run import Summary
 
 PROMPTS = ["a red star", "<script>alert('x')</script> & \"more\""]
 CONFIG = {
@@ -189,8 +189,8 @@ def test_a_run_that_its_limit_ended_says_so(run_folder):
 
 def test_images_are_the_samples_in_order(run_folder):
     source = write_report(run_folder).read_text(encoding="utf-8")
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', source)
-    levels = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0))[0] for data in pictures]
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', source)
+    levels = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0))[0] for data in images]
     assert levels == [0, 255, 128, 128, 0, 128, 255, 128, 128, 128]
 
 
@@ -204,8 +204,8 @@ def test_large_images_are_scaled_down(run_folder):
 def test_interrupted_run_without_evaluation(run_folder):
     lines = [json.dumps(step_record(step)) for step in (1, 2, 3)]
     (run_folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "step", "st')
-    for picture in (run_folder / "samples").glob("step_0000[24]0/*"):
-        picture.unlink()
+    for image in (run_folder / "samples").glob("step_0000[24]0/*"):
+        image.unlink()
     (run_folder / "samples/step_000020").rmdir()
     (run_folder / "samples/step_000040").rmdir()
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
@@ -259,19 +259,19 @@ def test_world_without_a_true_reward(run_folder):
     ],
 )
 def test_verdict(after, sentence):
-    assert re.search(sentence, summarise([evaluation(0, 0.25, -1.0), evaluation(9, *after)]).verdict)
+    assert re.search(sentence, Summary([evaluation(0, 0.25, -1.0), evaluation(9, *after)]).verdict)
 
 
 def test_summary_compares_last_with_first():
-    found = summarise([evaluation(0, 0.25, -1.0), evaluation(20, 9.0, 9.0), evaluation(40, 0.75, 0.5)])
+    found = Summary([evaluation(0, 0.25, -1.0), evaluation(20, 9.0, 9.0), evaluation(40, 0.75, 0.5)])
     assert found.proxy_gain == pytest.approx(1.0)
     assert found.true_gain == pytest.approx(1.5)
     assert found.accuracy_kept == pytest.approx(0.86 / 0.9)
     assert found.diversity_kept == pytest.approx(0.8)
     assert found.shuffled == 0.1
-    assert summarise([]).proxy_gain is None
-    assert summarise([evaluation(0, 0.25, -1.0)]).proxy_gain is None
-    assert summarise([evaluation(0, 1.0, 0.0, eval_proxy_reward_std=0.0), evaluation(1, 2.0, 0.0)]).proxy_gain is None
+    assert Summary([]).proxy_gain is None
+    assert Summary([evaluation(0, 0.25, -1.0)]).proxy_gain is None
+    assert Summary([evaluation(0, 1.0, 0.0, eval_proxy_reward_std=0.0), evaluation(1, 2.0, 0.0)]).proxy_gain is None
 
 
 def test_summary_lines(run_folder):

@@ -100,7 +100,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
 
 
 def png(data: bytes) -> int:
-    """The one level of an image of one colour."""
+    """The one level of an image of one color."""
     (level,) = np.unique(np.asarray(Image.open(io.BytesIO(data))))
     return int(level)
 
@@ -128,7 +128,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_message():
     trackers = Trackers([lost, kept], said.append)
     log(trackers, [step(1), step(2), step(3)])
     trackers.close()
-    assert said == ["recorder failed and gets no more of this run: OSError: no route to host"]
+    assert said == ["recorder failed and receives no more data of this run: OSError: no route to host"]
     assert (lost.steps, lost.finished) == ([1], False)
     assert (kept.steps, kept.finished) == ([1, 2, 3], True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sqdf_fast.config import make_config
-from sqdf_fast.runs import read_run, summarise
+from sqdf_fast.runs import Summary, read_run
 from sqdf_fast.training.lifecycle import new_run
 
 # Refills of 16 trajectories of 20 guided steps, then per step 16 states of which two networks run guided.
@@ -30,7 +30,7 @@ def test_a_short_run_of_the_default_configuration_already_pays(tmp_path):
     short = {"steps": 16, "checkpoint_every": 0, "evaluation": {"every": 0, "num_prompts": 8, "images_per_prompt": 4}}
     new_run(make_config("shapes", flags=short), tmp_path / "run")
     run = read_run(tmp_path / "run")
-    found = summarise(run.evaluations)
+    found = Summary(run.evaluations)
     assert found.proxy_gain > 0.4
     assert found.true_gain > 0
     assert found.accuracy_kept >= 0.9

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from harness import tables
-from harness.benchmark import Benchmark, Choice, Group, Prepared, Row, Verdict
+from harness.benchmark import Benchmark, Choice, Group, Prepared, Row, Verdict, verdict
 from harness.tables import Column, Table
 
 from cases.training_step.problem import MODELS, PUBLISHED, WAYS, Problem, problem
+from sqdf_fast.display import format_bytes
 
 MOST_FLOPS = 1.2
 """A whole training step with the staged executor may take so many times the FLOPs that it takes with the joint one."""
@@ -18,7 +17,6 @@ MOST_OFF = {"cpu": 0.02, "cuda": 0.05}
 
 
 def group(problem: Problem) -> Group:
-    """Every way to run the problem's step."""
     fields = {
         "device": problem.device,
         "size": problem.model,
@@ -42,29 +40,19 @@ def prepare(group: Group, toy: bool) -> Prepared:
     return measure.prepare(group.problem)
 
 
-def title(row: Row) -> str:
-    """What the rows of a problem have in common."""
-    return f"training step of {row['size']}, batch {row['batch']}, {row['dtype']}, {row['device']}"
-
-
-def stages(row: Row) -> str:
-    """Peak bytes by stage, with the prediction of each in parentheses where there is one."""
-    expected = row["predicted_stage_bytes"] or {}
-    parts = [
-        f"{name} {tables.size(live)}" + (f" ({tables.size(expected[name])})" if name in expected else "")
-        for name, live in row["stage_bytes"].items()
-    ]
-    return f"{row['implementation']}, peak by stage: {', '.join(parts)}"
-
-
 def notes(rows: list[Row]) -> list[str]:
-    """Below the table: memory by stage, and why there is no prediction."""
-    sound = [row for row in rows if row["fault"] is None]
-    missing = {row["unpredicted"] for row in sound if row["implementation"] != PUBLISHED and row["unpredicted"]}
-    return [
-        *map(stages, sound),
-        *(f"prediction: not available ({reason})" for reason in sorted(missing)),
-    ]
+    """Below the table: peak memory by stage, with the prediction in parentheses, and why a prediction is missing."""
+    lines, missing = [], set()
+    for row in (row for row in rows if row["fault"] is None):
+        expected = row["predicted_stage_bytes"] or {}
+        stages = (
+            f"{name} {format_bytes(live)}" + (f" ({format_bytes(expected[name])})" if name in expected else "")
+            for name, live in row["stage_bytes"].items()
+        )
+        lines.append(f"{row['implementation']}, peak by stage: {', '.join(stages)}")
+        if row["implementation"] != PUBLISHED and row["unpredicted"]:
+            missing.add(f"prediction: not available ({row['unpredicted']})")
+    return [*lines, *sorted(missing)]
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
@@ -72,30 +60,25 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
 
     FLOPs are the target of the staged executor; what checkpointing adds is a price paid for memory, without a target.
     """
-    sound = [row for row in rows if row["op"] == "training_step" and row.get("fault") is None]
-    flops = (row for row in sound if row["implementation"] == "staged" and row["training_step_of_joint"])
-    predicted = (row for row in sound if row.get("predicted_bytes") is not None)
-    return [*(verdict for row in flops for verdict in _flops(row)), *map(_prediction, predicted)]
-
-
-def _flops(row: Row) -> Iterator[Verdict]:
-    for ratio, value in row["training_step_of_joint"].items():
-        met = value <= MOST_FLOPS
-        yield Verdict(
-            f"whole training step of {row['size']}, sampling included, replay ratio {ratio}: staged takes "
-            f"{value:.3f} x the FLOPs of joint, at most {MOST_FLOPS:g}, {'met' if met else 'NOT MET'}",
-            met,
-        )
-
-
-def _prediction(row: Row) -> Verdict:
-    real, off, most = row["peak_bytes"], row["predicted_bytes"] - row["peak_bytes"], MOST_OFF[row["device"]]
-    met = abs(off) <= most * real
-    return Verdict(
-        f"peak of {row['implementation']} on {row['size']}: predicted {off / real:+.1%}, "
-        f"at most {most:.0%} off, {'met' if met else 'NOT MET'}",
-        met,
-    )
+    flops, peaks = [], []
+    for row in rows:
+        if row["op"] != "training_step" or row.get("fault"):
+            continue
+        by_ratio = row["training_step_of_joint"] if row["implementation"] == "staged" else None
+        for ratio, value in (by_ratio or {}).items():
+            text = (
+                f"whole training step of {row['size']}, sampling included, replay ratio {ratio}: staged takes "
+                f"{value:.3f} x the FLOPs of joint, at most {MOST_FLOPS:g}"
+            )
+            flops.append(verdict(text, value <= MOST_FLOPS))
+        if row.get("predicted_bytes") is not None:
+            real, most = row["peak_bytes"], MOST_OFF[row["device"]]
+            off = row["predicted_bytes"] - real
+            text = (
+                f"peak of {row['implementation']} on {row['size']}: predicted {off / real:+.1%}, at most {most:.0%} off"
+            )
+            peaks.append(verdict(text, abs(off) <= most * real))
+    return [*flops, *peaks]
 
 
 COLUMNS = (
@@ -109,10 +92,10 @@ COLUMNS = (
     Column("GFLOP/s", "flops_per_second", lambda count: f"{count / 1e9:,.1f}"),
     Column("of best", "utilisation", ".0%"),
     Column("whole step, x joint", "training_step_of_joint", lambda by: "/".join(f"{x:.3f}" for x in by.values())),
-    Column("weights", "resident_bytes", tables.size),
-    Column("peak", "peak_bytes", tables.size),
+    Column("weights", "resident_bytes", format_bytes),
+    Column("peak", "peak_bytes", format_bytes),
     Column("of published", "peak_of_published", ".2f"),
-    Column("predicted", "predicted_bytes", tables.size),
+    Column("predicted", "predicted_bytes", format_bytes),
 )
 
 
@@ -132,6 +115,6 @@ BENCHMARK = Benchmark(
     columns=COLUMNS,
     tables=by_problem,
     verdicts=verdicts,
-    title=title,
+    title=lambda row: f"training step of {row['size']}, batch {row['batch']}, {row['dtype']}, {row['device']}",
     notes=notes,
 )

@@ -50,8 +50,7 @@ def prepare(problem: Problem) -> Prepared:
 def parity(problem: Problem, steps: dict[str, Step]) -> tuple[dict[str, str], dict[str, float]]:
     """Why a way's gradient is wrong, by name, and every way's relative L2 error.
 
-    The exact gradient is the staged executor's in float64. Without the published way's parity there is nothing to
-    compare with, and nothing has figures.
+    The exact gradient is the staged executor's in float64. Without the published way's parity nothing has figures.
     """
     with torch.backends.cudnn.flags(allow_tf32=False):
         truth = Ours(problem, torch.float64).step("staged + checkpointing").gradient()
@@ -91,7 +90,7 @@ def _figures(problem: Problem, name: str, step: Step, medians: Mapping[str, floa
 
 
 def predicted(problem: Problem, name: str) -> tuple[dict[str, int] | None, str | None]:
-    """The predicted bytes of each stage, or why there is no prediction: what is measured does not depend on it."""
+    """The predicted bytes of each stage, or why a prediction is missing, which does not stop the measurement."""
     if name == PUBLISHED:
         return None, "nobody plans the published way"
     try:
@@ -157,7 +156,7 @@ def sampling_flops(problem: Problem) -> int:
 
 
 def flops(step: Step) -> int:
-    """FLOPs of matrix products, convolutions and attention in one run; recomputed ones count again."""
+    """FLOPs of matrix products, convolutions and attention in one run; checkpointed ones count again."""
     step.prepare()
     with Counter() as counter:
         step.call()

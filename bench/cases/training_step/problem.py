@@ -22,31 +22,19 @@ MODELS = ("shapes", "sd15", "sdxl")
 
 @dataclass(frozen=True)
 class Problem:
-    """What every way to run the step is given.
+    """What every way to run the step is given."""
 
-    Attributes:
-        model: "shapes" with its own weights, or a model of known architecture with random ones; narrow if `toy`.
-        reward: a registered name; random weights for a model with random weights.
-        dtype: dtype of the frozen weights.
-        device: "cpu" or "cuda".
-        batch: samples of the step; one micro-batch where there is one graph.
-        backward_batch_rows, decode_images, forward_batch_rows: chunks of the staged executor.
-        steps: denoising steps of the sampler.
-        guidance_scale: guidance scale of the sampler.
-        toy: tiny and few, figures mean nothing.
-    """
-
-    model: str
-    reward: str
-    dtype: torch.dtype
-    device: str
-    batch: int
+    model: str  # "shapes" with its own weights, or a known architecture with random ones, narrow if `toy`
+    reward: str  # a registered name; random weights for a model with random weights
+    dtype: torch.dtype  # of the frozen weights
+    device: str  # "cpu" or "cuda"
+    batch: int  # samples of the step, and of the joint executor's micro-batch
     backward_batch_rows: int
     decode_images: int
     forward_batch_rows: int
-    steps: int
+    steps: int  # of the sampler
     guidance_scale: float
-    toy: bool = False
+    toy: bool = False  # tiny and few: figures mean nothing
 
     @property
     def dtype_name(self) -> str:

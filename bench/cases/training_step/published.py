@@ -1,7 +1,7 @@
 """The published text-to-image program's training step, written from its description.
 
 Three networks are resident: the policy with its LoRA, a frozen reference, a consistency model with its own LoRA.
-Policy, look-ahead, decoder and reward of a whole micro-batch are one autograd graph and nothing is recomputed. The
+Policy, look-ahead, decoder and reward of a whole micro-batch are one autograd graph without gradient checkpointing. The
 consistency model runs both halves of a guided batch and the unconditional one is thrown away, its guidance being 1; the
 look-ahead of the sampler's last step is computed and then discarded. It takes diffusers' modules and DDIM, and shares
 no code with the engine.
@@ -21,20 +21,16 @@ from torch import Tensor, nn
 class Quirks:
     """Habits of the published program that change the numbers, not the work. `NO_QUIRKS` for comparisons.
 
-    Attributes:
-        denormalised_twice: the reward sees pictures squeezed into [0.5, 1].
-        hard_clamp: saturated pixels pass no gradient.
-        masked: a sample with a non-positive reward loses its KL too.
-        grid: points of LCM's own grid, to the nearest of which the consistency model's timestep is moved; None: not.
+    With a grid, the consistency model's timestep is moved to the nearest of so many points of LCM's own grid.
     """
 
-    denormalised_twice: bool = True
-    hard_clamp: bool = True
-    masked: bool = True
+    denormalized_twice: bool = True  # the reward receives images squeezed into [0.5, 1]
+    hard_clamp: bool = True  # saturated pixels pass no gradient
+    masked: bool = True  # a sample with a non-positive reward loses its KL too
     grid: int | None = 50
 
 
-NO_QUIRKS = Quirks(denormalised_twice=False, hard_clamp=False, masked=False, grid=None)
+NO_QUIRKS = Quirks(denormalized_twice=False, hard_clamp=False, masked=False, grid=None)
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Published:
         alpha, gamma: KL coefficient, discount; guidance_scale: of policy and reference.
 
     Attributes:
-        on_stage: told "forward" and "backward" as they begin.
+        on_stage: receives "forward" and "backward" as they begin.
     """
 
     def __init__(
@@ -120,7 +116,7 @@ class Published:
         estimate = self._look_ahead(previous, t - self.stride, inputs)
         last = (index == self.steps - 1).view(-1, 1, 1, 1)
         images = self._decode(torch.where(last, previous, estimate))
-        if self.quirks.denormalised_twice:
+        if self.quirks.denormalized_twice:
             images = (images / 2 + 0.5).clamp(0, 1)
         reward = self.reward(images, prompts)
         discount = self.gamma ** (self.steps - 1 - index).to(reward.dtype)

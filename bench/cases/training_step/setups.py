@@ -54,21 +54,13 @@ _NARROW_UNET: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """A way to run the step.
+    """A way to run the step."""
 
-    Attributes:
-        prepare: what happens untimed before each run.
-        call: a run: adds the batch's gradient to `parameters`.
-        parameters: the policy's parameters.
-        modules: the modules whose weights it needs.
-        watch: how it announces its stages.
-    """
-
-    prepare: Callable[[], None]
-    call: Callable[[], Any]
-    parameters: list[nn.Parameter]
-    modules: tuple[nn.Module, ...]
-    watch: Watch
+    prepare: Callable[[], None]  # what happens untimed before each run
+    call: Callable[[], Any]  # a run: adds the batch's gradient to `parameters`
+    parameters: list[nn.Parameter]  # the policy's
+    modules: tuple[nn.Module, ...]  # the modules whose weights it needs
+    watch: Watch  # how it announces its stages
 
     def gradient(self) -> Tensor:
         """The gradient of one run, in float64 on the CPU, all parameters in one vector."""
@@ -166,9 +158,9 @@ class Ours:
         source = family.default_consistency_lora() if own else None
         backbone = Backbone(family, rank=configuration(self.problem).policy.rank, consistency_lora=source)
         backbone.has_consistency = True
-        stirred = (".policy.",) if own else (".policy.", ".consistency.")
+        randomized = (".policy.",) if own else (".policy.", ".consistency.")
         named = family.network.named_parameters()
-        _stir({name: parameter for name, parameter in named if any(adapter in name for adapter in stirred)})
+        _randomize({name: parameter for name, parameter in named if any(adapter in name for adapter in randomized)})
         return backbone
 
 
@@ -233,7 +225,7 @@ def _reward(problem: Problem) -> Reward:
 
 
 def _encode(family: Family, dtype: torch.dtype) -> None:
-    """Embeddings of all prompts, random where there is no text encoder; then it goes."""
+    """Remember the embeddings of all prompts, random for a model without text encoders, and release the encoders."""
     generator = torch.Generator().manual_seed(2)
     for prompt in ("", *_PROMPTS):
         if family.text_encoders:
@@ -245,7 +237,7 @@ def _encode(family: Family, dtype: torch.dtype) -> None:
     family.release_text_encoders()
 
 
-def _stir(parameters: dict[str, nn.Parameter]) -> None:
+def _randomize(parameters: dict[str, nn.Parameter]) -> None:
     """Random values that bfloat16 holds exactly: the same in every precision."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
