@@ -14,7 +14,7 @@ import click
 
 from sqdf_fast.errors import Interrupted, UserError
 
-# What the commands import is imported inside them: --help and a typing error must not wait for torch.
+# Commands import inside their functions: --help and a mistyped option must not wait for torch.
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -53,14 +53,14 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _CHOSEN = _options(_PRESET, _MODEL, _REWARD, _PROMPTS)
 
 
-class HelpfulGroup(click.Group):
-    """A group whose commands are listed in the order of the work, not of the alphabet."""
+class OrderedGroup(click.Group):
+    """A group whose commands are listed in the order of the work."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
 
-@click.group(cls=HelpfulGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=OrderedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="sqdf-fast")
 def app() -> None:
     """Align a diffusion model with a reward, on one GPU or on the CPU.
@@ -116,19 +116,22 @@ def train(
     from sqdf_fast.commands.settings import read_settings
 
     if resume is None:
-        settings = read_settings(flags, file, assignments)
+        config, keep = read_settings(flags, file, assignments)
     else:
-        _refuse_beside_resume({**flags, "set": assignments or None, "config": file, "output": output})
-    # What is wrong with the settings shows before torch is loaded.
-    from sqdf_fast.commands.train import continue_training, start_training
+        options = {**flags, "set": assignments or None, "config": file, "output": output}
+        if given := [f"--{name}" for name, value in options.items() if value is not None]:
+            raise UserError(f"--resume continues a run with its own config.yaml; leave out {', '.join(given)}")
+    # Only now: invalid settings are refused before torch is loaded.
+    from sqdf_fast.commands.train import interruption
+    from sqdf_fast.training.lifecycle import continue_run, new_run
 
     try:
-        summary = continue_training(resume, _say) if resume else start_training(*settings, output, _say)
-    except Interrupted as stop:
-        how = f"Continue with: sqdf-fast train --resume {stop}" if str(stop) else "Nothing was written."
+        with interruption(_say) as stop:
+            click.echo(new_run(config, output, stop, keep) if resume is None else continue_run(resume, stop))
+    except Interrupted as interrupted:
+        how = f"Continue with: sqdf-fast train --resume {interrupted}" if str(interrupted) else "Nothing was written."
         _say(f"Interrupted. {how}")
         sys.exit(130)
-    click.echo(summary)
 
 
 @app.command()
@@ -155,9 +158,9 @@ def plan(
     from sqdf_fast.training.lifecycle import plan_for
 
     config, keep = read_settings(flags, file, assignments)
-    found = plan_for(config, vram or config.vram or "100%", gpu=gpu, allow=allow, keep=keep)
-    click.echo(found.as_json() if as_json else found.as_text())
-    if not found.fits:
+    planned = plan_for(config, vram or config.vram or "100%", gpu=gpu, allow=allow, keep=keep)
+    click.echo(planned.as_json() if as_json else planned.as_text())
+    if not planned.fits:
         click.get_current_context().exit(1)
 
 
@@ -180,15 +183,13 @@ def plan(
 @click.option("--output", type=click.Path(path_type=Path), help="PNG file. Default: sample.png in RUN.")
 def sample(
     run: Path,
-    prompts: tuple[str, ...],
-    number: int,
-    seed: int,
     base: bool,
     best_of: int | None,
     guide_scale: float | None,
     guide_by: str,
     reward: str | None,
     output: Path | None,
+    **options: Any,
 ) -> None:
     """Sample images for PROMPTS into one grid, from the fine-tuned model of RUN (a run folder) or from a base model.
 
@@ -199,8 +200,8 @@ def sample(
     from sqdf_fast.commands.sample import draw, training_free_options
 
     path = output or _beside(run, "sample-base.png" if base else "sample.png")
-    options = training_free_options(best_of, guide_scale, guide_by, reward)
-    cost = draw(run, list(prompts), number=number, seed=seed, base=base, output=path, **options)
+    method = training_free_options(best_of, guide_scale, guide_by, reward)
+    cost = draw(run, base=base, output=path, **options, **method)
     click.echo(f"{path}")
     if cost is not None:
         click.echo(
@@ -243,26 +244,20 @@ def evaluate(
     """
     from sqdf_fast.commands.evaluate import evaluate_models
     from sqdf_fast.config import parse_assignments
-    from sqdf_fast.display import StageProgress
 
-    evaluation = {"prompts": prompts, "images_per_prompt": images, "held_out": held_out or None}
+    evaluation = {"prompts": prompts, "images_per_prompt": images, "held_out": held_out}
     settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    settings["evaluation"] = {name: value for name, value in evaluation.items() if value is not None}
-    verdict = evaluate_models(
-        targets,
-        settings=settings,
-        assignments=parse_assignments(assignments),
-        judges=judges,
-        seed=seed,
-        progress=StageProgress(),
-    )
+    settings["evaluation"] = {name: value for name, value in evaluation.items() if value}
+    given = parse_assignments(assignments)
+    verdict = evaluate_models(targets, settings=settings, assignments=given, judges=judges, seed=seed)
     sheet = output or _beside(Path(targets[0]), "evaluation.png")
     verdict.save_sheet(sheet)
     if html is not None:
         verdict.save_page(html)
-    click.echo(json.dumps(verdict.as_dict(), indent=1) if as_json else verdict.as_text())
-    if not as_json:
-        click.echo("\n".join(str(path) for path in (sheet, html) if path is not None))
+    if as_json:
+        click.echo(json.dumps(verdict.as_dict(), indent=1))
+    else:
+        click.echo("\n".join([verdict.as_text(), str(sheet), *([str(html)] if html else [])]))
 
 
 @app.command()
@@ -301,53 +296,38 @@ def rewards(as_json: bool) -> None:
     "--slurm",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Of each Slurm job: partition=gpu, time=240 (minutes), mem=32G, ...; one GPU and one day by default.",
+    help="Settings of each Slurm job: partition=gpu, time=240 (minutes), mem=32G, ...; one GPU and one day by default.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Folder, new or to go on with. Default: a new one.")
-@click.option("--resume", type=click.Path(path_type=Path), help="Folder to go on with, by its own protocol.yaml.")
+@click.option("--output", type=click.Path(path_type=Path), help="New folder, or one to continue. Default: a new one.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Folder to continue with its own protocol.yaml.")
 def compare(
-    methods: str | None,
-    seeds: str | None,
-    budget: str | None,
-    points: int | None,
-    ablate: str | None,
-    file: Path | None,
-    assignments: tuple[str, ...],
     jobs: int | None,
     launcher: str,
     slurm: tuple[str, ...],
     output: Path | None,
     resume: Path | None,
-    **flags: str | None,
+    **options: Any,
 ) -> None:
     """Train several methods on several seeds under one budget, and report them side by side; docs/compare.md.
 
-    Killed at any time, --resume FOLDER (or the same command with --output FOLDER) goes on: finished runs stay, a
-    broken-off one loses at most the work since its last evaluation. Exit status 1 when a run failed.
+    After an interruption, continue with --resume FOLDER, or with the same command and --output FOLDER: finished runs
+    are kept, an interrupted one loses at most the work since its last evaluation. Exit status 1 when a run failed.
     """
     from sqdf_fast.compare.command import compare as run_comparison
-    from sqdf_fast.compare.command import protocol_of, stored_protocol
-    from sqdf_fast.compare.protocol import read_protocol
+    from sqdf_fast.compare.command import stored_protocol
+    from sqdf_fast.compare.options import chosen_protocol
     from sqdf_fast.config import parse_assignments
-    from sqdf_fast.errors import Interrupted
     from sqdf_fast.runs.folder import RunFolder
 
-    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
-    if resume is not None:
-        if given or assignments or any((methods, seeds, budget, points, ablate, file, output)):
-            raise UserError(
-                "--resume continues by the folder's own protocol.yaml; leave out everything but --jobs, --launcher and "
-                "--slurm"
-            )
-        protocol, folder = stored_protocol(resume), resume
-    else:
-        values = read_protocol(file) if file else _short_protocol(given, assignments, budget)
-        preset = given.pop("preset", None)
-        layers = {**parse_assignments(assignments), **given}
-        whole = {"preset": preset, "seeds": _seeds(seeds), "budget": budget, "points": points, "ablate": _names(ablate)}
-        names = _names(methods) or ([] if file else _names("sqdf" if ablate else "sqdf,draft-1,refl,ddpo"))
-        protocol = protocol_of(values, layers, names, **whole)
+    if resume is None:
+        protocol = chosen_protocol(**options)
         folder = output or RunFolder.next_free(Path("runs"), "compare")
+    elif output or any(options.values()):
+        raise UserError(
+            "--resume uses the folder's own protocol.yaml; leave out everything but --jobs, --launcher and --slurm"
+        )
+    else:
+        protocol, folder = stored_protocol(resume), resume
     try:
         table, failed = run_comparison(protocol, folder, jobs, launcher, parse_assignments(slurm))
     except Interrupted:
@@ -418,12 +398,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _refuse_beside_resume(options: dict[str, Any]) -> None:
-    given = [f"--{name}" for name, value in options.items() if value is not None]
-    if given:
-        raise UserError(f"--resume continues a run with its own config.yaml; leave out {', '.join(given)}")
-
-
 def _say(message: str) -> None:
     click.echo(message, err=True)
 
@@ -434,29 +408,8 @@ def _fail(message: str) -> int:
 
 
 def _beside(run: Path, name: str) -> Path:
-    """``name`` in a run folder, or in the current folder if ``run`` is none."""
+    """``name`` in a run folder, or in the current folder otherwise."""
     return run / name if (run / "config.yaml").is_file() else Path(name)
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()] if text else []
-
-
-def _seeds(text: str | None) -> list[int]:
-    try:
-        return [int(name) for name in _names(text)]
-    except ValueError:
-        raise UserError(f"invalid --seeds {text!r}: expected comma-separated whole numbers such as 0,1,2") from None
-
-
-def _short_protocol(given: dict[str, Any], assignments: tuple[str, ...], budget: str | None) -> dict[str, Any]:
-    """What `compare` starts from without a protocol file: the preset that `train` would take."""
-    from sqdf_fast.commands.settings import preset_for
-    from sqdf_fast.config import parse_assignments
-
-    if budget is None:
-        raise UserError("compare needs --budget, such as 20000 UNet evaluations or 120s, or --protocol FILE")
-    return {"preset": preset_for({}, parse_assignments(assignments), given) or given.get("preset")}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The user asked the run to stop; its state is that of the last whole step. The argument is its folder, if any."""
+    """The user stopped the run; its state is that of the last complete step. The argument is its folder, if any."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and a disk that refuses, told in one line."""
+"""Atomic writes, and disk errors in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqdf_fast.errors import UserError
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises inside the block into a UserError that names ``path``."""
+    """Turn errors of a full or read-only disk into a UserError that names ``path``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -25,10 +25,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling to fill; it takes the place of ``path`` when the block ends well and vanishes otherwise.
+    """A temporary sibling that replaces ``path`` when the block succeeds, and is deleted otherwise.
 
-    Raises:
-        UserError: the disk refuses.
+    Raises UserError on disk errors.
     """
     partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
     try:
@@ -37,9 +36,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             partial.mkdir(parents=True)
             yield partial
             for file in partial.iterdir():
-                _sync(file)
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
             if path.exists():
-                # Moved aside first: at no moment is there neither the old nor the new one on the disk.
+                # Moved aside first: at every moment the old or the new one is on the disk.
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(path, old)
             os.replace(partial, path)
@@ -49,13 +49,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in UTF-8, whole or not at all. Raises UserError when the disk refuses."""
+    """Write ``path`` atomically, in UTF-8. Raises UserError on disk errors."""
     partial = path.with_name(path.name + ".partial")
     with disk_errors(path):
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

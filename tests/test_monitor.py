@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sqdf_fast.monitor import check, is_good, new_alarm, watched
-from sqdf_fast.training.best_weights import BestWeights
+from sqdf_fast.training.watch import BestWeights
 
 RECORDED = Path(__file__).parents[1] / "bench" / "study" / "monitor_results.json"
 # Half the width of a 95 % interval, as the recorded runs have them: 64 images of 32 prompts.

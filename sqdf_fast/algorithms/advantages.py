@@ -1,4 +1,4 @@
-"""How much better than its fellows a sample is: what a gradient-free reward is learnt from."""
+"""Advantages: the learning signal of the gradient-free algorithms."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ def advantages(rewards: Tensor, group: int, *, clip: float, epsilon: float, pool
     """(r - mean) / (std + epsilon) within +- ``clip``; mean and (population) standard deviation are of the group.
 
     Args:
-        rewards: [n] of one collection, those of a group next to each other.
-        group: samples a group, a divisor of n; 1: the whole collection is one group.
+        rewards: [n] of one collection, consecutive within a group.
+        group: samples per group, a divisor of n; 1: one group of all.
         epsilon: keeps equal rewards at an advantage of 0.
-        pooled: the standard deviation is of the whole collection, the mean of the group all the same.
+        pooled: whether the standard deviation is that of all rewards; the mean stays the group's.
 
     Returns:
         [n] in the rewards' dtype.
     """
     groups = rewards.view(1, -1) if group == 1 else rewards.view(-1, group)
     deviation = rewards.std(correction=0) if pooled else groups.std(dim=1, correction=0, keepdim=True)
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred / (deviation + epsilon)).flatten().clamp(-clip, clip)
+    centered = groups - groups.mean(dim=1, keepdim=True)
+    return (centered / (deviation + epsilon)).flatten().clamp(-clip, clip)

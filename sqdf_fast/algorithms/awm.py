@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sqdf_fast.algorithms.policy_gradient import Likelihood, Pairs, PolicyGradient
+from sqdf_fast.algorithms.policy_gradient import Pairs, PolicyGradient
 from sqdf_fast.config import Config
 from sqdf_fast.engine.noise import Stream, sample_seeds
 from sqdf_fast.engine.runtime import Runtime
-from sqdf_fast.kernels import denoise_step, philox_normal, posterior_mean
+from sqdf_fast.kernels import philox_normal
 from sqdf_fast.kernels.guidance import per_sample
 
 POWER, OFFSET = 0.25, 1e-10
@@ -20,16 +20,16 @@ POWER, OFFSET = 0.25, 1e-10
 
 
 class Awm(PolicyGradient):
-    """Xue et al., arXiv 2509.25050. In place of a log-probability stands the negative matching loss
+    """Xue et al., arXiv 2509.25050. The negative matching loss replaces the log-probability,
 
         -d,  d = mean over the elements of (m_theta(x_t) - target)^2,  x_t = signal x_0 + noise epsilon
 
-    at new noise for every pair, target being what the network was pretrained to predict. ``awm.matching`` =
-    "ghuber" has -((d + 1e-10)^(1/4) - 1e-10^(1/4)) 4 t in its place, t in (0, 1] the time: the published program's.
-    The regulariser is alpha times the mean square of policy - reference at x_t, without a weight.
+    at new noise for every pair; the target is what the network was pretrained to predict. ``awm.matching`` = "ghuber",
+    of the published program, is -((d + 1e-10)^(1/4) - 1e-10^(1/4)) 4 t instead, t in (0, 1] the time. The regularizer
+    is alpha times the mean square of policy - reference at x_t, unweighted.
     """
 
-    regularised: ClassVar[bool] = True
+    regularized: ClassVar[bool] = True
     epsilon: ClassVar[float] = 1e-4
     pooled: ClassVar[bool] = True
 
@@ -47,36 +47,19 @@ class Awm(PolicyGradient):
         drawn = torch.rand(rows, self.timesteps, generator=source, dtype=torch.float64)
         return bounds[:-1] + (drawn * bounds.diff()).long()
 
-    def _likelihood(self, pairs: Pairs, regularise: bool) -> Likelihood:
+    def _likelihood(self, pairs: Pairs, regularize: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         family, collection = self.family, self._collected
         x0 = collection.stored[pairs.trajectory].to(family.device, family.precision)
         index = pairs.index.to(family.device)
         seeds = sample_seeds(self.config.seed, Stream.TRANSITION, collection.number, pairs.number)
         epsilon = philox_normal(seeds.to(family.device), family.latent_shape, dtype=x0.dtype, device=family.device)
         x, target = self._noised(x0, epsilon, index)
-        conditioning = family.encode([collection.prompts[i] for i in pairs.trajectory.tolist()])
-        scale, impl, penalty, kl = self.guidance_scale, self.config.impl, None, None
-        if regularise:
-            with torch.no_grad():
-                reference = self.output("reference", x, index, conditioning)
-        policy = self.output("policy", x, index, conditioning)
-        if regularise:
-            output, penalty = denoise_step(
-                x,
-                policy,
-                reference,
-                self._output_rows,
-                index,
-                guidance_scale=scale,
-                noise=torch.zeros_like(x),
-                kl_scale=1.0,
-                impl=impl,
-            )
+        output, penalty = self._guided(pairs, x, self._output_rows, 1.0, regularize)
+        kl = None
+        if penalty is not None:
             kl = penalty.detach() * self.schedule.kl_weight.to(penalty)[index] * self.config.objective.kl_scale
-        else:
-            output = posterior_mean(x, policy, self._output_rows[:, :2], index, guidance_scale=scale, impl=impl)
         distance = (output - target).square().flatten(1).mean(1)
-        return Likelihood(-self._weighted(distance, index), penalty, kl)
+        return -self._weighted(distance, index), penalty, kl
 
     def _noised(self, x0: Tensor, epsilon: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and what the network was pretrained to answer to it, both shaped like x0."""

@@ -1,4 +1,4 @@
-"""What every fine-tuning algorithm answers: which samples it needs, and the gradient of its loss."""
+"""The interface of a fine-tuning algorithm: the samples it needs, and the gradient of its loss."""
 
 from __future__ import annotations
 
@@ -9,27 +9,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sqdf_fast.backbone import Role
 from sqdf_fast.config import Config
 from sqdf_fast.engine import StepResult
 from sqdf_fast.engine.noise import Stream, generator, sample_seeds
 from sqdf_fast.engine.runtime import Runtime
-from sqdf_fast.families import Conditioning
 
 
 class Algorithm(ABC):
-    """One way to fine-tune the policy. The trainer samples, steps, logs and saves alike for all of them.
+    """One way to fine-tune the policy. An optimizer step is ``collect`` and then ``accumulate``.
 
-    An optimizer step is ``collect`` and then ``accumulate``. Every random number derives from the run's seed and the
-    numbers of step and collection, so that a step that is tried again, or a run that is resumed, repeats itself.
+    Every random number derives from the run's seed and the numbers of step and collection, so that a retried step or a
+    resumed run repeats itself.
 
     Args:
         config: of the run; runtime: samples and scores of the model as it is now; prompts: those it trains on.
 
     Class attributes:
         needs_gradient: whether the reward has to be differentiable.
-        can_fall_back_to_staged: whether the staged executor may compute its gradient; else it is one joint graph,
-            whatever ``execution.executor`` says.
+        can_fall_back_to_staged: whether the staged executor can compute its gradient; else it is one joint graph.
     """
 
     needs_gradient: ClassVar[bool] = True
@@ -37,14 +34,13 @@ class Algorithm(ABC):
 
     def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
         self.config, self.runtime, self.prompts = config, runtime, list(prompts)
-        self.backbone, self.family, self.schedule = runtime.backbone, runtime.family, runtime.sampler.schedule
-        self.tables = runtime.sampler.tables
-        self.guidance_scale = runtime.guidance_scale
+        self.backbone, self.family, self.guidance_scale = runtime.backbone, runtime.family, runtime.guidance_scale
+        self.schedule, self.tables = runtime.sampler.schedule, runtime.sampler.tables
         if not self.can_fall_back_to_staged:
             runtime.use(runtime.execution.model_copy(update={"executor": "joint"}))
 
     def draw_prompts(self, number: int, count: int, *, each: int = 1) -> tuple[list[str], Tensor]:
-        """Prompts and seeds of the run's collection ``number``: the same whenever they are asked for.
+        """Prompts and seeds of the run's collection ``number``, a function of the run's seed.
 
         Args:
             count: samples; each: consecutive samples that share a prompt, for advantages within a group.
@@ -57,19 +53,6 @@ class Algorithm(ABC):
         prompts = [self.prompts[i] for i in choice.tolist() for _ in range(each)][:count]
         return prompts, sample_seeds(self.config.seed, Stream.REFILL, number, count)
 
-    def output(self, role: Role, x: Tensor, index: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output in a role at x_t, with the graph of what it depends on.
-
-        Args:
-            x: [B, ...]; index: [B] int64, positions in the schedule; both on the device.
-
-        Returns:
-            [2B, ...] ordered [unconditional; conditional], or [B, ...] without guidance: what the kernels take.
-        """
-        unconditional = self.family.unconditional(self.guidance_scale)
-        with self.backbone.role(role):
-            return self.backbone.predict(x, self.tables.timesteps[index], conditioning, unconditional)
-
     @abstractmethod
     def collect(self, step: int) -> None:
         """Sample what optimizer step ``step`` (from 0) needs and does not have yet."""
@@ -78,11 +61,10 @@ class Algorithm(ABC):
     def accumulate(self, step: int) -> StepResult:
         """Add the gradient of step ``step`` to the policy's parameters.
 
-        It may be called again for the same step, with gradients cleared and a smaller ``runtime.execution``, and gives
-        the same gradient beyond rounding.
+        A retry with gradients cleared and a smaller ``runtime.execution`` gives the same gradient up to rounding.
 
         Raises:
-            UserError: the reward returned something that is no reward.
+            UserError: invalid rewards.
         """
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from sqdf_fast.algorithms.policy_gradient import Likelihood, Pairs, PolicyGradient
+from sqdf_fast.algorithms.policy_gradient import Pairs, PolicyGradient
 from sqdf_fast.engine.sampler import Keep
-from sqdf_fast.kernels import denoise_step, posterior_mean
 from sqdf_fast.kernels.guidance import per_sample
 
 
@@ -22,36 +20,13 @@ class Ddpo(PolicyGradient):
 
     keep: ClassVar[Keep] = "all"
 
-    def _likelihood(self, pairs: Pairs, regularise: bool) -> Likelihood:
-        family, collection = self.family, self._collected
+    def _likelihood(self, pairs: Pairs, regularize: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        stored, family, table = self._collected.stored, self.family, self.tables.transition
         x, x_prev = (
-            collection.stored[pairs.trajectory, pairs.index + later].to(family.device, family.precision)
-            for later in (0, 1)
+            stored[pairs.trajectory, pairs.index + later].to(family.device, family.precision) for later in (0, 1)
         )
-        index = pairs.index.to(family.device)
-        conditioning = family.encode([collection.prompts[i] for i in pairs.trajectory.tolist()])
-        scale, impl, kl = self.guidance_scale, self.config.impl, None
-        if regularise:
-            with torch.no_grad():
-                reference = self.output("reference", x, index, conditioning)
-        policy = self.output("policy", x, index, conditioning)
-        if regularise:
-            # Without noise the step is its mean.
-            mean, kl = denoise_step(
-                x,
-                policy,
-                reference,
-                self.tables.transition,
-                index,
-                guidance_scale=scale,
-                noise=torch.zeros_like(x),
-                kl_scale=self.config.objective.kl_scale,
-                impl=impl,
-            )
-        else:
-            mean = posterior_mean(x, policy, self.tables.transition[:, :2], index, guidance_scale=scale, impl=impl)
-        log_prob = gaussian_log_prob(x_prev, mean, self.tables.transition[index, 2])
-        return Likelihood(log_prob, kl, None if kl is None else kl.detach())
+        mean, kl = self._guided(pairs, x, table, self.config.objective.kl_scale, regularize)
+        return gaussian_log_prob(x_prev, mean, table[pairs.index.to(family.device), 2]), kl, kl
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:

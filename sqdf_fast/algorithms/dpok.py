@@ -17,7 +17,7 @@ class Dpok(Ddpo):
     says how it and the advantage differ from the program's.
     """
 
-    regularised: ClassVar[bool] = True
+    regularized: ClassVar[bool] = True
 
     def _surrogate(self, ratio: Tensor, gain: Tensor) -> Tensor:
         return -gain * ratio.clamp(1 - self.clip_range, 1 + self.clip_range)

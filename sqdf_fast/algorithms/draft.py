@@ -1,4 +1,4 @@
-"""Direct reward fine-tuning: the reward's gradient through the last steps of the sampler (DRaFT-K), with a KL if asked.
+"""Direct reward fine-tuning: the reward's gradient through the sampler's last steps (DRaFT-K), optionally with a KL.
 
 DRaFT is Clark et al., "Directly Fine-Tuning Diffusion Models on Differentiable Rewards", arXiv 2309.17400.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from sqdf_fast.engine.noise import Stream
 from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.engine.sampler import Step
 from sqdf_fast.errors import UserError
-from sqdf_fast.kernels import denoise_step
+from sqdf_fast.kernels import posterior_mean
 from sqdf_fast.kernels.philox import derive_seeds
 
 
@@ -46,26 +46,25 @@ class Start:
         return Start(self.prompts[part], self.seeds[part], self.x[part], self.index[part])
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What one graph gave.
+class Pass(NamedTuple):
+    """The result of one graph.
 
     Attributes:
         loss: [] with its graph, already divided by the whole batch; reward: [b].
-        kl, index: [N], of the transitions whose KL was measured.
+        kl, positions: [N], of the transitions whose KL was measured.
     """
 
     loss: Tensor
     reward: Tensor
     kl: Tensor | None = None
-    index: Tensor | None = None
+    positions: Tensor | None = None
 
 
 class DirectReward(Algorithm):
-    """What follows the reward's own gradient back into the policy: one graph of network, decoder and reward.
+    """Follows the reward's own gradient back into the policy: one graph of network, decoder and reward.
 
     A step samples ``optimizer.batch_size`` trajectories of the current policy without a gradient, up to where the
-    gradient begins, and pulls the rest back ``execution.micro_batch`` samples at a time.
+    gradient begins, and backpropagates through the rest ``execution.micro_batch`` samples at a time.
     """
 
     _start: Start
@@ -76,7 +75,10 @@ class DirectReward(Algorithm):
 
     @abstractmethod
     def passes(self, start: Start, size: int) -> Iterator[Pass]:
-        """Losses of a micro-batch out of ``size`` samples; each is pulled back before the next one is computed."""
+        """Losses of a micro-batch out of ``size`` samples, each backpropagated before the next one is computed.
+
+        The first pass has the samples' own reward and KL; each begins with :meth:`forward`.
+        """
 
     def collect(self, step: int) -> None:
         """Sample the step's trajectories up to where the gradient begins."""
@@ -87,73 +89,66 @@ class DirectReward(Algorithm):
         """The gradient of the mean loss of the collected samples."""
         del step
         start, size = self._start, self.runtime.execution.micro_batch
-        found = [self._pull_back(start[first : first + size], len(start)) for first in range(0, len(start), size)]
-        kls = [one.kl for one in found if one.kl is not None]
-        indices = [one.index for one in found if one.index is not None]
+        losses, firsts = [], []
+        for begin in range(0, len(start), size):
+            part: list[Tensor] = []
+            for loss, reward, kl, index in self.passes(start[begin : begin + size], len(start)):
+                self.runtime.begin("backward", *ALL_GROUPS)
+                loss.backward()
+                if not part:
+                    firsts.append((reward.detach(), kl, index))
+                part.append(loss.detach())
+            losses.append(torch.stack(part).sum())
+        kls = [kl.detach() for _, kl, _ in firsts if kl is not None]
+        indices = [index for *_, index in firsts if index is not None]
         return StepResult(
-            torch.stack([one.loss for one in found]).sum(),
-            torch.cat([one.reward for one in found]),
+            torch.stack(losses).sum(),
+            torch.cat([reward for reward, *_ in firsts]),
             torch.cat(kls) if kls else None,
-            torch.cat(indices).cpu() if indices else start.index.cpu(),
+            (torch.cat(indices) if indices else start.index).cpu(),
         )
 
     def forward(self) -> None:
-        """A pass begins now; to be said before each."""
+        """Begin the forward stage of a pass."""
         self.runtime.begin("forward", *ALL_GROUPS)
 
-    def walk(self, start: Start, first: int, *, with_kl: bool = False) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The sampler's own steps from index ``first`` on, with their graph and their noise.
+    def walk(self, start: Start, first: int, *, with_kl: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The sampler's own steps from index ``first``, with their graph and their noise.
 
         Args:
-            start: states at ``first``.
-            with_kl: measure the KL to the reference wherever the schedule has one, at its trainable indices.
+            start: states at ``first``; with_kl: whether to measure the KL to the reference at trainable indices.
 
         Returns:
-            x_0 [b, ...]; the measured KLs, [b] each, and their indices, [b] each.
+            x_0 [b, ...]; the measured KLs [N] and their indices [N], None without any.
         """
         sampler, trainable = self.runtime.sampler, self.schedule.trainable.tolist()
         kls, indices = [], []
 
         def transition(step: Step) -> Tensor:
-            m = self.output("policy", step.x, step.index, step.conditioning)
             if not (with_kl and trainable[step.i]):
+                m = self.runtime.output("policy", step.x, step.index, step.conditioning)
                 return sampler.add_noise(sampler.mean(step, m), step)
-            # The reference has no gradient, not by way of x either: as in NVIDIA's DRaFT+.
-            with torch.no_grad():
-                reference = self.output("reference", step.x, step.index, step.conditioning)
-            x, kl = denoise_step(
-                step.x,
-                m,
-                reference,
-                self.tables.transition,
-                step.index,
-                guidance_scale=self.guidance_scale,
-                seed=derive_seeds(Stream.DENOISING, step.i, ids=step.seeds),
-                kl_scale=self.config.objective.kl_scale,
-                impl=self.config.impl,
-            )
+            # No gradient through the reference, nor through its x: as in NVIDIA's DRaFT+.
+            seed = derive_seeds(Stream.DENOISING, step.i, ids=step.seeds)
+            x, kl = self.runtime.step(step.x, step.index, step.conditioning, seed=seed)
             kls.append(kl)
             indices.append(step.index)
             return x
 
         *_, x0 = sampler.walk(start.prompts, start.seeds, x=start.x, first=first, transition=transition)
-        return x0, kls, indices
+        return x0, torch.cat(kls) if kls else None, torch.cat(indices) if indices else None
+
+    def predicted(self, x: Tensor, index: Tensor, prompts: list[str]) -> Tensor:
+        """x0_hat = a x + b m(x) of the policy, [B, ...] with its graph; x: [B, ...], index: [B] int64."""
+        m = self.runtime.output("policy", x, index, self.family.encode(prompts))
+        scale, impl = self.guidance_scale, self.config.impl
+        return posterior_mean(x, m, self.tables.posterior, index, guidance_scale=scale, impl=impl)
 
     def sampled(self, prompts: list[str], seeds: Tensor, stop: int) -> Start:
         """The current policy's states at index ``stop``."""
         device = self.family.device
         x = self.runtime.sample(prompts, seeds, stop=stop).x0
         return Start(prompts, seeds.to(device), x, torch.full((len(prompts),), stop, device=device))
-
-    def _pull_back(self, start: Start, size: int) -> Pass:
-        """The passes of a micro-batch, pulled back and added up; reward and KL are those of the first."""
-        found = []
-        for one in self.passes(start, size):
-            self.runtime.begin("backward", *ALL_GROUPS)
-            one.loss.backward()
-            kl = None if one.kl is None else one.kl.detach()
-            found.append(Pass(one.loss.detach(), one.reward.detach(), kl, one.index))
-        return replace(found[0], loss=torch.stack([one.loss for one in found]).sum())
 
 
 class Draft(DirectReward):
@@ -165,8 +160,8 @@ class Draft(DirectReward):
         steps, truncation = len(runtime.sampler.schedule), config.own.truncation
         if truncation > steps:
             raise UserError(
-                f"{section_of(config.algorithm)}.truncation = {truncation} is more than the {steps} denoising steps "
-                f"there are; allowed: 1 to {steps} (sampling.num_inference_steps)"
+                f"{section_of(config.algorithm)}.truncation = {truncation} exceeds the {steps} denoising steps; "
+                f"allowed: 1 to {steps} (sampling.num_inference_steps)"
             )
         super().__init__(config, runtime, prompts)
         self.first = steps - truncation
@@ -179,21 +174,19 @@ class Draft(DirectReward):
     def passes(self, start: Start, size: int) -> Iterator[Pass]:
         """One: the last K steps, decode, reward."""
         self.forward()
-        x0, kls, indices = self.walk(start, self.first, with_kl=self.with_kl)
+        x0, kl, index = self.walk(start, self.first, with_kl=self.with_kl)
         reward = self.runtime.score_latents(x0, start.prompts)
         loss = -reward.sum() / size
-        if not kls:
-            yield Pass(loss, reward)
-            return
-        kl = torch.cat(kls)
-        yield Pass(loss + self.config.objective.alpha * kl.sum() / size, reward, kl, torch.cat(indices))
+        if kl is not None:
+            loss = loss + self.config.objective.alpha * kl.sum() / size
+        yield Pass(loss, reward, kl, index)
 
 
 class DraftKl(Draft):
-    """DRaFT-K with a KL: loss = mean [-r(x_0) + alpha sum KL] over those of the last K transitions that have one.
+    """DRaFT-K with a KL: loss = mean [-r(x_0) + alpha sum KL] over the trainable ones of the last K transitions.
 
     Raises:
-        UserError: none of the last K indices is trainable, so that there would be no KL at all.
+        UserError: none of the last K indices is trainable.
     """
 
     with_kl: ClassVar[bool] = True

@@ -1,13 +1,12 @@
 """What the gradient-free algorithms share: collections, advantages, importance ratios.
 
 A collection of ``replay.refill`` samples and their rewards serves ``replay.steps_per_refill`` optimizer steps. A step
-takes ``optimizer.batch_size`` trajectories, in the order of a shuffle that begins anew when all were taken, and
-``timesteps`` indices of each, a setting of the algorithm's own section. Which ones is decided by the seed and the
-number of the collection alone.
+takes ``optimizer.batch_size`` trajectories in shuffled order, reshuffled once all were taken, and ``timesteps`` indices
+of each. The choice depends on the seed and the number of the collection alone.
 
-The ratio pi_theta / pi_old is 1 at a collection's first step by construction: the old value is the new one, detached.
-For the steps that follow, the old values of what they will use are computed before that first step changes the policy,
-by the network as it trains: sampling ran a merged, in half precision rounded copy of it.
+The ratio pi_theta / pi_old is 1 at a collection's first step: the old value is the new one, detached. For the later
+steps, the old values are computed before that first step changes the policy, by the network as it trains: sampling
+used a merged copy of it, rounded in half precision.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from sqdf_fast.engine.noise import Stream, generator
 from sqdf_fast.engine.runtime import Runtime
 from sqdf_fast.engine.sampler import Keep
 from sqdf_fast.errors import UserError
+from sqdf_fast.kernels import posterior_mean
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,12 @@ class Pairs:
         return Pairs(self.trajectory[rows], self.index[rows], self.number[rows])
 
 
-@dataclass(frozen=True)
-class Collection:
+class Collection(NamedTuple):
     """Samples and their rewards.
 
     Attributes:
-        number: of the collection; prompts: n.
-        stored: what the algorithm keeps of each sample, [n, ...] on the CPU.
+        number: running number in the run; prompts: n.
+        stored: states [n, T + 1, ...] or x_0 [n, ...], on the CPU.
         rewards: [n] float64 on the CPU.
     """
 
@@ -67,27 +66,12 @@ class Collection:
     rewards: Tensor
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """What the policy makes of some pairs.
-
-    Attributes:
-        log_prob: [N], mean over the elements of a sample, with its graph.
-        penalty: [N], what ``objective.alpha`` multiplies; None without a reference.
-        kl: [N] of the policy's transition at that state, detached; None without a reference.
-    """
-
-    log_prob: Tensor
-    penalty: Tensor | None = None
-    kl: Tensor | None = None
-
-
 class PolicyGradient(Algorithm):
     """loss = 1/N sum [surrogate(ratio, advantage) + alpha penalty] over the N pairs of a step.
 
     Class attributes:
         keep: states of a trajectory that are stored; "none": x_0 alone.
-        regularised: whether the reference is run, where ``objective.alpha`` is not 0.
+        regularized: whether the reference is run, where ``objective.alpha`` is not 0.
         epsilon, pooled: of :func:`advantages`.
 
     Raises:
@@ -96,16 +80,16 @@ class PolicyGradient(Algorithm):
 
     needs_gradient: ClassVar[bool] = False
     keep: ClassVar[Keep] = "none"
-    regularised: ClassVar[bool] = False
+    regularized: ClassVar[bool] = False
     epsilon: ClassVar[float] = 1e-8
     pooled: ClassVar[bool] = False
 
     def __init__(self, config: Config, runtime: Runtime, prompts: Sequence[str]) -> None:
         super().__init__(config, runtime, prompts)
         self.indices = torch.nonzero(self.schedule.trainable.cpu(), as_tuple=True)[0]
-        self.timesteps = _timesteps(config, len(self.indices))
+        self.timesteps = self._timesteps()
         self.clip_range = config.own.clip_range
-        self.regularise = self.regularised and config.objective.alpha > 0
+        self.regularize = self.regularized and config.objective.alpha > 0
         self.collection: Collection | None = None
         self._old: Tensor | None = None
 
@@ -172,11 +156,32 @@ class PolicyGradient(Algorithm):
 
     @property
     def _needed(self) -> tuple[ModuleGroup, ...]:
-        return ("network",) if self.regularise else self.runtime.groups.of_role("policy")
+        return ("network",) if self.regularize else self.runtime.groups.of_role("policy")
 
     @abstractmethod
-    def _likelihood(self, pairs: Pairs, regularise: bool) -> Likelihood:
-        """What the policy as it is now makes of these pairs; ``regularise``: beside the reference."""
+    def _likelihood(self, pairs: Pairs, regularize: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The policy's log-probability of these pairs, mean over the elements of a sample, [N] with its graph.
+
+        Returns:
+            it, what ``objective.alpha`` multiplies, and the KL of the transition; None without ``regularize``.
+        """
+
+    def _guided(
+        self, pairs: Pairs, x: Tensor, rows: Tensor, kl_scale: float, regularize: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """p x + q m of the policy's guided output m, and with ``regularize`` its KL to the reference's.
+
+        Args:
+            x: [N, ...]; rows: [T, 3], p, q and sigma at each index.
+        """
+        index = pairs.index.to(x.device)
+        conditioning = self.family.encode([self._collected.prompts[i] for i in pairs.trajectory.tolist()])
+        if regularize:
+            # Without noise the step is its mean.
+            zero = torch.zeros_like(x)
+            return self.runtime.step(x, index, conditioning, noise=zero, table=rows, kl_scale=kl_scale)
+        policy, scale = self.runtime.output("policy", x, index, conditioning), self.guidance_scale
+        return posterior_mean(x, policy, rows[:, :2], index, guidance_scale=scale, impl=self.config.impl), None
 
     def _key(self, pairs: Pairs) -> Tensor:
         """[N] int64: pairs of the same key have the same likelihood."""
@@ -193,13 +198,12 @@ class PolicyGradient(Algorithm):
 
     def _loss(self, pairs: Pairs, gain: Tensor, old: Tensor | None, total: int) -> tuple[Tensor, Tensor | None]:
         self.runtime.begin("forward", *self._needed)
-        found = self._likelihood(pairs, self.regularise)
-        log_prob = found.log_prob
+        log_prob, penalty, kl = self._likelihood(pairs, self.regularize)
         ratio = (log_prob - (log_prob.detach() if old is None else old.to(log_prob))).exp()
         loss = self._surrogate(ratio, gain.to(log_prob))
-        if found.penalty is not None:
-            loss = loss + self.config.objective.alpha * found.penalty
-        return loss.sum() / total, None if found.kl is None else found.kl.cpu()
+        if penalty is not None:
+            loss = loss + self.config.objective.alpha * penalty
+        return loss.sum() / total, None if kl is None else kl.detach().cpu()
 
     def _pairs(self, begin: int, end: int) -> Pairs:
         """Those of the collection's steps begin, ..., end - 1, counted from its first."""
@@ -220,27 +224,27 @@ class PolicyGradient(Algorithm):
     @torch.no_grad()
     def _log_probs(self, pairs: Pairs) -> Tensor:
         """Of the policy before the collection's first update, by the numbers of the pairs; each distinct pair once."""
-        distinct, place = torch.unique(self._key(pairs), return_inverse=True)
-        first = torch.full_like(distinct, len(pairs)).scatter_reduce(0, place, torch.arange(len(pairs)), "amin")
+        distinct, inverse = torch.unique(self._key(pairs), return_inverse=True)
+        first = torch.full_like(distinct, len(pairs)).scatter_reduce(0, inverse, torch.arange(len(pairs)), "amin")
         self.runtime.begin("forward", *self._needed)
-        found = torch.cat([self._likelihood(part, False).log_prob.cpu() for part in self._parts(pairs[first])])
-        old = torch.zeros(int(pairs.number.max()) + 1, dtype=found.dtype)
-        old[pairs.number] = found[place]
+        log_probs = torch.cat([self._likelihood(part, False)[0].cpu() for part in self._parts(pairs[first])])
+        old = torch.zeros(int(pairs.number.max()) + 1, dtype=log_probs.dtype)
+        old[pairs.number] = log_probs[inverse]
         return old
 
-
-def _timesteps(config: Config, trainable: int) -> int:
-    """Indices of each trajectory in an update; refuses what cannot be."""
-    refill, group, asked = config.replay.refill, config.own.group, config.own.timesteps
-    section = section_of(config.algorithm)
-    if refill % group or refill == 1:
-        raise UserError(
-            f"replay.refill = {refill} with {section}.group = {group}: {config.algorithm} compares the samples of a "
-            "group; give at least 2 and a multiple of the group"
-        )
-    if asked is not None and asked > trainable:
-        raise UserError(
-            f"{section}.timesteps = {asked} and this schedule has {trainable} trainable steps; give at most "
-            f"{trainable}, or leave it out to take them all"
-        )
-    return trainable if asked is None else asked
+    def _timesteps(self) -> int:
+        """Indices of each trajectory in an update. Raises UserError as the class."""
+        config, trainable = self.config, len(self.indices)
+        refill, group, asked = config.replay.refill, config.own.group, config.own.timesteps
+        section = section_of(config.algorithm)
+        if refill % group or refill == 1:
+            raise UserError(
+                f"replay.refill = {refill} with {section}.group = {group}: {config.algorithm} compares the samples of "
+                "a group; give at least 2 and a multiple of the group"
+            )
+        if asked is not None and asked > trainable:
+            raise UserError(
+                f"{section}.timesteps = {asked} and this schedule has {trainable} trainable steps; give at most "
+                f"{trainable}, or leave it out to take them all"
+            )
+        return trainable if asked is None else asked

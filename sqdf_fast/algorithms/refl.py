@@ -1,4 +1,4 @@
-"""ReFL: the reward of the picture that a late state predicts, and its gradient through that one prediction."""
+"""ReFL: the reward of the image that a late state predicts, and its gradient through that one prediction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sqdf_fast.algorithms.draft import DirectReward, Pass, Start
 from sqdf_fast.engine.noise import Stream, generator
-from sqdf_fast.kernels import posterior_mean
 
 
 class Refl(DirectReward):
@@ -26,25 +25,17 @@ class Refl(DirectReward):
         window = max(1, round(self.config.refl.window * steps))
         draw = generator(self.config.seed, Stream.LATE_STEP, step)
         index = torch.randint(steps - window, steps, (len(prompts),), generator=draw)
-        # Sampled together where they stop together: nothing is denoised further than it is needed.
+        # One call for each index, so that nothing is denoised further than needed.
         groups = [(index == i).nonzero().flatten() for i in index.unique()]
-        found = [self.sampled([prompts[row] for row in rows], seeds[rows], int(index[rows[0]])) for rows in groups]
-        back = torch.cat(groups).argsort().to(found[0].x.device)
-        x = torch.cat([start.x for start in found])[back]
+        starts = [self.sampled([prompts[row] for row in rows], seeds[rows], int(index[rows[0]])) for rows in groups]
+        back = torch.cat(groups).argsort().to(starts[0].x.device)
+        x = torch.cat([start.x for start in starts])[back]
         return Start(prompts, seeds.to(x.device), x, index.to(x.device))
 
     def passes(self, start: Start, size: int) -> Iterator[Pass]:
         """One: predict, decode, reward."""
         self.forward()
-        m = self.output("policy", start.x, start.index, self.family.encode(start.prompts))
-        x0_hat = posterior_mean(
-            start.x,
-            m,
-            self.tables.posterior,
-            start.index,
-            guidance_scale=self.guidance_scale,
-            impl=self.config.impl,
-        )
+        x0_hat = self.predicted(start.x, start.index, start.prompts)
         reward, margin = self.runtime.score_latents(x0_hat, start.prompts), self.config.refl.margin
         loss = -reward if margin is None else torch.relu(margin - reward)
         yield Pass(loss.sum() / size, reward)

@@ -1,4 +1,4 @@
-"""A consistency LoRA for a base model, and how accurate it is."""
+"""`sqdf-fast distill`: a consistency LoRA for a base model, and its accuracy."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ def make_lora(
         assignments: ``KEY=VALUE`` each, settings of the distillation.
 
     Raises:
-        UserError: bad input, or anything of it that cannot be had.
+        UserError: bad input.
     """
-    settings = make_distillation(
-        preset or ("shapes" if model == "shapes" else "default"), parse_assignments(assignments)
-    )
+    preset = preset or ("shapes" if model == "shapes" else "default")
+    settings = make_distillation(preset, parse_assignments(assignments))
     where = pick_device(device)
     judge = load_reward(reward, device=where) if reward else None
     with StageProgress() as progress:

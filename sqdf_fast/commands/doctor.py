@@ -1,4 +1,4 @@
-"""What this environment has: versions, devices, the native library; which implementation an op takes and why.
+"""What this environment has: versions, devices, the native library, and the implementation of each op.
 
 `python -m sqdf_fast.commands.doctor` prints it.
 """
@@ -10,41 +10,47 @@ import os
 import platform
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sqdf_fast import __version__
 from sqdf_fast.display import text_table
 
 CPU_OPS = ("adamw_8bit",)
-"""Ops that nothing takes on a GPU: there the 8-bit optimizer is bitsandbytes'."""
+"""Ops that a GPU does not use: its 8-bit optimizer is bitsandbytes'."""
 
 
-@dataclass(frozen=True)
-class Package:
+class Package(NamedTuple):
     """A dependency: the installed version or None, and the extra that brings it ("" for a required one)."""
 
     name: str
     version: str | None
     extra: str
 
+    def __str__(self) -> str:
+        return self.version or (f"not installed (extra: {self.extra})" if self.extra else "MISSING")
 
-@dataclass(frozen=True)
-class Gpu:
-    """A CUDA device as PyTorch numbers it. Memory in bytes; the driver's view needs NVML, None without it."""
 
-    index: int
+class Gpu(NamedTuple):
+    """A CUDA device as PyTorch numbers it. Memory in bytes; driver and utilization (percent) are None without NVML."""
+
+    number: int
     name: str
     capability: tuple[int, int]
     memory: int
     memory_free: int
     driver: str | None
-    utilisation: int | None  # percent of the last sample period in which a kernel ran
+    utilization: int | None
+
+    def __str__(self) -> str:
+        memory = f"{self.memory_free / 2**30:.1f} of {self.memory / 2**30:.1f} GiB free"
+        text = f"GPU {self.number}: {self.name}, sm_{self.capability[0]}{self.capability[1]}, {memory}"
+        text += "" if self.driver is None else f", driver {self.driver}"
+        return text if self.utilization is None else f"{text}, {self.utilization} % busy"
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What impl="auto" takes for one op on one device, and why the ones before it were passed over."""
+class Choice(NamedTuple):
+    """What impl="auto" selects for one op on one device, and why not the implementations before it."""
 
     op: str
     device: str
@@ -52,17 +58,13 @@ class Choice:
     reasons: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Everything `report` shows. `native` is None when the library is missing; `native_reason` says why."""
+class Facts(NamedTuple):
+    """The machine: `native` is None when the library is missing; `native_reason` says why, `gpu_reason` likewise."""
 
-    python: str
-    system: str
     cpu: str
     cores: int
     torch_threads: int
     cuda: str | None
-    packages: list[Package]
     gpus: list[Gpu]
     gpu_reason: str | None
     native: str | None
@@ -71,7 +73,7 @@ class Facts:
 
 
 def facts() -> Facts:
-    """Look around: imports torch, loads the native library, queries the driver; changes nothing."""
+    """Imports torch, loads the native library, queries the driver; changes nothing."""
     import torch
 
     from sqdf_fast.kernels import native
@@ -79,13 +81,10 @@ def facts() -> Facts:
     gpus, gpu_reason = _gpus()
     devices = ["cpu", "cuda"] if gpus else ["cpu"]
     return Facts(
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=_processor(),
         cores=os.cpu_count() or 1,
         torch_threads=torch.get_num_threads(),
         cuda=torch.version.cuda,
-        packages=packages(),
         gpus=gpus,
         gpu_reason=gpu_reason,
         native=f"{native.instruction_set()}, ABI {native.ABI_VERSION}" if native.available() else None,
@@ -102,7 +101,11 @@ def packages() -> list[Package]:
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
         name = declared.group() if declared else requirement
         if name != "sqdf-fast":
-            found.setdefault(name, Package(name, _version(name), extra.group(1) if extra else ""))
+            try:
+                version = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                version = None
+            found.setdefault(name, Package(name, version, extra.group(1) if extra else ""))
     return sorted(found.values(), key=lambda package: (package.extra, package.name.lower()))
 
 
@@ -114,7 +117,7 @@ def ops() -> list[str]:
 
 
 def choose(op: str, device: str) -> Choice:
-    """What impl="auto" takes for `op` in float32 on "cpu" or "cuda"."""
+    """What impl="auto" selects for `op` in float32 on "cpu" or "cuda"."""
     import torch
 
     from sqdf_fast.kernels.dispatch import IMPLEMENTATIONS, reason_against
@@ -130,40 +133,33 @@ def choose(op: str, device: str) -> Choice:
 
 
 def report(found: Facts | None = None) -> str:
-    """`facts()` as text for a person."""
+    """The environment as text."""
     found = facts() if found is None else found
-    lines = [
-        f"sqdf-fast {__version__}",
-        f"python {found.python}, {found.system}",
-        f"CPU: {found.cpu}, {found.cores} cores, torch uses {found.torch_threads} threads",
-        *(_gpu_line(gpu) for gpu in found.gpus),
+    choices = [
+        [op, device, name, "; ".join(f"not {other}: {reason}" for other, reason in reasons.items())]
+        for op, device, name, reasons in found.choices
     ]
-    if found.gpu_reason:
-        lines.append(f"GPU: none ({found.gpu_reason})")
-    lines.append(f"native library: {found.native or found.native_reason}")
-    choices = [[choice.op, choice.device, choice.implementation, _passed_over(choice)] for choice in found.choices]
-    lines += [
-        "",
-        "implementation that impl='auto' selects, in float32:",
-        text_table(("op", "device", "selected", "why not another"), choices, left=range(4)),
-    ]
-    packages = [[package.name, _package_state(package)] for package in found.packages]
-    lines += ["", text_table(("package", "version"), packages, left=range(2))]
-    return "\n".join(lines)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return "\n".join(
+        (
+            f"sqdf-fast {__version__}",
+            f"python {platform.python_version()}, {platform.system()} {platform.release()} {platform.machine()}",
+            f"CPU: {found.cpu}, {found.cores} cores, torch uses {found.torch_threads} threads",
+            *(map(str, found.gpus) if found.gpus else [f"GPU: none ({found.gpu_reason})"]),
+            f"native library: {found.native or found.native_reason}",
+            "",
+            "implementation that impl='auto' selects, in float32:",
+            text_table(("op", "device", "selected", "why not another"), choices, left=range(4)),
+            "",
+            text_table(("package", "version"), [[package.name, str(package)] for package in packages()], left=range(2)),
+        )
+    )
 
 
 def _processor() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return platform.processor() or "unknown"
+        text = ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return model.group(1) if model else platform.processor() or "unknown"
 
@@ -171,22 +167,17 @@ def _processor() -> str:
 def _gpus() -> tuple[list[Gpu], str | None]:
     import torch
 
-    if torch.version.cuda is None:
-        return [], "this build of torch has no CUDA support"
-    if not torch.cuda.is_available():
-        return [], _without_driver() or "the driver works, but torch cannot use it: its CUDA version may be too new"
-    return [_gpu(index) for index in range(torch.cuda.device_count())], None
-
-
-def _without_driver() -> str | None:
-    """Why the NVIDIA driver cannot be asked, or None."""
     from sqdf_fast.engine.gpu_memory import open_driver
 
+    if torch.version.cuda is None:
+        return [], "this build of torch has no CUDA support"
+    if torch.cuda.is_available():
+        return [_gpu(index) for index in range(torch.cuda.device_count())], None
     nvml = open_driver()
     if isinstance(nvml, str):
-        return nvml
+        return [], nvml
     nvml.nvmlShutdown()
-    return None
+    return [], "the driver works, but torch cannot use it: its CUDA version may be too new"
 
 
 def _gpu(index: int) -> Gpu:
@@ -195,41 +186,20 @@ def _gpu(index: int) -> Gpu:
     from sqdf_fast.engine.gpu_memory import open_gpu
 
     properties = torch.cuda.get_device_properties(index)
-    driver = utilisation = None
+    driver = utilization = None
     free = torch.cuda.mem_get_info(index)[0]
     opened = open_gpu(torch.device("cuda", index))
     if not isinstance(opened, str):
         nvml, handle = opened
         try:
             driver = nvml.nvmlSystemGetDriverVersion()
-            utilisation = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
+            utilization = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
         except nvml.NVMLError:
             pass  # a partition of a GPU or a container may refuse a query
         finally:
             nvml.nvmlShutdown()
     capability = (properties.major, properties.minor)
-    return Gpu(index, properties.name, capability, properties.total_memory, free, driver, utilisation)
-
-
-def _gpu_line(gpu: Gpu) -> str:
-    gib = 2**30
-    state = f"GPU {gpu.index}: {gpu.name}, sm_{gpu.capability[0]}{gpu.capability[1]}, "
-    state += f"{gpu.memory_free / gib:.1f} of {gpu.memory / gib:.1f} GiB free"
-    if gpu.driver is not None:
-        state += f", driver {gpu.driver}"
-    if gpu.utilisation is not None:
-        state += f", {gpu.utilisation} % busy"
-    return state
-
-
-def _passed_over(choice: Choice) -> str:
-    return "; ".join(f"not {name}: {reason}" for name, reason in choice.reasons.items())
-
-
-def _package_state(package: Package) -> str:
-    if package.version is not None:
-        return package.version
-    return f"not installed (extra: {package.extra})" if package.extra else "MISSING"
+    return Gpu(index, properties.name, capability, properties.total_memory, free, driver, utilization)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `sqdf-fast evaluate` is given, runs, LoRAs and base models, judged side by side."""
+"""`sqdf-fast evaluate`: runs, LoRAs and base models, judged side by side."""
 
 from __future__ import annotations
 
@@ -27,12 +27,7 @@ from sqdf_fast.training.evaluator import Evaluator, HeldOut
 
 @dataclass(frozen=True)
 class Target:
-    """A model to be judged.
-
-    Attributes:
-        label: what tables call it; config: its model and how it samples.
-        policy: folder or file of what was trained; None: the base model itself.
-    """
+    """A model to judge: its name in tables, its configuration, and the folder or file of its policy, if any."""
 
     label: str
     config: Config
@@ -46,78 +41,70 @@ def evaluate_models(
     assignments: Mapping[str, Any],
     judges: Sequence[str] = (),
     seed: int,
-    progress: StageProgress | None = None,
 ) -> Verdict:
-    """Sample every target, and before them the base model of the first one, on the same prompts and noise; judge all.
+    """Sample and judge every target, after the base model of the first one, on the same prompts and noise.
 
     Prompts, reward and judges are those of the first run among the targets, or of the settings.
 
     Args:
         given: run folders, LoRA folders or files, ``shapes``, diffusers folders or hub ids.
-        settings: top-level settings and sections that are given; ``preset`` and ``model`` are for targets without a
-            run.
-        assignments: of any setting, for all targets.
+        settings: nested settings; ``preset`` and ``model`` are for targets without a run.
+        assignments: nested settings for all targets.
         judges: names for :func:`sqdf_fast.evaluate.load_judges`.
-        seed: of the noise; a run's own evaluations use 0.
-        progress: entered once nothing but sampling and judging is left, then told (stage, done, total, figures).
+        seed: seed of the noise; a run's own evaluations use 0.
 
     Raises:
-        UserError: a target that is none, or anything of it, the reward or the judges that cannot be had.
+        UserError: a target, the reward or a judge is unknown or cannot be loaded.
     """
     targets = find_targets(given, settings, assignments)
     config = targets[0].config
     held_out = HeldOut.of(config, seed)
-    # Reward and judges on the CPU: what is wrong with them shows before anything is sampled.
+    # First, on the CPU: wrong rewards and judges are refused before anything is sampled.
     reward = load_run_reward(config, held_out.prompts, torch.device("cpu"))
     evaluator = Evaluator(config, reward, held_out, judges=judges)
-    with progress or StageProgress() as shown:
-        images = {target.label: _images(target, evaluator, shown) for target in targets}
-        # Sampling is over: the device is the reward's.
+    images: dict[str, Tensor] = {}
+    scores: dict[str, Scores] = {}
+    with StageProgress() as progress:
+        for target in targets:
+            runtime = Runtime.load(target.config, prompts=held_out.prompts, policy=target.policy, progress=progress)
+            role: Role = "reference" if target.policy is None else "policy"
+            images[target.label] = evaluator.images(runtime, role=role, phase=target.label)
+            del runtime  # or its weights are on the device beside the next one's
         device = pick_device(config.device)
         reward.to(device)
-        scores: dict[str, Scores] = {}
-        for label, found in images.items():
-            scores[label] = evaluator.judge(found, device, is_base=not scores).values
-            shown.phase("judging", len(scores), len(images))
+        for label, sampled in images.items():
+            scores[label] = evaluator.judge(sampled, device, is_base=not scores).values
+            progress.phase("judging", len(scores), len(images))
     better: dict[str, Better] = {"proxy_reward": "higher", **evaluator.judges.better}
     return Verdict(config.reward, held_out.prompts, seed, scores, better, images)
 
 
 def find_targets(given: Sequence[str], settings: Mapping[str, Any], assignments: Mapping[str, Any]) -> list[Target]:
-    """The targets in order, after the base model of the first, where that is not the first itself.
+    """The targets in order, after the base model of the first, unless that is the first itself.
+
+    All have the reward, prompts and evaluation of the first run; its base model samples as it does.
 
     Raises:
-        UserError: a run without a trained policy, or a LoRA whose base model nobody named.
+        UserError: an unknown target, a run without a trained policy, or a LoRA without a base model.
     """
     distinct = list(dict.fromkeys(given))
-    found = [_target(text, settings, assignments) for text in distinct]
-    if len({target.label for target in found}) < len(found):
-        # Folders of the same name: their paths tell them apart.
-        found = [replace(target, label=text) for target, text in zip(found, distinct, strict=True)]
-    found = _judged_alike(found)
-    first = found[0]
-    if first.policy is None:
-        return found
-    label = "base" if all(target.label != "base" for target in found) else f"base of {first.label}"
-    others = [target for target in found if target.policy or target.config.model != first.config.model]
-    return [Target(label, _base(first.config)), *others]
-
-
-def _judged_alike(targets: list[Target]) -> list[Target]:
-    """With the reward, prompts and evaluation of the first run; its base model samples as it does."""
+    targets = [_target(text, settings, assignments) for text in distinct]
+    if len({target.label for target in targets}) < len(targets):
+        # Folders of the same name: label them by their paths.
+        targets = [replace(target, label=text) for target, text in zip(targets, distinct, strict=True)]
     tuned = next((target for target in targets if target.policy), targets[0]).config
-    judging = {name: getattr(tuned, name) for name in ("reward", "reward_options", "prompts", "evaluation")}
-    alike = []
-    for target in targets:
-        same = target.policy is None and target.config.model == tuned.model
-        config = _base(tuned) if same else target.config.model_copy(update=judging)
-        alike.append(replace(target, config=config))
-    return alike
-
-
-def _base(config: Config) -> Config:
     # Nothing of the base model is trained: no copy of its network is needed.
-    return config.model_copy(update={"policy": config.policy.model_copy(update={"kind": "lora"})})
+    base = tuned.model_copy(update={"policy": tuned.policy.model_copy(update={"kind": "lora"})})
+    judging = {name: getattr(tuned, name) for name in ("reward", "reward_options", "prompts", "evaluation")}
+    for number, target in enumerate(targets):
+        same = target.policy is None and target.config.model == tuned.model
+        targets[number] = replace(target, config=base if same else target.config.model_copy(update=judging))
+    first = targets[0]
+    if first.policy is None:
+        return targets
+    label = "base" if all(target.label != "base" for target in targets) else f"base of {first.label}"
+    others = [target for target in targets if target.policy or target.config.model != first.config.model]
+    return [Target(label, base), *others]
 
 
 def _target(text: str, settings: Mapping[str, Any], assignments: Mapping[str, Any]) -> Target:
@@ -125,29 +112,17 @@ def _target(text: str, settings: Mapping[str, Any], assignments: Mapping[str, An
     if (path / "config.yaml").is_file():
         folder, config = RunFolder.open(path)
         return Target(path.resolve().name, _changed(config, settings, assignments), trained_policy(folder, config))
-    if _is_lora(path):
-        label = "/".join(path.resolve().parts[-2:])
-        return Target(label, _base_of(path, settings, assignments), text)
-    if not _is_model(text):
-        raise UserError(
-            f"{text} is no run (config.yaml), no LoRA (*.safetensors) and no model (shapes, {', '.join(KNOWN_MODELS)}, "
-            "a diffusers folder, a hub id owner/name); give one of them, such as a folder that `sqdf-fast train` wrote"
-        )
-    return Target(text, _plain(text, settings, assignments))
-
-
-def _is_model(text: str) -> bool:
-    path = Path(text)
-    if text == "shapes" or text in KNOWN_MODELS or (path / "model_index.json").is_file():
-        return True
+    is_folder_of_model = (path / "model_index.json").is_file()
+    if path.suffix == ".safetensors" if path.is_file() else not is_folder_of_model and any(path.glob("*.safetensors")):
+        return Target("/".join(path.resolve().parts[-2:]), _base_of(path, settings, assignments), text)
     # A hub id, unless its owner's name is a folder here: then it is a mistyped path.
-    return text.count("/") == 1 and not path.exists() and not path.parent.is_dir()
-
-
-def _is_lora(path: Path) -> bool:
-    if path.is_file():
-        return path.suffix == ".safetensors"
-    return path.is_dir() and not (path / "model_index.json").is_file() and any(path.glob("*.safetensors"))
+    is_hub_id = text.count("/") == 1 and not path.exists() and not path.parent.is_dir()
+    if text == "shapes" or text in KNOWN_MODELS or is_folder_of_model or is_hub_id:
+        return Target(text, _plain(text, settings, assignments))
+    raise UserError(
+        f"{text} is not a run (config.yaml), a LoRA (*.safetensors) or a model (shapes, {', '.join(KNOWN_MODELS)}, "
+        "a diffusers folder, a hub id owner/name); give one of them, such as a folder that `sqdf-fast train` wrote"
+    )
 
 
 def _base_of(path: Path, settings: Mapping[str, Any], assignments: Mapping[str, Any]) -> Config:
@@ -166,10 +141,10 @@ def _plain(model: str, settings: Mapping[str, Any], assignments: Mapping[str, An
 
 
 def _changed(config: Config, settings: Mapping[str, Any], assignments: Mapping[str, Any]) -> Config:
-    """A run's configuration with what is given in place of its own; its model stays."""
+    """A run's configuration with the given settings, but its own model."""
     own = config.model_dump(mode="json")
     if settings.get("reward", config.reward) != config.reward:
-        # They were the other reward's.
+        # They belong to the run's own reward.
         own["reward_options"] = {}
     flags = {name: value for name, value in settings.items() if name not in ("preset", "model")}
     return _complete(make_config(file=own, assignments=assignments, flags=flags), settings, assignments)
@@ -178,15 +153,7 @@ def _changed(config: Config, settings: Mapping[str, Any], assignments: Mapping[s
 def _complete(config: Config, settings: Mapping[str, Any], assignments: Mapping[str, Any]) -> Config:
     prompts = settings.get("evaluation", {}).get("prompts")
     if prompts and "num_prompts" not in assignments.get("evaluation", {}):
-        # Prompts of one's own: all of them.
+        # The user's own prompts: all of them.
         number = {"num_prompts": len(load_prompts(prompts))}
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=number)})
     return with_lookahead(config, "tweedie")
-
-
-def _images(target: Target, evaluator: Evaluator, progress: StageProgress) -> Tensor:
-    """The target's images of the held-out prompts, float32 [N, 3, H, W] in [0, 1] on the CPU."""
-    prompts = evaluator.held_out.prompts
-    runtime = Runtime.load(target.config, prompts=prompts, policy=target.policy, progress=progress)
-    role: Role = "reference" if target.policy is None else "policy"
-    return evaluator.images(runtime, role=role, phase=target.label)

@@ -36,21 +36,20 @@ def draw(
 
     Args:
         run: a run folder; or a base model, "shapes", a known short name or a diffusers folder.
-        base: sample from the run's base model instead of the fine-tuned one.
-        method: improves the samples without training, see :func:`sqdf_fast.guided_sampling.training_free`; options:
-            its own.
+        base: whether to sample from the run's base model instead of the fine-tuned one.
+        method: of :func:`sqdf_fast.guided_sampling.training_free`; options: its own.
         reward: what ``method`` maximizes; None: the run's.
 
     Returns:
-        What ``method`` has cost; None without one.
+        The cost of ``method``; None without one.
 
     Raises:
-        UserError: no run, no trained policy in it, or the file cannot be written; what ``method`` refuses.
+        UserError: no run, no trained policy, invalid options, or the file cannot be written.
     """
     config, policy = _opened(run)
     config = with_lookahead(config, "consistency" if options.get("estimate") == "consistency" else "tweedie")
     if reward is not None and reward != config.reward:
-        # Its options are the run's own reward's.
+        # The options belong to the run's own reward.
         config = config.model_copy(update={"reward": reward, "reward_options": {}})
     repeated = [prompt for prompt in prompts for _ in range(number)]
     seeds = sample_seeds(seed, Stream.EVALUATION, 1, len(repeated))
@@ -75,7 +74,7 @@ def draw(
 def training_free_options(
     best_of: int | None, guide_scale: float | None, guide_by: str, reward: str | None
 ) -> dict[str, Any]:
-    """Keywords of :func:`draw` for the options of the command line. Raises UserError for a useless combination."""
+    """Keywords of :func:`draw` from command-line options. Raises UserError for options that exclude each other."""
     if best_of is not None and guide_scale is not None:
         raise UserError("--best-of and --guide-scale are mutually exclusive")
     if best_of is not None:
@@ -88,7 +87,7 @@ def training_free_options(
 
 
 def _opened(run: Path) -> tuple[Config, str | None]:
-    """Configuration and trained policy of a run, or those of a base model, which has none."""
+    """Configuration and trained policy of a run, or the configuration of a base model."""
     name = str(run)
     known = name == "shapes" or name in KNOWN_MODELS or name in KNOWN_MODELS.values()
     if not (run / "config.yaml").is_file() and (known or (run / "model_index.json").is_file()):
@@ -98,7 +97,7 @@ def _opened(run: Path) -> tuple[Config, str | None]:
 
 
 def trained_policy(run: RunFolder, config: Config) -> str:
-    """The folder of what a run trained. Raises UserError where it has saved nothing yet."""
+    """The folder of a run's trained policy. Raises UserError if none is saved yet."""
     folder = run.policy(config)
     if not any(folder.glob("*.safetensors")):
         raise UserError(

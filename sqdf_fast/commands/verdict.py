@@ -19,16 +19,16 @@ from sqdf_fast.rewards.preprocess import to_pil
 Scores = dict[str, float | None]
 
 ARROWS: dict[Better, str] = {"higher": " \N{UPWARDS ARROW}", "lower": " \N{DOWNWARDS ARROW}", "neither": ""}
-# Prompts on the sheet: more would be too small to see.
 SHOWN = 16
+"""Prompts on the sheet."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Scores of models on the same prompts and noise; the first one is what the others are compared with.
+    """Scores of models on the same prompts and noise; the first one is the baseline of the others.
 
     Attributes:
-        reward: what ``proxy_reward`` is; prompts: N, one an image; seed: of the noise.
+        reward: behind ``proxy_reward``; prompts: N, one per image; seed: of the noise.
         scores: by label, the ``eval_*`` values of :func:`sqdf_fast.evaluate.evaluate_images`.
         better: which direction is good, by the score's name without ``eval_``.
         images: by label, float [N, 3, H, W] in [0, 1].
@@ -54,7 +54,7 @@ class Verdict:
         }
 
     def rows(self) -> list[list[str]]:
-        """A heading, then a row a score that any model has: its name, then of each model the value and interval."""
+        """A heading, then a row for each score that any model has: its name, and each model's value and interval."""
         rows = [["", *self.scores]]
         for name in next(iter(self.scores.values())):
             values = [scores.get(name) for scores in self.scores.values()]
@@ -62,16 +62,16 @@ class Verdict:
                 continue
             plain = name.removeprefix("eval_")
             label = plain.replace("_", " ") + ARROWS[self.better.get(plain, "neither")]
-            rows.append([label, *(_shown(scores, name) for scores in self.scores.values())])
+            rows.append([label, *("-" if s.get(name) is None else _shown(s, name) for s in self.scores.values())])
         return rows
 
     def as_text(self) -> str:
-        """A table, one score a line; 95 % bootstrap intervals over prompts in brackets."""
+        """A table with a line per score; 95 % bootstrap intervals over prompts in brackets."""
         heading, *rows = self.rows()
         return text_table(heading, rows)
 
     def sheet(self) -> Image.Image:
-        """The first image of up to 16 prompts, a row each, a column a model."""
+        """The first image of up to 16 prompts: a row per prompt, a column per model."""
         first = {prompt: index for index, prompt in reversed(list(enumerate(self.prompts)))}
         prompts = list(dict.fromkeys(self.prompts))[:SHOWN]
         columns = [to_pil(images[[first[prompt] for prompt in prompts]]) for images in self.images.values()]
@@ -84,15 +84,9 @@ class Verdict:
         save_png(self.sheet(), path)
 
     def save_page(self, path: Path) -> None:
-        """Write table and sheet as one HTML file that asks the network for nothing. Raises UserError as above."""
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, self.page())
-
-    def page(self) -> str:
-        """The HTML of :meth:`save_page`."""
+        """Write table and sheet as one self-contained HTML file. Raises UserError when the disk refuses."""
         heading, *rows = self.rows()
-        return render_page(
+        page = render_page(
             Path(__file__).with_name("verdict.html"),
             title=" against ".join(reversed(list(self.scores))) if len(self.scores) == 2 else "Models side by side",
             verdict=self,
@@ -100,15 +94,12 @@ class Verdict:
             rows=rows,
             sheet=self.sheet(),
         )
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, page)
 
 
 def _shown(scores: Scores, name: str) -> str:
-    found = [scores.get(f"{name}{end}") for end in ("", "_low", "_high")]
-    value, low, high = (None if number is None else _number(number) for number in found)
-    if value is None:
-        return "-"
-    return value if low is None or high is None else f"{value} [{low}, {high}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if 0 < abs(value) < 0.1 else f"{value:.3f}"
+    values = [scores.get(f"{name}{end}") for end in ("", "_low", "_high")]
+    value, *interval = (f"{x:.4f}" if 0 < abs(x) < 0.1 else f"{x:.3f}" for x in values if x is not None)
+    return f"{value} [{', '.join(interval)}]" if len(interval) == 2 else value

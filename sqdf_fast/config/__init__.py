@@ -1,55 +1,40 @@
-"""The settings of a run: what there is (schema), named ones (presets), and how they are put together (layers)."""
+"""The settings of a run: schema, presets and layers."""
 
 from __future__ import annotations
 
-from sqdf_fast.config.algorithms import ALGORITHM_SETTINGS, AlgorithmSettings, section_of
+from sqdf_fast.config.algorithms import ALGORITHM_SETTINGS, section_of
 from sqdf_fast.config.layers import (
     current_names,
     dump_config,
     given_settings,
     make_config,
     parse_assignments,
-    parse_yaml,
     read_config_file,
     refuse_without_effect,
     settings_of,
     with_settings,
 )
 from sqdf_fast.config.old_keys import OLD_KEYS
-from sqdf_fast.config.presets import PRESETS, default_preset
+from sqdf_fast.config.presets import PRESETS, default_preset, preset_for
 from sqdf_fast.config.schema import (
     Config,
-    Evaluation,
     Execution,
     Limits,
-    Logging,
-    Monitor,
     Objective,
     Optimizer,
-    Policy,
-    Replay,
-    Sampling,
     without_effect,
 )
-from sqdf_fast.config.section import Positive, Section, describe_settings, dotted, setting_names, validate
+from sqdf_fast.config.section import Section, describe_settings, dotted, setting_names, validate
 
 __all__ = [
     "ALGORITHM_SETTINGS",
     "OLD_KEYS",
     "PRESETS",
-    "AlgorithmSettings",
     "Config",
-    "Evaluation",
     "Execution",
     "Limits",
-    "Logging",
-    "Monitor",
     "Objective",
     "Optimizer",
-    "Policy",
-    "Positive",
-    "Replay",
-    "Sampling",
     "Section",
     "current_names",
     "default_preset",
@@ -59,7 +44,7 @@ __all__ = [
     "given_settings",
     "make_config",
     "parse_assignments",
-    "parse_yaml",
+    "preset_for",
     "read_config_file",
     "refuse_without_effect",
     "section_of",

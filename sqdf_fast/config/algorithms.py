@@ -12,14 +12,10 @@ _COLLECTION = ("replay.refill", "replay.steps_per_refill")
 
 
 class AlgorithmSettings(Section):
-    """The settings that one algorithm alone reads.
-
-    Class attributes:
-        reads: settings of shared sections that this algorithm reads and some other does not. A setting that no
-            algorithm names is read by all of them.
-    """
+    """The settings that one algorithm alone reads."""
 
     reads: ClassVar[tuple[str, ...]] = ()
+    """Settings of shared sections that only some algorithms read, this one among them."""
 
 
 class SqdfSettings(AlgorithmSettings):
@@ -34,13 +30,9 @@ class SqdfSettings(AlgorithmSettings):
         "objective.consistency_grid",
         "objective.mask_nonpositive",
         *_COLLECTION,
-        "replay.capacity",
-        "replay.mode",
-        "replay.store",
+        *("replay.capacity", "replay.mode", "replay.store"),
         # All others run policy, decoder and reward as one graph.
-        "execution.executor",
-        "execution.forward_batch_rows",
-        "execution.backward_batch_rows",
+        *("execution.executor", "execution.forward_batch_rows", "execution.backward_batch_rows"),
     )
 
 
@@ -76,7 +68,7 @@ class PolicyGradientSettings(AlgorithmSettings):
 
     reads: ClassVar[tuple[str, ...]] = _COLLECTION
 
-    group: Positive = Field(1, description="samples per prompt whose rewards are compared; 1: the whole collection")
+    group: Positive = Field(1, description="samples per prompt whose rewards are compared; 1: all samples of a refill")
     timesteps: Positive | None = Field(
         None, description="steps of each trajectory in an update; default: all trainable steps"
     )
@@ -122,17 +114,13 @@ ALGORITHM_SETTINGS: dict[str, type[AlgorithmSettings]] = {
 def readers(key: str) -> tuple[str, ...]:
     """The algorithms that read a setting, by its dotted key."""
     section, _, name = key.partition(".")
+    table = ALGORITHM_SETTINGS.items()
     own = tuple(
-        algorithm
-        for algorithm, settings in ALGORITHM_SETTINGS.items()
-        if section == section_of(algorithm) and name in settings.model_fields
+        algorithm for algorithm, kind in table if section == section_of(algorithm) and name in kind.model_fields
     )
-    return own or tuple(name for name, settings in ALGORITHM_SETTINGS.items() if key in settings.reads) or _ALL
+    return own or tuple(algorithm for algorithm, kind in table if key in kind.reads) or tuple(ALGORITHM_SETTINGS)
 
 
 def section_of(algorithm: str) -> str:
     """The name of the section with an algorithm's own settings."""
     return algorithm.replace("-", "_")
-
-
-_ALL = tuple(ALGORITHM_SETTINGS)

@@ -1,4 +1,4 @@
-"""From what is given to a validated configuration, and back to YAML.
+"""From layers of settings to a validated configuration, and back to YAML.
 
 Layers, later ones win: defaults of the fields < preset < file < ``--set key=value`` < flags.
 """
@@ -19,8 +19,8 @@ from sqdf_fast.config.schema import Config, without_effect
 from sqdf_fast.config.section import Section, dotted, validate
 from sqdf_fast.errors import UserError
 
-# What every run's config.yaml has had since version 0.1.0, and no file written by hand.
-_WHOLE = frozenset(
+# In every run's config.yaml since version 0.1.0; no file written by hand has all of them.
+_OF_A_RUN = frozenset(
     {
         *("preset", "model", "vram", "resolution", "reward", "reward_options", "algorithm", "prompts"),
         *("consistency_lora", "steps", "seed", "device", "dtype", "impl", "checkpoint_every"),
@@ -34,23 +34,20 @@ def make_config(
     assignments: Mapping[str, Any] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Merge the layers and validate. The flag policy.base = consistency brings its few steps without guidance along.
+    """Merge the layers and validate. The flag policy.base = consistency also sets few steps without guidance.
 
     Raises:
         UserError: one line that names the key, the value and what is allowed; a given setting that the run would not
             read is refused too, unless it comes from a preset or from the config.yaml of a run.
     """
     layers = _current(file, assignments, flags)
-    few_steps = (layers[-1].get("policy") or {}).get("base") == "consistency"
     for layer in layers:
         preset = layer.get("preset") or preset
-    if preset is None:
-        below = []
-    elif isinstance(preset, str) and preset in PRESETS:
-        below = [PRESETS[preset], {"preset": preset}]
-    else:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise UserError(f"preset {preset!r} is unknown; allowed: {', '.join(sorted(PRESETS))}")
-    config = _settled(merge(*below, CONSISTENCY_SAMPLING if few_steps else {}, *layers))
+    named = {} if preset is None else {**PRESETS[preset], "preset": preset}
+    few_steps = (layers[-1].get("policy") or {}).get("base") == "consistency"
+    config = _validated(merge(named, CONSISTENCY_SAMPLING if few_steps else {}, *layers))
     refuse_without_effect(given_settings(*layers), config)
     return config
 
@@ -59,14 +56,14 @@ def with_settings(config: Config, settings: Mapping[str, Any], *, shared: bool =
     """The configuration with these dotted keys changed, validated again.
 
     Args:
-        shared: the settings are for runs of several algorithms: none is refused because this one does not read it.
+        shared: whether the settings are for runs of several algorithms, so that this one need not read them all.
 
     Raises:
         UserError: as :func:`make_config`.
     """
     algorithm = settings.get("algorithm", config.algorithm)
     given = with_new_names(nested(settings), None if shared else algorithm)
-    changed = _settled(merge(config.model_dump(mode="json"), given))
+    changed = _validated(merge(config.model_dump(mode="json"), given))
     if not shared:
         refuse_without_effect(dotted(given), changed)
     return changed
@@ -88,10 +85,10 @@ def given_settings(
 ) -> tuple[str, ...]:
     """Dotted keys that the layers of `make_config` set themselves: what a plan keeps.
 
-    A run's config.yaml counts as none: what of it was planned and what was asked for can no longer be told apart.
+    A run's config.yaml does not count: it does not say which of its settings were planned.
     """
-    whole, *others = _current(file, assignments, flags)
-    layers = others if whole.keys() >= _WHOLE else (whole, *others)
+    layers = _current(file, assignments, flags)
+    layers = layers[1:] if layers[0].keys() >= _OF_A_RUN else layers
     return tuple(dict.fromkeys(key for layer in layers for key in dotted(layer)))
 
 
@@ -130,9 +127,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         try:
             settings = merge(settings, nested({key: parse_yaml(text)}))
         except yaml.YAMLError:
-            raise UserError(
-                f"--set {assignment}: the value is not valid YAML; quote it if it holds ':' or '['"
-            ) from None
+            raise UserError(f"--set {assignment}: invalid YAML value; quote it if it contains ':' or '['") from None
     return settings
 
 
@@ -143,23 +138,21 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UserError(
-            f"configuration file {path}: not valid YAML{line}; see a run's config.yaml for an example"
-        ) from None
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"configuration file {path}: invalid YAML{line}; see a run's config.yaml") from None
     if not isinstance(data, dict):
         raise UserError(f"configuration file {path}: expected a mapping of settings; see a run's config.yaml")
     return data
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text: the one place where settings are read. Raises yaml.YAMLError."""
+    """The value of a YAML text. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML has it, except that 1e-3, without a dot, is a number."""
+    """PyYAML's YAML 1.1, except that 1e-3, without a dot, is a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -169,16 +162,16 @@ _Loader.add_implicit_resolver(
 
 def _current(*layers: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The layers under the settings' present names."""
-    given = [layer or {} for layer in layers]
-    named = [layer["algorithm"] for layer in given if "algorithm" in layer]
-    algorithm = named[-1] if named else Config.model_fields["algorithm"].default
-    return [with_new_names(layer, algorithm) for layer in given]
+    algorithm = Config.model_fields["algorithm"].default
+    for layer in layers:
+        algorithm = (layer or {}).get("algorithm", algorithm)
+    return [with_new_names(layer or {}, algorithm) for layer in layers]
 
 
-def _settled(values: Mapping[str, Any]) -> Config:
+def _validated(values: Mapping[str, Any]) -> Config:
     config = validate(Config, values)
     if config.reads("objective.lookahead") or config.policy.base == "consistency":
         return config
-    # Nothing looks ahead: no consistency model is loaded for it.
+    # Without a look-ahead no consistency model is loaded.
     objective = config.objective.model_copy(update={"lookahead": "tweedie"})
     return config.model_copy(update={"objective": objective})

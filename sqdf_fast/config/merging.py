@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,29 +15,24 @@ from sqdf_fast.errors import UserError
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings, later layers over earlier ones: mappings are merged, everything else is replaced.
 
-    Raises:
-        UserError: layers that do not go together.
+    Raises UserError for layers that cannot be merged.
     """
-    try:
+    with _one_line_errors():
         # The trees are made here and read nowhere else, so nothing has to be copied.
         return _plain(OmegaConf.unsafe_merge(_tree({}), *(_tree(layer) for layer in layers if layer)))
-    except (OmegaConfBaseException, TypeError) as error:
-        raise _refusal(error) from None
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by dotted key as nested settings; of keys that overlap the later one wins. Raises as :func:`merge`."""
-    try:
+    with _one_line_errors():
         tree = _tree({})
         for key, value in settings.items():
             OmegaConf.update(tree, key, value)
         return _plain(tree)
-    except (OmegaConfBaseException, TypeError) as error:
-        raise _refusal(error) from None
 
 
 def _tree(settings: Mapping[str, Any]) -> DictConfig:
-    # Values that are no settings at all are refused with the setting's name, once the whole is validated.
+    # Objects pass: validation refuses them later with the setting's name.
     return OmegaConf.create(dict(settings), flags={"allow_objects": True})
 
 
@@ -45,5 +41,9 @@ def _plain(tree: Any) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(tree))
 
 
-def _refusal(error: Exception) -> UserError:
-    return UserError(f"these settings do not go together: {str(error).splitlines()[0]}")
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OmegaConfBaseException, TypeError) as error:
+        raise UserError(f"these settings cannot be combined: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""Settings under the names that earlier versions had, for configuration files that are out there."""
+"""Names of settings in earlier versions, for existing configuration files."""
 
 from __future__ import annotations
 
@@ -33,11 +33,10 @@ _log = logging.getLogger(__name__)
 
 
 def with_new_names(settings: Mapping[str, Any], algorithm: str | None = None) -> dict[str, Any]:
-    """Nested settings with every old key under its new name. The first time a process meets a key, a line says so.
+    """Nested settings with every old key under its new name, each announced once a process.
 
     Args:
-        algorithm: the one that reads the settings: where it reads one of several new keys, that one is set.
-            None: all of them are.
+        algorithm: reader of the settings: of several new keys, those that it reads are set. None: all of them.
     """
     renamed = {key: dict(value) if isinstance(value, Mapping) else value for key, value in settings.items()}
     for old, new in OLD_KEYS.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from sqdf_fast.config.merging import merge
@@ -94,7 +96,26 @@ CONSISTENCY_SAMPLING: dict[str, Any] = {"sampling": {"num_inference_steps": 4, "
 """How a consistency model is sampled: few steps, guidance distilled in."""
 
 
+_log = logging.getLogger(__name__)
+
+
 def default_preset(model: str) -> str:
     """The preset for a model that none was named for; a model that no preset is of takes the paper's, "aesthetic"."""
     short = {"shapes": "shapes", "sdxl": "sdxl", "sd35-medium": "sd35", "flux1-dev": "flux"}
     return short.get(model) or next((name for name in short.values() if PRESETS[name]["model"] == model), "aesthetic")
+
+
+def preset_for(file: Mapping[str, Any], assignments: Mapping[str, Any], flags: Mapping[str, Any]) -> str | None:
+    """The preset of settings without one; None if they name one or need none."""
+    layers = (flags, file, assignments)
+    if "objective" in file or any("preset" in layer for layer in layers):
+        return None
+    models = [layer["model"] for layer in layers if "model" in layer]
+    if models:
+        return default_preset(models[0])
+    import torch
+
+    if torch.cuda.is_available():
+        return "aesthetic"
+    _log.warning("No CUDA GPU and no --model: training the embedded shapes model on the CPU.")
+    return "shapes"

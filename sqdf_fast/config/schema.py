@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -55,6 +56,11 @@ class Objective(Section):
     )
     mask_nonpositive: bool = Field(False, description="samples with r <= 0 give neither reward nor KL (published: on)")
 
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """Keywords of :func:`sqdf_fast.objective.sqdf_loss` and ``credited_loss``."""
+        return self.model_dump(include={"alpha", "gamma", "credit", "mask_nonpositive"})
+
 
 class Policy(Section):
     """What is trained."""
@@ -87,10 +93,10 @@ class Optimizer(Section):
 
 
 class Execution(Section):
-    """How a step is computed: speed and memory, never the result beyond rounding; docs/engine.md."""
+    """How a step is computed: affects speed and memory, and results by rounding only; docs/engine.md."""
 
     executor: Literal["staged", "joint"] = Field(
-        "staged", description="a vector-Jacobian product at a time, or one graph of policy, look-ahead and reward"
+        "staged", description="one vector-Jacobian product at a time, or one graph of policy, look-ahead and reward"
     )
     micro_batch: Positive = Field(1, description="joint: samples whose graph is in memory at once")
     forward_batch_rows: Positive = Field(
@@ -99,13 +105,13 @@ class Execution(Section):
     backward_batch_rows: Positive = Field(1, description="staged: network rows whose graph is in memory at once")
     decode_images: Positive = Field(1, description="staged: images decoded and scored at once, their graph in memory")
     gradient_checkpointing: tuple[Literal["network", "decoder", "reward"], ...] = Field(
-        (), description="parts whose blocks are recomputed in the backward pass instead of kept"
+        (), description="groups of modules whose blocks use gradient checkpointing"
     )
     offload: Literal["none", "staged"] = Field(
-        "none", description="staged: a part's frozen weights are on the device only in the stages that use it"
+        "none", description="staged: frozen weights are on the device only in the stages that use them"
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
-        "none", description="of the frozen network under a LoRA (bitsandbytes); changes the base model a little"
+        "none", description="bits of the frozen network under a LoRA (bitsandbytes); changes the base model slightly"
     )
     attention: Literal["auto", "native", "xformers"] = Field("auto", description="diffusers' attention backend")
 
@@ -127,34 +133,34 @@ class Evaluation(Section):
 
     every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0 = only before and after")
     points: int = Field(
-        0, ge=0, description="with a limit: evaluations spread evenly over it, in place of every; 0 = by steps"
+        0, ge=0, description="with a limit: evaluations spread evenly over it, instead of every; 0 = by steps"
     )
     prompts: str | None = Field(None, description="named set or file of held-out prompts; default: the preset's")
     num_prompts: Positive = Field(16, description="held-out prompts used, a fixed choice of the set")
     images_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="diversity needs at least two")
     held_out: tuple[str, ...] = Field((), description="rewards that are never trained on, scored at each evaluation")
     judges: tuple[str, ...] = Field(
-        (), description="beside the model's own: clip, lpips, dreamsim, frechet or module:Class; docs/evaluation.md"
+        (), description="added to the model's own: clip, lpips, dreamsim, frechet or module:Class; docs/evaluation.md"
     )
     judge_options: dict[str, dict[str, str | int | float | bool]] = Field(
         default_factory=dict, description="keywords by judge or held-out reward, e.g. judge_options.clip.model=..."
     )
     grid: Positive = Field(16, description="images kept on disk at each evaluation")
-    checkpoint: bool = Field(False, description="a checkpoint after each evaluation, beside checkpoint_every")
+    checkpoint: bool = Field(False, description="a checkpoint after each evaluation as well")
 
 
 class Limits(Section):
     """What training may cost; a run ends with the step that reaches a limit. Evaluations are not counted."""
 
     unet_evaluations: Positive | None = Field(None, description="rows that go through the network, sampling included")
-    seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="of sampling and optimizer steps")
+    seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds of sampling and optimizer steps")
 
 
 class Monitor(Section):
     """Watches the judges while the trained reward rises; docs/monitor.md."""
 
     action: Literal["off", "warn", "stop", "restore"] = Field(
-        "warn", description="on over-optimisation: say so, end the run, or end it with the best checkpoint"
+        "warn", description="on over-optimization: warn, end the run, or end it with the best checkpoint"
     )
 
     @field_validator("action", mode="before")
@@ -165,7 +171,7 @@ class Monitor(Section):
 
 
 class Logging(Section):
-    """Where metrics go beside metrics.jsonl."""
+    """Where metrics go in addition to metrics.jsonl."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="experiment trackers that get metrics and images, through accelerate"
@@ -173,7 +179,7 @@ class Logging(Section):
 
 
 class Config(Section):
-    """Everything that decides a run. ``config.yaml`` in the run folder is what of it the run reads."""
+    """Every setting of a run. ``config.yaml`` in its folder has those that the run reads."""
 
     preset: str | None = Field(None, description="the named preset these values started from")
     model: str = Field("shapes", description="shapes, sd15, sdxl, sd35-medium, flux1-dev, a diffusers folder, a hub id")
@@ -196,7 +202,7 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="every random number of the run derives from it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = Field(
-        "auto", description="of the frozen network; the LoRA is float32 (float64 with float64)"
+        "auto", description="dtype of the frozen network; the LoRA is float32 (float64 with float64)"
     )
     impl: Literal["auto", "triton", "native", "reference"] = Field("auto", description="implementation of the kernels")
     checkpoint_every: int = Field(50, ge=0, description="optimizer steps between checkpoints; 0 = only at the end")
@@ -234,77 +240,60 @@ class Config(Section):
         return dotted(given) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
-    def _check_reward_options(self) -> Config:
-        if taken := {"spec", "device", "dtype"} & self.reward_options.keys():
-            raise ValueError(f"reward_options.{min(taken)} cannot be set; it is the run's own reward, device or dtype")
+    def _check(self) -> Config:
+        if message := next(chain(self._impossible_weights(), self._impossible_run()), None):
+            raise ValueError(message)
         return self
 
-    @model_validator(mode="after")
-    def _check_weights(self) -> Config:
-        execution = self.execution
-        if self.policy.kind == "full" and execution.quantization != "none":
-            raise ValueError(
+    def _impossible_weights(self) -> Iterator[str]:
+        execution, policy = self.execution, self.policy
+        if policy.kind == "full" and execution.quantization != "none":
+            yield (
                 f"execution.quantization = {execution.quantization} freezes the network that policy.kind = full "
                 "trains; set execution.quantization=none or policy.kind=lora"
             )
         if execution.quantization == "int8" and execution.offload == "staged":
-            raise ValueError(
-                "execution.offload = staged cannot move int8 weights, which bitsandbytes holds twice; "
+            yield (
+                "execution.offload = staged cannot move int8 weights, which bitsandbytes keeps twice; "
                 "set execution.offload=none or execution.quantization=nf4"
             )
-        moved = self.sampling.merge_lora or execution.offload == "staged"
-        if self.sampling.compile == "cuda-graphs" and moved:
-            raise ValueError(
-                "sampling.compile = cuda-graphs needs weights that stay in their place; "
+        if self.sampling.compile == "cuda-graphs" and (self.sampling.merge_lora or execution.offload == "staged"):
+            yield (
+                "sampling.compile = cuda-graphs needs weights at fixed addresses; "
                 "set sampling.merge_lora=false and execution.offload=none, or sampling.compile=regional"
             )
-        return self
+        if policy.base == "consistency":
+            if self.vram is not None:
+                yield "--vram plans for policy.base = network; leave it out and set the execution yourself"
+            for name, value, needed in (
+                ("policy.kind", policy.kind, "lora"),
+                ("sampling.guidance_scale", self.sampling.guidance_scale, 1.0),
+                ("objective.lookahead", self.objective.lookahead, "consistency"),
+            ):
+                if value != needed:
+                    yield (
+                        f"{name} = {value} is incompatible with policy.base = consistency, a LoRA on a model with "
+                        f"distilled guidance that is its own look-ahead; set {name}={needed}"
+                    )
 
-    @model_validator(mode="after")
-    def _check_consistency_policy(self) -> Config:
-        if self.policy.base == "network":
-            return self
-        if self.vram is not None:
-            raise ValueError("--vram plans for policy.base = network; leave it out and set the execution yourself")
-        wanted = {
-            "policy.kind": (self.policy.kind, "lora"),
-            "sampling.guidance_scale": (self.sampling.guidance_scale, 1.0),
-            "objective.lookahead": (self.objective.lookahead, "consistency"),
-        }
-        for name, (found, needed) in wanted.items():
-            if found != needed:
-                raise ValueError(
-                    f"{name} = {found} does not go with policy.base = consistency, a LoRA on a model that has its "
-                    f"guidance distilled and looks ahead itself; set {name}={needed}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _check_plan(self) -> Config:
+    def _impossible_run(self) -> Iterator[str]:
+        if taken := {"spec", "device", "dtype"} & self.reward_options.keys():
+            yield f"reward_options.{min(taken)} cannot be set; it is the run's own reward, device or dtype"
         if self.vram is not None and self.algorithm != "sqdf":
-            raise ValueError(
+            yield (
                 f"--vram plans the steps of SQDF, and algorithm is {self.algorithm}; leave --vram out and set "
                 "execution.micro_batch and execution.gradient_checkpointing"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_points(self) -> Config:
         if self.evaluation.points and self.limits == Limits():
-            raise ValueError(
+            yield (
                 f"evaluation.points = {self.evaluation.points} needs a limit to spread evaluations over; set "
                 "limits.unet_evaluations or limits.seconds, or use evaluation.every"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_refill(self) -> Config:
         if self.reads("replay.capacity") and self.replay.refill > self.replay.capacity:
-            raise ValueError(
-                f"replay.refill = {self.replay.refill} does not fit replay.capacity = {self.replay.capacity}: "
+            yield (
+                f"replay.refill = {self.replay.refill} exceeds replay.capacity = {self.replay.capacity}; "
                 "sample fewer trajectories a refill or enlarge the buffer"
             )
-        return self
 
 
 _CONDITIONS: dict[str, tuple[str, str]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -51,19 +51,16 @@ def setting_names(section: type[Section], prefix: str = "") -> list[str]:
 
 def describe_settings(section: type[Section], prefix: str = "") -> str:
     """Every setting with its default and meaning, one per line: what ``--help-settings`` prints."""
-    return "\n".join(_described(section, prefix))
-
-
-def _described(section: type[Section], prefix: str) -> Iterator[str]:
+    lines = []
     for name, field in section.model_fields.items():
         nested = _nested_section(field)
         if nested is not None:
-            yield from ("", (nested.__doc__ or "").strip().splitlines()[0])
-            yield from _described(nested, f"{prefix}{name}.")
+            lines += ["", (nested.__doc__ or "").partition("\n")[0], describe_settings(nested, f"{prefix}{name}.")]
             continue
         default = field.get_default(call_default_factory=True, validated_data={})
         shown = ",".join(default) if isinstance(default, tuple) else default
-        yield f"  {prefix + name:<34}{shown!s:<24}{field.description or ''}".rstrip()
+        lines.append(f"  {prefix + name:<34}{shown!s:<24}{field.description or ''}".rstrip())
+    return "\n".join(lines)
 
 
 def _nested_section(field: FieldInfo) -> type[Section] | None:
@@ -83,21 +80,12 @@ def _one_line(error: ValidationError, section: type[Section]) -> str:
 
 
 def _suggestion(key: str, known: list[str]) -> str:
-    """The closest known key, or what is allowed in its place."""
-    sections = [name.rpartition(".")[0] for name in known if "." in name]
-    best = max([*known, *dict.fromkeys(sections)], key=lambda name: _likeness(key, name))
-    if _likeness(key, best) >= 0.7:
-        return f"did you mean {best!r}?"
-    section = key.rpartition(".")[0]
-    allowed = [name for name in known if name.rpartition(".")[0] == section] or known
+    """The closest known key, or the keys allowed in the same section. A key without a section may belong to any."""
+    section, _, name = key.rpartition(".")
+    allowed = [other for other in known if other.rpartition(".")[0] == section]
+    sections = [other.partition(".")[0] for other in known if "." in other]
+    # Reversed: of two settings of one name the first one is suggested.
+    candidates = {other.rpartition(".")[2]: other for other in reversed(allowed if section else [*known, *sections])}
+    if close := difflib.get_close_matches(name, candidates, n=1, cutoff=0.7):
+        return f"did you mean {candidates[close[0]]!r}?"
     return f"allowed: {', '.join(allowed)}"
-
-
-def _likeness(key: str, name: str) -> float:
-    """Of two dotted keys, in [0, 1]: a common section alone makes no likeness. A key may lack its section."""
-    (section, _, own), (its_section, _, its_own) = key.rpartition("."), name.rpartition(".")
-    likeness = difflib.SequenceMatcher(None, own, its_own).ratio()
-    if section and section != its_section:
-        likeness = min(likeness, difflib.SequenceMatcher(None, section, its_section).ratio())
-    # Of two equally close settings, the one in the section that was named.
-    return likeness - 0.01 * (section != its_section)

@@ -1,6 +1,8 @@
-"""How a step is executed: executors, the sampler, optimizers, and where weights live."""
+"""How a step is executed: executors, the sampler, optimizers, and where weights are."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from sqdf_fast.backbone import Backbone
 from sqdf_fast.config import Execution, Objective
@@ -10,17 +12,7 @@ from sqdf_fast.engine.module_groups import ModuleGroups
 from sqdf_fast.engine.staged import StagedExecutor
 from sqdf_fast.schedule import DenoisingSchedule
 
-__all__ = [
-    "Executor",
-    "JointExecutor",
-    "ModuleGroups",
-    "RewardFunction",
-    "StagedExecutor",
-    "StepResult",
-    "make_executor",
-]
-
-_EXECUTORS: dict[str, type[Executor]] = {"joint": JointExecutor, "staged": StagedExecutor}
+__all__ = ["Executor", "ModuleGroups", "RewardFunction", "StepResult", "make_executor"]
 
 
 def make_executor(
@@ -29,19 +21,9 @@ def make_executor(
     reward: RewardFunction,
     objective: Objective,
     *,
-    guidance_scale: float,
     execution: Execution,
-    groups: ModuleGroups | None = None,
-    impl: str = "auto",
+    **options: Any,
 ) -> Executor:
     """The executor that ``execution`` names; arguments as of :class:`Executor`."""
-    return _EXECUTORS[execution.executor](
-        backbone,
-        schedule,
-        reward,
-        objective,
-        guidance_scale=guidance_scale,
-        execution=execution,
-        groups=groups,
-        impl=impl,
-    )
+    kind = JointExecutor if execution.executor == "joint" else StagedExecutor
+    return kind(backbone, schedule, reward, objective, execution=execution, **options)

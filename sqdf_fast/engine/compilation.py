@@ -1,7 +1,7 @@
-"""Regional compilation: the repeated blocks of a network through torch.compile, only while it samples.
+"""Regional compilation: torch.compile of a network's repeated blocks, only while it samples.
 
-A whole UNet takes minutes to compile and falls apart at every adapter; its repeated blocks share a few graphs. Training
-keeps the uncompiled blocks: its checkpointed and its roles switch Python state that a graph would have to guard.
+Whole networks take minutes to compile and break at every adapter; repeated blocks share a few graphs. Training runs
+uncompiled: checkpointing and roles switch Python state that a graph would have to guard.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ Compilation = Literal["none", "regional", "cuda-graphs"]
 
 
 class CompiledBlocks:
-    """The blocks of a network whose class name is in ``kinds``, compiled at their first call inside :meth:`active`.
+    """A network's blocks of the classes named ``kinds``, compiled at their first call inside :meth:`active`.
 
-    Shapes are static: another batch size is another graph, compiled when it first appears.
-
-    Args:
-        network: searched; nothing of it changes outside :meth:`active`.
-        kinds: class names.
-        options: of torch.compile, such as mode or backend.
+    Shapes are static: each batch size is compiled separately. ``options`` are those of torch.compile.
 
     Raises:
         UserError: no such block.
@@ -57,30 +52,23 @@ class CompiledBlocks:
             yield
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"sampling.compile: torch.compile fails here ({reason}); set sampling.compile=none"
-            ) from error
+            raise UserError(f"sampling.compile: torch.compile failed ({reason}); set sampling.compile=none") from error
         finally:
             for block in self._blocks:
                 block._compiled_call_impl = None
 
 
 def repeated_kinds(network: nn.Module, otherwise: Collection[str]) -> Collection[str]:
-    """The blocks that diffusers compiles one by one in this network, ``otherwise`` where it names none (SD3)."""
+    """Classes of the blocks that diffusers compiles one by one in a network; ``otherwise`` without any (SD3)."""
     return getattr(network, "_repeated_blocks", None) or otherwise
 
 
 def compile_options(compilation: Compilation, device: torch.device) -> dict[str, Any]:
-    """Options of torch.compile for a setting other than "none".
-
-    Raises:
-        UserError: CUDA graphs without CUDA.
-    """
+    """Options of torch.compile for a setting other than "none". Raises UserError for CUDA graphs without CUDA."""
     if compilation == "regional":
         return {}
     if device.type != "cuda":
         raise UserError(
-            f"sampling.compile = cuda-graphs on {device}; CUDA graphs need a CUDA device, "
-            "here 'none' and 'regional' are allowed; set sampling.compile=regional"
+            f"sampling.compile = cuda-graphs needs a CUDA device, not {device}; set sampling.compile=regional or none"
         )
     return {"mode": "reduce-overhead"}

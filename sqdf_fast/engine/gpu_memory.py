@@ -1,7 +1,7 @@
-"""A run inside its memory budget: what the GPU has, what other processes hold, and the cap.
+"""A run inside its memory budget: the GPU's memory, the share of other processes, and the cap.
 
-What the driver knows comes from NVML (package nvidia-ml-py). Without it, or without its permission, a figure is None
-and a sentence says why.
+The driver is queried through NVML (package nvidia-ml-py). Without it, or without its permission, a figure is None and a
+reason is given.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class DeviceMemory:
     """Memory of a GPU in bytes, now. None where it is not known, or where the device is a CPU.
 
     Attributes:
-        total: that CUDA programs may use; free: of it, allocated by nobody.
+        total: usable by CUDA programs; free: the part that nobody has allocated.
         reserved: what this process's PyTorch has taken from the driver.
-        others: held by other processes; processes: how many they are.
+        others: allocated by other processes; processes: their number.
         reason: why ``others`` is not known.
     """
 
@@ -39,9 +39,9 @@ class DeviceMemory:
 
     @staticmethod
     def of(device: torch.device) -> DeviceMemory:
-        """Ask CUDA and the driver. Creates the CUDA context, as any first use of the GPU does."""
+        """Query CUDA and the driver. Creates the CUDA context, as any first use of the GPU does."""
         if device.type != "cuda":
-            return DeviceMemory(device, reason=f"{device} is no GPU: its memory is the machine's own")
+            return DeviceMemory(device, reason=f"{device} is not a GPU: its memory is the machine's own")
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
         opened = open_gpu(device)
@@ -49,16 +49,16 @@ class DeviceMemory:
             return DeviceMemory(device, total, free, reserved, reason=opened)
         nvml, handle = opened
         try:
-            others, processes = _held_by_others(nvml, handle, reserved)
+            others, processes = _others(nvml, handle, reserved)
         except nvml.NVMLError as error:
-            return DeviceMemory(device, total, free, reserved, reason=f"the driver does not tell: {error}")
+            return DeviceMemory(device, total, free, reserved, reason=f"the driver refuses the query: {error}")
         finally:
             nvml.nvmlShutdown()
         return DeviceMemory(device, total, free, reserved, others, processes)
 
     @property
     def available(self) -> int | None:
-        """Bytes that this process can hold, what it holds already included."""
+        """Bytes that this process can use, including what it has already."""
         if self.total is None or self.free is None or self.reserved is None:
             return None
         if self.others is None:
@@ -68,29 +68,28 @@ class DeviceMemory:
     def __str__(self) -> str:
         if self.total is None or self.free is None:
             return self.reason or f"{self.device}: memory unknown"
-        text = f"{self.device}: {self.free / GIB:.1f} of {self.total / GIB:.1f} GiB free"
+        text = f"{self.device}: {_gib(self.free)} of {_gib(self.total)} GiB free"
         if self.others is None:
-            return f"{text}; what others hold is not known ({self.reason})"
-        return f"{text}; {_who(self.processes)} {self.others / GIB:.1f} GiB"
+            return f"{text}; what other processes use is not known ({self.reason})"
+        return f"{text}; {_users(self.processes)} {_gib(self.others)} GiB"
 
 
 def cap_process(device: torch.device, nbytes: int, *, needed: int | None = None, context_bytes: int = 0) -> int:
-    """Hold this process to ``nbytes`` of the GPU: PyTorch then raises its OutOfMemoryError instead of taking more.
+    """Limit this process to ``nbytes`` of the GPU: beyond them PyTorch raises its OutOfMemoryError.
 
-    A CPU is not capped: its allocator has no such limit, and nothing happens.
+    A CPU is not capped: its allocator has no such limit.
 
     Args:
-        nbytes: of the whole process, the CUDA context included.
-        needed: the least that is enough, of the whole process; default: all of ``nbytes``. A budget of 24 GiB on a card
-            that shows 23.6 is met by a plan that needs 20.
-        context_bytes: of ``nbytes``, what the context and the libraries take beside PyTorch's allocator.
+        nbytes: budget of the whole process, the CUDA context included.
+        needed: minimum for the whole process; default: all of ``nbytes``. A plan that needs 20 GiB of a 24 GiB budget
+            also runs on a card that shows 23.6.
+        context_bytes: of ``nbytes``, what the context and the libraries take in addition to PyTorch's allocator.
 
     Returns:
         Bytes that the allocator may take from the driver.
 
     Raises:
-        UserError: ``needed`` cannot be had: the card is too small, or others hold too much of it; or ``nbytes`` are
-            not more than the context.
+        UserError: the card is too small, other processes use too much of it, or ``nbytes`` do not exceed the context.
     """
     if device.type != "cuda":
         return nbytes
@@ -112,7 +111,7 @@ def cap_process(device: torch.device, nbytes: int, *, needed: int | None = None,
 
 
 def open_driver() -> Any:
-    """NVML, or as a string why there is none. Whoever gets it calls ``nvmlShutdown``."""
+    """NVML, or why it is not available, as a string. The caller calls ``nvmlShutdown``."""
     try:
         import pynvml
     except ImportError:
@@ -125,7 +124,7 @@ def open_driver() -> Any:
 
 
 def open_gpu(device: torch.device) -> tuple[Any, Any] | str:
-    """NVML and its handle of a CUDA device, or why there is none. Whoever gets them calls ``nvmlShutdown``."""
+    """NVML and its handle of a CUDA device, or why they are not available. The caller calls ``nvmlShutdown``."""
     pynvml = open_driver()
     if isinstance(pynvml, str):
         return pynvml
@@ -140,54 +139,46 @@ def open_gpu(device: torch.device) -> tuple[Any, Any] | str:
     return reason
 
 
-def _held_by_others(nvml: Any, handle: Any, reserved: int) -> tuple[int, int | None]:
-    """Bytes and number of the other processes, this one having a CUDA context.
+def _others(nvml: Any, handle: Any, reserved: int) -> tuple[int, int | None]:
+    """Bytes and number of the other processes.
 
-    What is ours is the driver's figure for this process; where the process list is closed, or shows numbers of another
-    namespace (a container), what PyTorch has reserved, and our context then counts as others'.
+    This process's share is the driver's figure; where the process list is closed, or has the numbers of another
+    namespace (a container), it is what PyTorch has reserved, and our context counts as others'.
     """
-    used = _used(nvml, handle)
-    processes = _processes(nvml, handle)
+    try:
+        used = int(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)
+    except (AttributeError, nvml.NVMLError):
+        # Older drivers add their own share.
+        used = int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
+    processes: dict[int, int | None] = {}
+    for query in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+        try:
+            # A process that computes and draws is in both lists, with the same figure; None under WDDM.
+            processes |= {process.pid: process.usedGpuMemory for process in query(handle)}
+        except nvml.NVMLError:
+            continue
     own = processes.get(os.getpid())
     if own is None and len(processes) == 1:
         (own,) = processes.values()
     return max(0, used - (reserved if own is None else own)), len(processes) - 1 if processes else None
 
 
-def _used(nvml: Any, handle: Any) -> int:
-    """Bytes that processes hold; older drivers add what they keep for themselves."""
-    try:
-        return int(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)
-    except (AttributeError, nvml.NVMLError):
-        return int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
-
-
-def _processes(nvml: Any, handle: Any) -> dict[int, int | None]:
-    """Bytes by process, None where the driver does not tell (WDDM); empty where the list is closed."""
-    found: dict[int, int | None] = {}
-    for query in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
-        try:
-            # A process that computes and draws is in both lists, with the same figure.
-            found |= {process.pid: process.usedGpuMemory for process in query(handle)}
-        except nvml.NVMLError:
-            continue
-    return found
-
-
 def _refusal(memory: DeviceMemory, needed: int, total: int, available: int) -> str:
     rest = math.floor(available / GIB * 10) / 10
-    smaller = f"give --vram {rest:.1f}G or less" if rest >= 1 else "take another GPU"
+    smaller = f"give --vram {rest:.1f}G or less" if rest >= 1 else "use another GPU"
     if needed > total:
         return f"{memory.device} has {_gib(total)} GiB and {_gib(needed)} are needed; {smaller}"
-    held = f"{_who(memory.processes)} {_gib(total - available)} of its {_gib(total)} GiB"
-    given = f"{_gib(needed)} GiB of {memory.device} cannot be had: {held}"
-    return f"{given}; stop them (nvidia-smi lists them), or {smaller}"
+    used = f"{_users(memory.processes)} {_gib(total - available)} of its {_gib(total)} GiB"
+    return (
+        f"{_gib(needed)} GiB of {memory.device} are not available: {used}; stop them (nvidia-smi lists them), "
+        f"or {smaller}"
+    )
 
 
-def _who(processes: int | None) -> str:
+def _users(processes: int | None) -> str:
     if not processes:
-        return "others hold"
-    return "1 other process holds" if processes == 1 else f"{processes} other processes hold"
+        return "other processes use"
+    return "1 other process uses" if processes == 1 else f"{processes} other processes use"
 
 
 def _gib(nbytes: int) -> str:

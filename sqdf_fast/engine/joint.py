@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,29 +16,27 @@ from sqdf_fast.replay import ReplayBatch
 
 
 class JointExecutor(Executor):
-    """One graph a micro-batch: the fewest network evaluations, and memory for all stages at once."""
+    """One graph per micro-batch: the fewest network evaluations, and memory for all stages at once."""
 
     @normalize_oom_errors()
     def accumulate(self, batch: ReplayBatch, seeds: Tensor) -> StepResult:
         losses, rewards, kls = [], [], []
         size = self.execution.micro_batch
         for start in range(0, len(batch.prompts), size):
-            part = slice(start, start + size)
             self.begin("forward", *ALL_GROUPS)
-            found = self._loss(batch.x[part], batch.index[part], batch.prompts[part], seeds[part], len(batch.prompts))
+            result = self._loss(batch, seeds, slice(start, start + size))
             self.begin("backward", *ALL_GROUPS)
-            found.loss.backward()
-            losses.append(found.loss.detach())
-            rewards.append(found.reward)
-            kls.append(found.kl)
+            result.loss.backward()
+            losses.append(result.loss.detach())
+            rewards.append(result.reward)
+            kls.append(result.kl)
         return StepResult(torch.stack(losses).sum(), torch.cat(rewards), torch.cat(kls), batch.index)
 
-    def _loss(self, x: Tensor, index: Tensor, prompts: Sequence[str], seeds: Tensor, denominator: int) -> SqdfLoss:
-        family, objective = self.backbone.family, self.objective
-        ahead = self.ahead(index)
-        x, index = x.to(family.device, self.precision), index.to(family.device)
-        conditioning = family.encode(prompts)
-        unconditional = family.unconditional(self.guidance_scale)
+    def _loss(self, batch: ReplayBatch, seeds: Tensor, part: slice) -> SqdfLoss:
+        family, device, prompts = self.backbone.family, self.backbone.family.device, batch.prompts[part]
+        ahead = self.ahead(batch.index[part])
+        x, index = batch.x[part].to(device, self.precision), batch.index[part].to(device)
+        conditioning, unconditional = family.encode(prompts), family.unconditional(self.guidance_scale)
         timesteps = self.tables.timesteps[index]
         with torch.no_grad(), self.backbone.role("reference"):
             reference = self.backbone.predict(x, timesteps, conditioning, unconditional)
@@ -47,8 +44,7 @@ class JointExecutor(Executor):
             policy = self.backbone.predict(x, timesteps, conditioning, unconditional)
 
         def score(x_prev: Tensor) -> Tensor:
-            x0_hat = self._look_ahead(x_prev, index, ahead, conditioning)
-            return decoded_reward(family, self.reward, x0_hat, prompts)
+            return decoded_reward(family, self.reward, self._look_ahead(x_prev, index, ahead, conditioning), prompts)
 
         return sqdf_loss(
             x,
@@ -57,30 +53,22 @@ class JointExecutor(Executor):
             self.schedule,
             index,
             score,
-            alpha=objective.alpha,
-            gamma=objective.gamma,
+            **self.objective.loss_settings,
+            kl_scale=self.objective.kl_scale,
             guidance_scale=self.guidance_scale,
-            seed=seeds.to(family.device),
-            kl_scale=objective.kl_scale,
-            credit=objective.credit,
-            mask_nonpositive=objective.mask_nonpositive,
-            denominator=denominator,
+            seed=seeds[part].to(device),
+            denominator=len(batch.prompts),
             impl=self.impl,
         )
 
     def _look_ahead(self, x_prev: Tensor, index: Tensor, ahead: list[int], conditioning: Conditioning) -> Tensor:
         if not ahead:
             return x_prev
-        rows = torch.tensor(ahead, device=x_prev.device)
-        scale = self.lookahead_scale
+        rows, scale = torch.tensor(ahead, device=x_prev.device), self.lookahead_scale
         unconditional = self.backbone.family.unconditional(scale)
+        network = partial(self.backbone.predict, conditioning=conditioning[rows], unconditional=unconditional)
         with self.backbone.role(self.lookahead_role):
             estimate = look_ahead(
-                x_prev[rows],
-                index[rows],
-                self.lookahead,
-                partial(self.backbone.predict, conditioning=conditioning[rows], unconditional=unconditional),
-                guidance_scale=scale,
-                impl=self.impl,
+                x_prev[rows], index[rows], self.lookahead, network, guidance_scale=scale, impl=self.impl
             )
         return estimate if len(ahead) == len(x_prev) else x_prev.index_copy(0, rows, estimate)

@@ -1,4 +1,4 @@
-"""From a configuration to what it names: device, precision, model and reward, with their weights."""
+"""Device, precision, model and reward of a configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pick_device(name: str) -> torch.device:
             f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use cpu or auto"
         ) from None
     if device.type == "cuda" and ":" not in name:
-        # ModuleGroups of torch.cuda want the number.
+        # torch.cuda needs the number.
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
@@ -42,10 +42,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_backbone(config: Config, policy: str | None = None) -> Backbone:
-    """The model of a configuration with its adapters. Raises UserError when something of it cannot be had.
+    """The model of a configuration with its adapters.
 
     Args:
-        policy: folder of a trained LoRA, or in full-parameter mode of a network, to start from; None: a fresh one.
+        policy: folder of a trained LoRA, or in full-parameter mode of a network, to start from; None: a new one.
+
+    Raises:
+        UserError: a model or adapter cannot be loaded.
     """
     device = pick_device(config.device)
     family = load_family(
@@ -79,13 +82,13 @@ def load_backbone(config: Config, policy: str | None = None) -> Backbone:
 
 
 def load_run_reward(config: Config, prompts: Sequence[str], device: torch.device | None = None) -> Reward:
-    """The reward of a configuration, with what it needs of these prompts computed and its text tower dropped.
+    """The reward of a configuration, with these prompts encoded and its text tower dropped.
 
     Args:
         device: where its weights go; default: where the configuration loads frozen weights.
 
     Raises:
-        UserError: no such reward, or its weights are missing.
+        UserError: the reward or its weights cannot be loaded.
     """
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     reward = load_reward(config.reward, device=device or loading_device(config), dtype=dtype, **config.reward_options)
@@ -96,13 +99,13 @@ def load_run_reward(config: Config, prompts: Sequence[str], device: torch.device
 
 def loading_device(config: Config) -> torch.device:
     """Where frozen weights are loaded: on the host if they are offloaded, else on the run's device."""
-    # Offloaded weights may be more than the device holds at once. Quantizing needs the device.
+    # Offloaded weights may exceed the device's memory. Quantizing needs the device.
     on_host = config.execution.offload == "staged" and config.execution.quantization == "none"
     return torch.device("cpu") if on_host else pick_device(config.device)
 
 
 def consistency_source(config: Config, family: Family) -> str | None:
-    """Folder, file or hub id of the consistency LoRA; None where none is needed. Raises UserError if there is none."""
+    """Folder, file or hub id of the consistency LoRA, if the run needs one. Raises UserError if it is missing."""
     if config.objective.lookahead != "consistency" and config.policy.base != "consistency":
         return None
     source = config.consistency_lora or family.default_consistency_lora()

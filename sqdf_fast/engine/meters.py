@@ -1,8 +1,4 @@
-"""Meters of a run: peak memory and seconds by stage, and energy.
-
-Energy comes from NVML (package nvidia-ml-py). Without it, or without its permission, a figure is None and a sentence
-says why.
-"""
+"""Meters of a run: peak memory and seconds by stage, and energy."""
 
 from __future__ import annotations
 
@@ -11,52 +7,39 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 
 from sqdf_fast.engine.gpu_memory import open_gpu
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 POWER_INTERVAL = 0.1
 """Seconds between two samples of the power, where the GPU has no energy counter (before Volta)."""
 
 
 def process_peak_bytes() -> int:
-    """The most memory that this process has held, in bytes of the host's."""
+    """Peak host memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 class StageCounter(Protocol):
-    """Counts the bytes that live in a stage where no allocator does; ``sqdf_fast.plan.memory.MemoryCount`` is one."""
+    """Counts live bytes where no allocator does; ``sqdf_fast.plan.memory.MemoryCount`` is one."""
 
     @property
     def stages(self) -> Mapping[str, Any]:
         """By name, objects with ``peak_bytes``: the most that lived in the stage since the counting began."""
 
     def stage(self, name: str) -> None:
-        """What follows belongs to ``name``; "" is what no stage claims."""
-
-
-@dataclass
-class _Step:
-    """The boundaries of one step's stages in order, the last without a name, and the peak of each stage."""
-
-    marks: list[tuple[str, Any]] = field(default_factory=list)
-    peaks: dict[str, int] = field(default_factory=dict)
+        """What follows belongs to ``name``; "" is outside the stages."""
 
 
 class StageMeter:
-    """Peak live bytes and seconds of every stage; give it to ``Executor.on_stage``.
+    """Peak live bytes and seconds of every stage; a stage lasts until the next one, or until :meth:`end_step`.
 
-    A stage lasts from its name to the next one, or to :meth:`end_step`. Peaks are those of the CUDA allocator, whose
-    own peak is reset at every boundary: read the run's from :attr:`peak_bytes`. Seconds on CUDA lie between events on
-    the current stream, so that nothing waits before :meth:`finish`.
+    Peaks are those of the CUDA allocator, which are reset at every stage: read the run's from :attr:`peak_bytes`.
+    Seconds on CUDA lie between events on the current stream, so that nothing waits before :meth:`finish`.
 
     Args:
         device: where the stages run.
@@ -72,14 +55,15 @@ class StageMeter:
     ) -> None:
         self._device, self._counter, self._clock = device, counter, clock
         self._cuda = device.type == "cuda"
-        self._current = _Step()
-        self._ended: list[_Step] = []
-        self._stage = ""
+        # Of one step: names and begins of the stages in order, the last without a name; and their peaks.
+        self._marks: list[tuple[str, Any]] = []
+        self._peaks: dict[str, int] = {}
+        self._ended: list[tuple[list[tuple[str, Any]], dict[str, int]]] = []
         self._highest = 0
 
     @property
     def live_bytes(self) -> int | None:
-        """What the CUDA allocator has given out and not got back; None on a CPU."""
+        """Bytes that the CUDA allocator has given out; None on a CPU."""
         return torch.cuda.memory_allocated(self._device) if self._cuda else None
 
     @property
@@ -92,55 +76,53 @@ class StageMeter:
         return None
 
     def __call__(self, name: str) -> None:
-        """The stage ``name`` begins, and the one before it is over."""
-        self._close_stage()
+        """Begin the stage ``name``, which ends the one before it."""
+        before = self._marks[-1][0] if self._marks else ""
+        peak = None
         if self._cuda:
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self._highest = max(self._highest, peak)
             torch.cuda.reset_peak_memory_stats(self._device)
         elif self._counter is not None:
+            peak = self._counter.stages[before].peak_bytes if before else None
             self._counter.stage(name)
-        self._current.marks.append((name, self._now()))
-        self._stage = name
+        if before and peak is not None:
+            self._peaks[before] = max(self._peaks.get(before, 0), peak)
+        self._marks.append((name, self._now()))
 
     def end_step(self) -> None:
-        """The last stage is over; what follows until the next stage belongs to none."""
-        if self._current.marks:
+        """End the last stage; what follows until the next stage belongs to none."""
+        if self._marks:
             self("")
-            self._ended.append(self._current)
-            self._current = _Step()
+            self._ended.append((self._marks, self._peaks))
+            self._marks, self._peaks = [], {}
 
     def drop_step(self) -> None:
         """Forget the stages since the last :meth:`end_step`: they were interrupted and will be run again."""
-        self._current, self._stage = _Step(), ""
+        self._marks, self._peaks = [], {}
         if not self._cuda and self._counter is not None:
             self._counter.stage("")
 
     def finish(self) -> list[tuple[str, int | None, float]]:
-        """(stage, peak bytes, seconds) in the order of their first run; then the meter begins anew.
+        """(stage, peak bytes, seconds) in the order of their first run, and start over.
 
         A stage that came more than once in a step has the largest of its peaks and the sum of its seconds; of several
         steps, the largest peak and the seconds of the slowest.
         """
         self.end_step()
-        peaks: dict[str, int | None] = {}
+        peaks: dict[str, int] = {}
         slowest: dict[str, float] = {}
-        for step in self._ended:
-            for name, seconds in self._seconds(step).items():
-                slowest[name] = max(slowest.get(name, 0.0), seconds)
-                found = [peak for peak in (peaks.get(name), step.peaks.get(name)) if peak is not None]
-                peaks[name] = max(found, default=None)
+        for marks, highest in self._ended:
+            if self._cuda:
+                marks[-1][1].synchronize()
+            total: dict[str, float] = {}
+            for (name, begin), (_, end) in pairwise(marks):
+                seconds = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+                total[name] = total.get(name, 0.0) + seconds
+            slowest |= {name: max(slowest.get(name, 0.0), seconds) for name, seconds in total.items()}
+            peaks |= {name: max(peaks.get(name, 0), peak) for name, peak in highest.items()}
         self._ended = []
-        return [(name, peaks[name], seconds) for name, seconds in slowest.items()]
-
-    def _close_stage(self) -> None:
-        if self._cuda:
-            peak = torch.cuda.max_memory_allocated(self._device)
-            self._highest = max(self._highest, peak)
-        elif self._counter is not None and self._stage:
-            peak = self._counter.stages[self._stage].peak_bytes
-        else:
-            return
-        if self._stage:
-            self._current.peaks[self._stage] = max(self._current.peaks.get(self._stage, 0), peak)
+        return [(name, peaks.get(name), seconds) for name, seconds in slowest.items()]
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -149,26 +131,14 @@ class StageMeter:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _seconds(self, step: _Step) -> dict[str, float]:
-        if self._cuda:
-            step.marks[-1][1].synchronize()
-        total: dict[str, float] = {}
-        for (name, begin), (_, end) in zip(step.marks, step.marks[1:], strict=False):
-            seconds = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
-            total[name] = total.get(name, 0.0) + seconds
-        return total
-
 
 class EnergyMeter:
-    """Joules that the whole GPU takes between two points, other processes' share included.
+    """Joules of the whole GPU between two points, other processes' share included; close it.
 
-    Read from the driver's counter; where the GPU has none, power is sampled in a thread and summed over time. A context
-    manager; otherwise close it.
+    Read from the driver's counter by NVML; where the GPU has none, power is sampled in a thread and integrated.
 
     Args:
-        device: a CPU has no such counter here.
-        interval: seconds between two samples of the power.
-        clock: seconds, for the power.
+        interval: seconds between two samples of the power; clock: seconds, for the power.
 
     Attributes:
         reason: why there is nothing to read, or None.
@@ -185,17 +155,17 @@ class EnergyMeter:
         self._nvml: Any = None
         self._began: int | None = None
         self._power: _Power | None = None
-        opened = open_gpu(device) if device.type == "cuda" else f"{device} is no GPU: it has no energy counter"
+        opened = open_gpu(device) if device.type == "cuda" else f"{device} is not a GPU: it has no energy counter"
         if isinstance(opened, str):
             self.reason = opened
             return
         self._nvml, self._handle = opened
-        self._counts = self._supports("nvmlDeviceGetTotalEnergyConsumption")
-        if not self._counts and not self._supports("nvmlDeviceGetPowerUsage"):
-            self.reason = "this GPU tells neither energy nor power"
+        self._counts = self._energy() is not None
+        if not self._counts and self._watts() is None:
+            self.reason = "this GPU reports neither energy nor power"
 
     def start(self) -> None:
-        """From here on; an earlier start is forgotten."""
+        """Measure from here on; an earlier start is forgotten."""
         self.stop()
         if self.reason is None and self._counts:
             self._began = self._energy()
@@ -203,33 +173,20 @@ class EnergyMeter:
             self._power = _Power(self._watts, self._interval, self._clock)
 
     def stop(self) -> float | None:
-        """Joules since :meth:`start`; None where the driver does not tell, or nothing was started."""
+        """Joules since :meth:`start`; None where the driver does not report them, or nothing was started."""
         power, began = self._power, self._began
         self._power = self._began = None
         if power is not None:
             return power.stop()
-        if began is None:
-            return None
-        ended = self._energy()
-        return None if ended is None else (ended - began) / 1e3
+        ended = None if began is None else self._energy()
+        return None if began is None or ended is None else (ended - began) / 1e3
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Shut NVML down."""
         self.stop()
         if self._nvml is not None:
             self._nvml.nvmlShutdown()
             self._nvml, self.reason = None, "the meter is closed"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _supports(self, query: str) -> bool:
-        return self._ask(query) is not None
 
     def _energy(self) -> int | None:
         """Millijoules since the driver was loaded."""
@@ -241,14 +198,13 @@ class EnergyMeter:
 
     def _ask(self, query: str) -> int | None:
         try:
-            found: int = getattr(self._nvml, query)(self._handle)
+            return int(getattr(self._nvml, query)(self._handle))
         except self._nvml.NVMLError:
             return None
-        return found
 
 
 class _Power:
-    """Integral of sampled power by the trapezoidal rule."""
+    """Integral of sampled power by the trapezoidal rule; a failed sample makes it unknown."""
 
     def __init__(self, watts: Callable[[], float | None], interval: float, clock: Callable[[], float]) -> None:
         self._watts, self._interval, self._clock = watts, interval, clock
@@ -260,7 +216,6 @@ class _Power:
         self._thread.start()
 
     def sample(self) -> None:
-        """One more point of the curve; a sample that fails makes the integral unknown."""
         moment, power = self._clock(), self._watts()
         if power is None:
             self._joules = None

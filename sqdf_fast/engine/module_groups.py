@@ -1,4 +1,4 @@
-"""The modules of a run, grouped by the stages that use them: which use gradient checkpointing, which are offloaded."""
+"""The modules of a run, grouped by the stages that use them, for gradient checkpointing and offload."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ ALL_GROUPS: tuple[ModuleGroup, ...] = ("network", "decoder", "reward")
 
 
 class ModuleGroups:
-    """Network, decoder and reward of a run.
-
-    Args:
-        backbone: the network's roles; its family has the decoder.
-        reward: the reward's module, or None; ``checkpointed_block_types`` names its blocks.
-    """
+    """Network, decoder and reward of a run; ``reward.checkpointed_block_types`` names its blocks."""
 
     def __init__(self, backbone: Backbone, reward: nn.Module | None = None) -> None:
         family = backbone.family
@@ -41,12 +36,12 @@ class ModuleGroups:
         self._offload: Offload | None = None
 
     def apply(self, execution: Execution) -> None:
-        """Checkpoint and offload what ``execution`` says, from now on."""
+        """Apply the execution's gradient checkpointing and offload."""
         for name, blocks in self.checkpointed.items():
-            for found in blocks:
-                found.enabled = name in execution.gradient_checkpointing
+            for checkpointed in blocks:
+                checkpointed.enabled = name in execution.gradient_checkpointing
         if execution.offload == "staged" and self._offload is None:
-            self._offload = Offload(dict(self._modules.items()), self.backbone.family.device)
+            self._offload = Offload(self._modules, self.backbone.family.device)
         elif execution.offload == "none" and self._offload is not None:
             self._offload.use(*self._modules)
             self._offload = None
@@ -57,7 +52,7 @@ class ModuleGroups:
             self._offload.leave(*names)
 
     def use(self, *names: ModuleGroup) -> None:
-        """Have these groups' weights on the device, and of offloaded ones no others."""
+        """Upload these groups' weights, and drop all other offloaded ones."""
         if self._offload is not None:
             self._offload.use(*names)
 

@@ -1,4 +1,4 @@
-"""Which random numbers belong to what: every seed of a run, derived from the run's own.
+"""Every seed of a run, derived from the run's own.
 
 Noise is counter based (see sqdf_fast.kernels.philox): it depends on the run, the purpose, the step and the sample
 alone, never on batch sizes, chunking or what was drawn before. So a resumed run needs no generator state.
@@ -34,11 +34,11 @@ class Stream(IntEnum):
 
 
 def sample_seeds(run_seed: int, stream: Stream, step: int, samples: Tensor | int) -> Tensor:
-    """One int64 seed a sample: of samples 0..n-1 (an int) or of the given sample ids [B] int64."""
+    """One int64 seed per sample: of samples 0..n-1 (an int) or of the given sample ids [B] int64."""
     ids = torch.arange(samples) if isinstance(samples, int) else samples
     return derive_seeds(run_seed, stream, step, ids=ids)
 
 
 def generator(run_seed: int, stream: Stream, step: int) -> torch.Generator:
-    """A CPU generator for draws that are no noise (which prompt, which state)."""
+    """A CPU generator for draws other than noise (prompts, states)."""
     return torch.Generator().manual_seed(derive_seed(run_seed, stream, step) & (2**63 - 1))

@@ -1,4 +1,4 @@
-"""What an optimizer step gives up when memory runs out after all: one setting at a time, in the stage that ran out."""
+"""Out-of-memory fallback: what an optimizer step gives up, one setting at a time, in the stage that ran out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from sqdf_fast.config import Execution
 
-_NO_ROOM = (
+_MESSAGES = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -20,26 +20,17 @@ _NO_ROOM = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error``, or the one that it was raised from, says that memory ran out.
-
-    PyTorch's allocator says so by its type; the driver, cuBLAS, cuDNN and the CPU's allocator say so in the text of a
-    RuntimeError.
-    """
-    found: BaseException | None = error
-    while found is not None:
-        named = isinstance(found, RuntimeError) and any(text in str(found) for text in _NO_ROOM)
-        if named or isinstance(found, torch.OutOfMemoryError):
-            return True
-        found = found.__cause__
-    return False
+    """Whether ``error``, or one that it was raised from, says that memory ran out, by its type or its text."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # The driver, cuBLAS, cuDNN and the CPU's allocator raise RuntimeError.
+    named = isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+    return named or (error.__cause__ is not None and out_of_memory(error.__cause__))
 
 
 @contextmanager
 def normalize_oom_errors() -> Iterator[None]:
-    """Raise torch.OutOfMemoryError for whatever ran out of memory inside; also a decorator.
-
-    An error that only wraps one, such as a reward's, counts as one.
-    """
+    """Raise torch.OutOfMemoryError for any out-of-memory error inside, even a wrapped one; also a decorator."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -51,15 +42,13 @@ def normalize_oom_errors() -> Iterator[None]:
 
 
 def next_fallback(execution: Execution, stage: str) -> tuple[Execution, str] | None:
-    """The next smaller execution for a step that ran out of memory in ``stage``, and what was given up.
+    """The next smaller execution for a step that ran out of memory in ``stage``, and what was given up; None: nothing.
 
     First the chunks of that stage are halved, then its blocks are checkpointed, then the staged executor replaces the
-    joint graph, then frozen weights are offloaded between their stages. None: nothing is left. The gradient stays the
-    same beyond rounding.
+    joint graph, then frozen weights are offloaded between their stages. The gradient changes by rounding only.
 
     Args:
-        stage: as the executors name them: "transition", "look-ahead", "reward", "look-ahead vjp", "policy vjp" of the
-            staged one, "forward", "backward" of the joint one, "optimizer" of the trainer: no graph is alive there.
+        stage: of an executor, or the trainer's "optimizer", when no graph is alive.
     """
     return next(_fallbacks(execution, stage), None)
 
@@ -75,7 +64,7 @@ def _fallbacks(execution: Execution, stage: str) -> Iterator[tuple[Execution, st
     if stage != "optimizer":
         yield from _smaller_graphs(execution, stage)
     if execution.executor == "joint":
-        # The chunks of the staged executor were chosen for another one.
+        # Its chunks were not chosen for this memory.
         smallest = {"executor": "staged", "forward_batch_rows": 2, "backward_batch_rows": 1, "decode_images": 1}
         yield execution.model_copy(update=smallest), "joint graph -> staged"
     if (lower := offloaded(execution)) is not None:

@@ -1,11 +1,11 @@
-"""AdamW with states of 32 or 8 bits, on the parameters' device or on the CPU; docs/optimizers.md says which to take."""
+"""AdamW with 32-bit or 8-bit states, on the parameters' device or on the CPU; see docs/optimizers.md."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,20 +37,20 @@ def make_optimizer(
 
     adamw is torch.optim.AdamW, fused, or `BlockwiseAdamW` with states of 32 bits where a parameter is bfloat16 or
     the states live on another device. adamw8bit is bitsandbytes' AdamW8bit for states on a GPU, else
-    `BlockwiseAdamW`; paged_adamw8bit the same with states that CUDA may evict, on a CPU adamw8bit. bfloat16
-    parameters are rounded stochastically by all of them.
+    `BlockwiseAdamW`; paged_adamw8bit the same with states that CUDA may evict, on a CPU adamw8bit. All of them round
+    bfloat16 parameters stochastically.
 
     Args:
-        seed: of the rounding; a run of the same seed has the same bits.
+        seed: seed for stochastic rounding; the same seed gives the same bits.
 
     Raises:
-        UserError: bitsandbytes is missing, the combination has no meaning, a dtype that the kind does not take.
+        UserError: bitsandbytes is missing; a combination or a dtype that is not supported.
     """
     parameters, device = list(parameters), torch.device(device)
     if settings.kind == "paged_adamw8bit" and settings.states == "cpu":
         raise UserError(
-            "optimizer.kind=paged_adamw8bit with optimizer.states=cpu: paged states move between device and CPU by "
-            "themselves; set optimizer.states=device, or optimizer.kind=adamw8bit"
+            "optimizer.kind=paged_adamw8bit with optimizer.states=cpu: paged states move between device and CPU "
+            "already; set optimizer.states=device, or optimizer.kind=adamw8bit"
         )
     offloaded = settings.states == "cpu" and device.type != "cpu"
     if settings.kind == "adamw" and not offloaded and all(p.dtype != torch.bfloat16 for p in parameters):
@@ -68,10 +68,10 @@ def make_optimizer(
 
 
 def clip_grad_norm(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """The L2 norm of all gradients together; the next step takes them times min(1, max_norm / (norm + 1e-6)).
+    """Clip all gradients together to an L2 norm, and return the norm before: torch.nn.utils.clip_grad_norm_.
 
-    With `BlockwiseAdamW` the factor is applied inside the step and the gradients stay as they are, and after a norm
-    that is not finite the next step changes nothing. With every other optimizer the gradients are scaled in place.
+    With `BlockwiseAdamW` the next step applies the factor and the gradients stay as they are; after a non-finite norm
+    that step changes nothing.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not isinstance(optimizer, BlockwiseAdamW):
@@ -82,14 +82,14 @@ def clip_grad_norm(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
 
 
 def gradient_norm(gradients: list[Tensor]) -> float:
-    """The L2 norm of all elements; on the CPU accumulated in float64, the same bits whatever the number of threads."""
+    """The L2 norm of all elements; on the CPU accumulated in float64, the same bits for any number of threads."""
     if any(gradient.device.type != "cpu" or gradient.dtype == torch.float64 for gradient in gradients):
         return float(nn.utils.get_total_norm(gradients))
     return math.sqrt(sum_of_squares([_flat(g, _memory_format(g) or torch.contiguous_format) for g in gradients]))
 
 
 def allocate_states(optimizer: torch.optim.Optimizer) -> None:
-    """Make what the next step would make of states, so that memory runs out here, before a parameter changes."""
+    """Allocate the states that the next step needs, so that memory runs out here, before a parameter changes."""
     if isinstance(optimizer, BlockwiseAdamW):
         optimizer.allocate()
         return
@@ -108,7 +108,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
 def load_state_tensors(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give a parameter the state that `state_tensors` returned, wherever the tensors are now.
+    """Give a parameter the state that `state_tensors` returned, from any device.
 
     Raises:
         ValueError: the state is that of another kind of optimizer or of another parameter.
@@ -124,17 +124,17 @@ def load_state_tensors(
 class BlockwiseAdamW(torch.optim.Optimizer):
     """AdamW on float32 and bfloat16 parameters with block-wise 8-bit states, through the op `adamw_8bit`.
 
-    Parameters on another device than the states are copied down together with their gradients, updated on the
-    states' side and copied up again; on CUDA through pinned memory on a stream of its own, so that the copies of a
-    tensor run while the one before is computed. State of a parameter: step (int) and state1, state2 in its shape,
-    uint8 with absmax1, absmax2 float32 [ceil(numel / 256)], or float32; what bitsandbytes calls and stores the same.
+    Parameters on another device than their states are copied to the states' device with their gradients, updated and
+    copied back; on CUDA through pinned memory on a stream of its own. State of a parameter, named and stored as in
+    bitsandbytes: step (int) and state1, state2 in its shape, uint8 with absmax1, absmax2 float32 [ceil(numel / 256)],
+    or float32.
 
     Args:
         parameters: contiguous or channels_last.
         min_8bit_size: parameters of fewer elements keep float32 states; None: all of them.
-        states_on: where the states live; None: where their parameter does.
-        seed: of the stochastic rounding of bfloat16, together with step and position of the parameter.
-        impl: of the op.
+        states_on: device of the states; None: that of their parameter.
+        seed: seed for stochastic rounding of bfloat16, together with step and position of the parameter.
+        impl: implementation of the op.
 
     Raises:
         UserError: another dtype or memory layout of a parameter.
@@ -159,39 +159,41 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         self.gradient_scale = 1.0
         """Factor of all gradients in the next step, for that step alone; not finite: the step changes nothing."""
         self._staging = _Staging()
-        for parameter in self._numbered():
+        for parameter, _ in self._parameters():
             _check_parameter(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of every parameter that has a gradient; returns what `closure` does."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
         scale, self.gradient_scale = self.gradient_scale, 1.0
-        if math.isfinite(scale):
-            self.allocate()
-            remote = []
-            for parameter, (group, number) in self._numbered().items():
-                if (gradient := parameter.grad) is None:
-                    continue
-                layout = _memory_format(parameter) or torch.contiguous_format
-                job = _Job(self, parameter, group, number, layout, scale)
-                work = job, _flat(parameter, layout), _flat(gradient, layout)
-                if parameter.device == self._home(parameter):
-                    job.update(*work[1:])
-                else:
-                    remote.append(work)
-            self._staging.run(remote)
-        return loss
+        if not math.isfinite(scale):
+            return
+        self.allocate()
+        staged: list[_Job] = []
+        for number, (parameter, group) in enumerate(self._parameters()):
+            if parameter.grad is None:
+                continue
+            layout = _memory_format(parameter)
+            assert layout is not None
+            update = partial(self._update, self.state[parameter], group, number, layout, scale)
+            job = update, _flat(parameter, layout), _flat(parameter.grad, layout)
+            if parameter.device == self._home(parameter):
+                update(*job[1:])
+            else:
+                staged.append(job)
+        if staged:
+            self._staging.run(staged)
 
     def allocate(self) -> None:
-        """States of all parameters that have a gradient, and room for those that the CPU updates."""
-        parameters = self._to_update()
+        """States of all parameters that have a gradient, and buffers for those that the CPU updates."""
+        parameters = [parameter for parameter, _ in self._parameters() if parameter.grad is not None]
         for parameter in parameters:
-            self._state_of(parameter)
-        self._staging.make_room([p for p in parameters if p.device != self._home(p)])
+            state = self.state[parameter]
+            if not state:
+                self.state[parameter] = self._fresh_state(parameter)
+            elif not isinstance(state["step"], int):  # set from a checkpoint without `load_state`
+                self.load_state(parameter, state)
+        self._staging.allocate([p for p in parameters if p.device != self._home(p)])
 
     def load_state(self, parameter: nn.Parameter, tensors: Mapping[str, Any]) -> None:
         """Copy a state of these names, from any device and in any memory layout; bitsandbytes' maps are ignored.
@@ -204,121 +206,103 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         self.state[parameter] = state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer, except that no state is cast to its parameter's dtype or moved to its device."""
+        """As torch.optim.Optimizer, but states keep their dtype and device."""
         super().load_state_dict(state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, parameter in zip(ids, self._numbered(), strict=True):
+        for i, (parameter, _) in zip(ids, self._parameters(), strict=True):
             if i in state_dict["state"]:
                 self.load_state(parameter, state_dict["state"][i])
 
-    def _numbered(self) -> dict[nn.Parameter, tuple[dict[str, Any], int]]:
-        """Every parameter with its group and its number among all."""
-        pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
-        return {parameter: (group, number) for number, (parameter, group) in enumerate(pairs)}
-
-    def _to_update(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._numbered() if parameter.grad is not None]
+    def _parameters(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+        return [(parameter, group) for group in self.param_groups for parameter in group["params"]]
 
     def _home(self, parameter: nn.Parameter) -> torch.device:
         return self.states_on or parameter.device
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        state = self.state[parameter]
-        if not state:
-            self.state[parameter] = self._fresh_state(parameter)
-        elif not isinstance(state["step"], int):  # put there from a checkpoint, without `load_state`
-            self.load_state(parameter, state)
-        return self.state[parameter]
+    def _update(
+        self,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        number: int,
+        layout: torch.memory_format,
+        scale: float,
+        values: Tensor,
+        gradient: Tensor,
+    ) -> None:
+        """The step of parameter ``number``: values [n], in place, and gradient [n], both on the states' device."""
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        coefficients = Coefficients.of(
+            state["step"], group["lr"], beta1, beta2, group["eps"], group["weight_decay"], scale
+        )
+        seed = derive_seed(self.seed, state["step"], number)
+        state1, state2 = (_flat(state[name], layout) for name in ("state1", "state2"))
+        if "absmax1" in state:
+            scales = state["absmax1"], state["absmax2"]
+            adamw_8bit(values, gradient, state1, state2, *scales, coefficients, seed=seed, impl=self.impl)
+        else:
+            adamw_32bit(values, gradient, state1, state2, coefficients, seed=seed, impl=self.impl)
 
     def _fresh_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         device = self._home(parameter)
-        quantised = self.min_8bit_size is not None and parameter.numel() >= self.min_8bit_size
-        dtype, blocks = torch.uint8 if quantised else torch.float32, -(-parameter.numel() // BLOCK)
+        quantized = self.min_8bit_size is not None and parameter.numel() >= self.min_8bit_size
+        dtype, blocks = torch.uint8 if quantized else torch.float32, -(-parameter.numel() // BLOCK)
         state: dict[str, Any] = {"step": 0}
         for name in ("state1", "state2"):
             state[name] = torch.zeros_like(parameter, dtype=dtype, device=device, requires_grad=False)
-        if quantised:
+        if quantized:
             for name in ("absmax1", "absmax2"):
                 state[name] = torch.zeros(blocks, dtype=torch.float32, device=device)
         return state
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The step of one parameter, wherever its values are at the moment."""
-
-    optimizer: BlockwiseAdamW
-    parameter: nn.Parameter
-    group: dict[str, Any]
-    number: int
-    layout: torch.memory_format
-    scale: float
-
-    def update(self, values: Tensor, gradient: Tensor) -> None:
-        """values [n], updated in place, and gradient [n], where the states are, elements in the layout's order."""
-        optimizer, group = self.optimizer, self.group
-        state = optimizer._state_of(self.parameter)
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        coefficients = Coefficients.of(
-            state["step"], group["lr"], beta1, beta2, group["eps"], group["weight_decay"], self.scale
-        )
-        seed, impl = derive_seed(optimizer.seed, state["step"], self.number), optimizer.impl
-        state1, state2 = (_flat(state[name], self.layout) for name in ("state1", "state2"))
-        if "absmax1" in state:
-            scales = state["absmax1"], state["absmax2"]
-            adamw_8bit(values, gradient, state1, state2, *scales, coefficients, seed=seed, impl=impl)
-        else:
-            adamw_32bit(values, gradient, state1, state2, coefficients, seed=seed, impl=impl)
+_Job = tuple[Callable[[Tensor, Tensor], None], Tensor, Tensor]
+"""An update, and the values and gradient [n] that it is called with copies of."""
 
 
 class _Staging:
-    """Two places in pinned memory that parameters and gradients take turns in on their way to the CPU and back.
+    """Two buffers in pinned memory that parameters and gradients alternate in on their way to the CPU and back.
 
-    All copies are on one stream, in the order: next one down, this one up. So a place is written only after what was
-    in it has left, and while the CPU computes on one place the copies of the other run.
+    All copies are on one stream: first the next parameter down, then this one up. So a buffer is written only after
+    its contents have left, and copies of one buffer overlap with the update in the other.
     """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._places: list[Tensor] = []
+        self._buffers: list[Tensor] = []
 
-    def run(self, work: list[tuple[_Job, Tensor, Tensor]]) -> None:
-        """Every job on copies of its values and gradient, both [n]; the values are copied back."""
-        if not work:
-            return
-        device = work[0][1].device
-        ordered: Any = nullcontext()
+    def allocate(self, parameters: list[nn.Parameter]) -> None:
+        """Two buffers, each large enough for any of these parameters and its gradient."""
+        size = max((_aligned(p.nbytes) + p.grad.nbytes for p in parameters if p.grad is not None), default=0)
+        if size > (self._buffers[0].numel() if self._buffers else 0):
+            pinned = parameters[0].device.type == "cuda"
+            self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+
+    def run(self, jobs: list[_Job]) -> None:
+        """Every update on copies of its values and gradient; the values are copied back."""
+        device = jobs[0][1].device
         if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
-            ordered = torch.cuda.stream(self._stream)
-        with ordered:
-            arrived = self._fetch(work[0], 0)
-            for i, (job, values, _) in enumerate(work):
-                here_values, here_gradient, event = arrived
-                if i + 1 < len(work):
-                    arrived = self._fetch(work[i + 1], (i + 1) % 2)
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            fetched = self._fetch(jobs[0], 0)
+            for i, (update, values, _) in enumerate(jobs):
+                host_values, host_gradient, event = fetched
+                if i + 1 < len(jobs):
+                    fetched = self._fetch(jobs[i + 1], (i + 1) % 2)
                 if event is not None:
                     event.synchronize()
-                job.update(here_values, here_gradient)
-                values.copy_(here_values, non_blocking=True)
+                update(host_values, host_gradient)
+                values.copy_(host_values, non_blocking=True)
         if self._stream is not None:
             torch.cuda.current_stream(device).wait_stream(self._stream)
 
-    def make_room(self, parameters: list[nn.Parameter]) -> None:
-        """Two places, each enough for any of these parameters and its gradient."""
-        size = max((_aligned(p.nbytes) + p.grad.nbytes for p in parameters if p.grad is not None), default=0)
-        if size > (self._places[0].numel() if self._places else 0):
-            pinned = parameters[0].device.type == "cuda"
-            self._places = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-
-    def _fetch(self, work: tuple[_Job, Tensor, Tensor], place: int) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
-        _, values, gradient = work
-        room, begin = self._places[place], _aligned(values.nbytes)
-        here_values = room[: values.nbytes].view(values.dtype).copy_(values, non_blocking=True)
-        here_gradient = room[begin : begin + gradient.nbytes].view(gradient.dtype).copy_(gradient, non_blocking=True)
-        return here_values, here_gradient, None if self._stream is None else self._stream.record_event()
+    def _fetch(self, job: _Job, number: int) -> tuple[Tensor, Tensor, torch.cuda.Event | None]:
+        _, values, gradient = job
+        buffer, begin = self._buffers[number], _aligned(values.nbytes)
+        host_values = buffer[: values.nbytes].view(values.dtype).copy_(values, non_blocking=True)
+        host_gradient = buffer[begin : begin + gradient.nbytes].view(gradient.dtype).copy_(gradient, non_blocking=True)
+        return host_values, host_gradient, None if self._stream is None else self._stream.record_event()
 
 
 def _aligned(size: int) -> int:
@@ -339,7 +323,7 @@ def _check_parameter(parameter: nn.Parameter) -> None:
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format | None:
-    """The layout in which a tensor's elements lie one behind the other, or None."""
+    """The layout in which a tensor is dense, or None."""
     if tensor.is_contiguous():
         return torch.contiguous_format
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
@@ -358,54 +342,47 @@ def _fill(state: dict[str, Any], tensors: Mapping[str, Any]) -> None:
     if names != tensors.keys() - set(_MAPS):
         raise ValueError(f"the optimizer's state has {sorted(names)}, not {sorted(tensors)}")
     for name in sorted(names):
-        given, place = torch.as_tensor(tensors[name]), torch.as_tensor(state[name])
+        given, target = torch.as_tensor(tensors[name]), torch.as_tensor(state[name])
         if name == "step":
-            state[name] = place.copy_(given) if isinstance(state[name], Tensor) else int(given)
-        elif given.dtype != place.dtype or given.shape != place.shape:
-            expected = f"{place.dtype} {tuple(place.shape)}"
+            state[name] = target.copy_(given) if isinstance(state[name], Tensor) else int(given)
+        elif given.dtype != target.dtype or given.shape != target.shape:
+            expected = f"{target.dtype} {tuple(target.shape)}"
             raise ValueError(f"the optimizer's {name} is {expected}, not {given.dtype} {tuple(given.shape)}")
         else:
-            place.copy_(given)
+            target.copy_(given)
 
 
-def _fresh_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    """The state with which torch.optim.AdamW or bitsandbytes begins, put in place."""
-    for i, group in enumerate(optimizer.param_groups):
-        for j, other in enumerate(group["params"]):
-            if other is parameter and isinstance(optimizer, torch.optim.AdamW):
-                return _fresh_adamw(optimizer, parameter, group)
-            if other is parameter:
-                return _fresh_bitsandbytes(optimizer, parameter, i, j)
-    raise ValueError("the optimizer does not have this parameter")
-
-
-def _fresh_adamw(optimizer: torch.optim.AdamW, parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The state with which torch.optim.AdamW begins; a fused step counts on the parameter's device."""
-    counts_on = parameter.device if group["fused"] or group["capturable"] else torch.device("cpu")
-    state = optimizer.state[parameter] = {
-        "step": torch.zeros((), dtype=torch.float32, device=counts_on),
-        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-    }
-    return state
-
-
-def _fresh_bitsandbytes(optimizer: Any, parameter: nn.Parameter, group: int, position: int) -> dict[str, Any]:
-    """The state with which bitsandbytes begins, in paged memory where it is paged."""
+def _fresh_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Any]:
+    """Set the state with which torch.optim.AdamW or bitsandbytes begins."""
+    numbered = [(i, j, p) for i, group in enumerate(optimizer.param_groups) for j, p in enumerate(group["params"])]
+    i, j = next((i, j) for i, j, other in numbered if other is parameter)
+    group = optimizer.param_groups[i]
     state: dict[str, Any] = optimizer.state[parameter]
     state.clear()
     try:
-        optimizer.init_state(optimizer.param_groups[group], parameter, group, position)
+        if isinstance(optimizer, torch.optim.AdamW):
+            # A fused step counts on the parameter's device.
+            device = parameter.device if group["fused"] or group["capturable"] else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, requires_grad=False)
+        else:
+            # Paged memory where the optimizer is paged.
+            optimizer.init_state(group, parameter, i, j)
     except BaseException:
-        # Half a state would pass for a whole one.
+        # An incomplete state would be taken for a complete one.
         state.clear()
         raise
     return state
 
 
 def _hyperparameters(settings: Settings) -> dict[str, Any]:
-    betas = settings.beta1, settings.beta2
-    return {"lr": settings.lr, "betas": betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    return {
+        "lr": settings.lr,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
 
 
 def _bitsandbytes(parameters: list[nn.Parameter], settings: Settings, seed: int) -> torch.optim.Optimizer:

@@ -1,14 +1,13 @@
-"""What a run computes with: model, sampler, reward, and where their weights are, built from a configuration alone.
+"""What a run computes with: model, sampler, reward and their weights, built from a configuration alone.
 
-Training, sampling, evaluation, comparisons and the planner all run through a :class:`Runtime`: what is simulated is
-what runs.
+Training, sampling, evaluation, comparisons and the planner all run through a :class:`Runtime`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from sqdf_fast.engine.module_groups import ModuleGroup, ModuleGroups
 from sqdf_fast.engine.oom_fallback import next_fallback, normalize_oom_errors, offloaded
 from sqdf_fast.engine.sampler import Keep, Sampler, Trajectories
 from sqdf_fast.errors import Interrupted, UserError
+from sqdf_fast.families import Conditioning
 from sqdf_fast.kernels import denoise_step
 from sqdf_fast.replay import ReplayBatch
 from sqdf_fast.rewards import Reward, checked_reward
@@ -32,13 +32,11 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Where a run shows what it is doing; :mod:`sqdf_fast.display.progress` has those for a terminal."""
+    """Shows phases, with their progress, and lines that stay; see :mod:`sqdf_fast.display.progress`."""
 
-    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Name what is being done, and how far it is where it takes long."""
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None: ...
 
-    def message(self, text: str) -> None:
-        """Show a line that stays."""
+    def message(self, text: str) -> None: ...
 
 
 class NoProgress:
@@ -56,15 +54,15 @@ class Runtime:
         config: of the run, validated.
         backbone: network and roles; reward: None where nothing is scored.
         groups: modules to checkpoint and offload; default: those of backbone and reward.
-        meter: of the stages; default: one for the backbone's device.
-        stop: set by whoever wants the run to stop; asked between network calls.
-        progress: shown phases and out-of-memory fallbacks.
+        meter: stage meter; default: one for the backbone's device.
+        stop: flag that stops the run, checked between network calls.
+        progress: display of phases and out-of-memory fallbacks.
 
     Attributes:
-        execution: how a step is computed now; an out-of-memory fallback replaces it by a smaller one.
+        execution: current settings of a step; an out-of-memory fallback replaces them by smaller ones.
         stage: the current or last stage.
         reward_evaluations: images scored so far; the backbone counts the network's rows.
-        fallbacks: what was given up since the list was last cleared.
+        fallbacks: out-of-memory fallbacks since the list was last cleared.
     """
 
     def __init__(
@@ -80,10 +78,22 @@ class Runtime:
     ) -> None:
         self.config, self.backbone, self.family, self.reward = config, backbone, backbone.family, reward
         self.guidance_scale = config.sampling.guidance_scale if self.family.guided else 1.0
-        self.sampler = self._make_sampler()
+        sampling, family = config.sampling, self.family
+        self.sampler = Sampler(
+            backbone,
+            DenoisingSchedule.consistency_sampling(family.scheduler, sampling.num_inference_steps)
+            if config.policy.base == "consistency"
+            else family.schedule(sampling.num_inference_steps, sampling.eta),
+            guidance_scale=self.guidance_scale,
+            batch_size=sampling.batch_size,
+            merge_lora=sampling.merge_lora,
+            channels_last=sampling.channels_last,
+            compilation=sampling.compile,
+            impl=config.impl,
+        )
         self.groups = groups or ModuleGroups(backbone, reward)
-        self.execution: Execution = config.execution
-        self.groups.apply(self.execution)
+        self.execution: Execution
+        self.use(config.execution)
         self.meter = meter or StageMeter(self.family.device)
         self.stop, self.progress = stop or threading.Event(), progress or NoProgress()
         self.stage = ""
@@ -105,11 +115,11 @@ class Runtime:
         """The runtime of a configuration, its weights loaded.
 
         Args:
-            prompts: all that it will be asked for: they are encoded now, and the text encoders are freed.
-            policy: folder of a trained LoRA or network to start from; None: a fresh one.
+            prompts: every prompt of the run: they are encoded now, and the text encoders are freed.
+            policy: folder of a trained LoRA or network to start from; None: a new one.
 
         Raises:
-            UserError: a device, model or adapter that cannot be loaded or does not fit the configuration.
+            UserError: a device, model or adapter cannot be loaded or does not fit the configuration.
         """
         backbone = load_backbone(config, policy)
         backbone.family.encode_all(["", *prompts])
@@ -117,12 +127,12 @@ class Runtime:
         return cls(config, backbone, reward, stop=stop, progress=progress)
 
     def check_stop(self) -> None:
-        """Raises Interrupted once somebody has asked the run to stop."""
+        """Raises Interrupted once the stop flag is set."""
         if self.stop.is_set():
             raise Interrupted
 
     def memory(self) -> tuple[int | None, int]:
-        """Bytes alive now, None on a CPU, and the most so far: of the whole process where no allocator counts them."""
+        """Bytes alive now (None on a CPU) and peak bytes (on a CPU, of the whole process)."""
         return self.meter.live_bytes, self.meter.peak_bytes or process_peak_bytes()
 
     def begin(self, stage: str, *needed: ModuleGroup) -> None:
@@ -132,7 +142,7 @@ class Runtime:
         self.groups.use(*needed)
 
     def enter(self, stage: str) -> None:
-        """Begin ``stage`` for the meter; weights stay where they are."""
+        """Begin ``stage`` for the meter alone."""
         self.stage = stage
         self.meter(stage)
 
@@ -189,7 +199,7 @@ class Runtime:
         """The reward of each image, [B], with its graph.
 
         Raises:
-            UserError: the reward fails or returns something that is no reward; Interrupted.
+            UserError: the reward fails or returns invalid values; Interrupted.
         """
         assert self.reward is not None
         self.check_stop()
@@ -200,12 +210,57 @@ class Runtime:
         """The rewards [B] of the images that latents [B, ...] decode to, with their graph."""
         return decoded_reward(self.family, self.score, latents, prompts)
 
+    def output(self, role: Role, x: Tensor, index: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output in a role at x_t, with the graph of what it depends on.
+
+        Args:
+            x: [B, ...]; index: [B] int64, positions in the schedule; both on the device.
+
+        Returns:
+            [2B, ...] ordered [unconditional; conditional], or [B, ...] without guidance: what the kernels take.
+        """
+        unconditional = self.family.unconditional(self.guidance_scale)
+        with self.backbone.role(role):
+            return self.backbone.predict(x, self.sampler.tables.timesteps[index], conditioning, unconditional)
+
+    def step(
+        self,
+        x: Tensor,
+        index: Tensor,
+        conditioning: Conditioning,
+        *,
+        noise: Tensor | None = None,
+        seed: Tensor | None = None,
+        table: Tensor | None = None,
+        kl_scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The policy's x_{t-1} [B, ...], and its KL to the reference [B], with the policy's graph.
+
+        Args:
+            x, index, conditioning: as for :meth:`output`; noise, seed: z shaped like x, or int64 [B]; exactly one.
+            table: [T, 3], p, q and sigma; default: the sampler's; kl_scale: default: the objective's.
+        """
+        with torch.no_grad():
+            reference = self.output("reference", x, index, conditioning)
+        return denoise_step(
+            x,
+            self.output("policy", x, index, conditioning),
+            reference,
+            self.sampler.tables.transition if table is None else table,
+            index,
+            guidance_scale=self.guidance_scale,
+            noise=noise,
+            seed=seed,
+            kl_scale=self.config.objective.kl_scale if kl_scale is None else kl_scale,
+            impl=self.config.impl,
+        )
+
     @torch.no_grad()
     def divergence(self, states: Tensor, prompts: Sequence[str]) -> Tensor:
         """KL of one step between policy and reference, at one state of each trajectory: [n] float32 on the CPU.
 
-        The states take turns along the schedule, so that the mean over many trajectories is that over its trainable
-        steps. Mean over the elements of a sample, without the factor 1/2, times ``objective.kl_scale``.
+        The states cycle through the trainable indices. Mean over the elements of a sample, without the factor 1/2,
+        times ``objective.kl_scale``.
 
         Args:
             states: x_t at the schedule's K trainable indices, [n, K, ...]; prompts: n.
@@ -223,11 +278,7 @@ class Runtime:
         return self.retry(attempt, lambda: self.fewer_samples("evaluating"))
 
     def gradient(self, batch: ReplayBatch, seeds: Tensor) -> StepResult:
-        """Add the gradient of the SQDF loss to the policy's parameters, as ``execution`` says.
-
-        Raises:
-            UserError: the reward misbehaves; torch.OutOfMemoryError: gradients are incomplete then.
-        """
+        """Add the gradient of the SQDF loss to the policy's parameters. Raises as :meth:`Executor.accumulate`."""
         if self._executor is None or self._executor.execution is not self.execution:
             self._executor = make_executor(
                 self.backbone,
@@ -243,10 +294,10 @@ class Runtime:
         return self._executor.accumulate(batch, seeds)
 
     def retry(self, call: Callable[[], T], shrink: Callable[[], None]) -> T:
-        """``call()``, again after each ``shrink()`` while memory runs out; a failed attempt counts nothing.
+        """``call()``, retried after ``shrink()`` while memory runs out; a failed attempt does not count as a cost.
 
         Raises:
-            UserError: ``shrink`` has nothing left to give up.
+            UserError: ``shrink`` has no smaller setting left.
         """
         evaluations, scored = self.backbone.evaluations, self.reward_evaluations
         while True:
@@ -255,12 +306,12 @@ class Runtime:
                 with normalize_oom_errors():
                     return call()
             except torch.OutOfMemoryError:
-                # Shrink outside the handler: until it ends, the failed call's tensors are alive.
                 pass
+            # Outside the handler, which keeps the failed call's tensors alive.
             shrink()
 
     def fewer_samples(self, phase: str) -> None:
-        """Half the samples a network call, then offloaded weights. Raises UserError when nothing is left."""
+        """Halve the samples per network call, then offload weights. Raises UserError when nothing is left."""
         size = self.sampler.batch_size
         if size > 1:
             self.sampler.batch_size = size // 2
@@ -269,7 +320,7 @@ class Runtime:
             self._offload(f"while {phase}", "one image at a time does not fit; use a smaller model or a larger GPU")
 
     def fewer_images(self) -> None:
-        """Half the images decoded at once, then offloaded weights. Raises UserError when nothing is left."""
+        """Halve the images decoded at once, then offload weights. Raises UserError when nothing is left."""
         size = self.execution.decode_images
         if size > 1:
             self.execution = self.execution.model_copy(update={"decode_images": size // 2})
@@ -278,11 +329,10 @@ class Runtime:
             self._offload("while decoding", "one image at a time does not fit; lower resolution or use a larger GPU")
 
     def fall_back(self, step: int, *, staged: bool) -> None:
-        """A smaller execution for the stage of an optimizer step that ran out of memory.
+        """Choose a smaller execution for the stage of an optimizer step that ran out of memory.
 
         Args:
-            step: optimizer step, from 1, for the message; staged: whether the staged executor may replace the joint
-                graph.
+            step: optimizer step, from 1; staged: whether the staged executor may replace the joint graph.
 
         Raises:
             UserError: the settings are the smallest already.
@@ -298,7 +348,7 @@ class Runtime:
         self._give_up(f"out of memory in stage {self.stage!r}: {lower[1]}")
 
     def use(self, execution: Execution) -> None:
-        """Compute as ``execution`` says from now on."""
+        """Apply ``execution`` from now on."""
         self.execution = execution
         self.groups.apply(execution)
 
@@ -317,40 +367,6 @@ class Runtime:
         self.progress.message(what)
 
     def _divergence(self, x: Tensor, index: Tensor, prompts: Sequence[str]) -> Tensor:
-        family, tables = self.family, self.sampler.tables
-        x, index = x.to(family.device, family.precision), index.to(family.device)
-        conditioning, unconditional = family.encode(prompts), family.unconditional(self.guidance_scale)
-        outputs: dict[Role, Tensor] = {}
-        roles: tuple[Role, ...] = ("policy", "reference")
-        for role in roles:
-            with self.backbone.role(role):
-                outputs[role] = self.backbone.predict(x, tables.timesteps[index], conditioning, unconditional)
-        _, kl = denoise_step(
-            x,
-            outputs["policy"],
-            outputs["reference"],
-            tables.transition,
-            index,
-            guidance_scale=self.guidance_scale,
-            noise=torch.zeros_like(x),
-            kl_scale=self.config.objective.kl_scale,
-            impl=self.config.impl,
-        )
+        x, index = x.to(self.family.device, self.family.precision), index.to(self.family.device)
+        _, kl = self.step(x, index, self.family.encode(prompts), noise=torch.zeros_like(x))
         return kl.float().cpu()
-
-    def _make_sampler(self) -> Sampler:
-        """Along the family's own scheduler, or in multistep consistency sampling."""
-        config, settings = self.config, self.config.sampling
-        options: dict[str, Any] = {
-            "guidance_scale": self.guidance_scale,
-            "batch_size": settings.batch_size,
-            "merge_lora": settings.merge_lora,
-            "channels_last": settings.channels_last,
-            "compilation": settings.compile,
-            "impl": config.impl,
-        }
-        if config.policy.base == "consistency":
-            schedule = DenoisingSchedule.consistency_sampling(self.family.scheduler, settings.num_inference_steps)
-        else:
-            schedule = self.family.schedule(settings.num_inference_steps, settings.eta)
-        return Sampler(self.backbone, schedule, **options)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sqdf_fast.backbone import Backbone, Role
 from sqdf_fast.engine.compilation import Compilation, CompiledBlocks, compile_options, repeated_kinds
@@ -29,7 +29,7 @@ class Trajectories:
 
     Attributes:
         x0: final latents [n, ...]; those at index ``stop`` where sampling stopped early.
-        states: on the CPU, None unless asked for. "trainable": [n, K, ...] in the network's dtype. "all":
+        states: on the CPU, None if not kept. "trainable": [n, K, ...] in the network's dtype. "all":
             [n, T + 1, ...] in the family's precision, since a transition's probability is that of the very states.
     """
 
@@ -39,7 +39,7 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step of a batch, about to be taken.
+    """One denoising step of a batch.
 
     Attributes:
         i: position in the schedule; index: [B] int64 of it, on the device.
@@ -61,15 +61,14 @@ class Sampler:
     Args:
         backbone: the network; schedule: its per-step coefficients.
         guidance_scale: 1 runs the conditional branch only.
-        batch_size: samples denoised at once, both halves of the guidance in one network call. A sample's noise does
-            not depend on it.
-        merge_lora: sample with the role's LoRA merged into a copy of its layers' weights; the same up to rounding.
-        channels_last: lay the network's convolution weights out as NHWC, for good: training runs on them too.
-        compilation: of the network's repeated blocks while it samples.
+        batch_size: samples denoised at once, both halves of the guidance in one network call; no effect on the noise.
+        merge_lora: whether to sample with the role's LoRA merged into a copy of its layers' weights.
+        channels_last: whether convolution weights are NHWC, in training too.
+        compilation: compilation of the network's repeated blocks while it samples.
         impl: implementation of the kernels.
 
     Raises:
-        UserError: a compilation that this device or network does not have.
+        UserError: this device or network does not support the compilation.
     """
 
     def __init__(
@@ -92,8 +91,9 @@ class Sampler:
         family = backbone.family
         networks = {id(network): network for network in (backbone.network("policy"), backbone.network("reference"))}
         if channels_last:
-            for network in networks.values():
-                _lay_out_channels_last(network)
+            for parameter in (parameter for network in networks.values() for parameter in network.parameters()):
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._compiled: dict[int, CompiledBlocks] = {}
         if compilation != "none":
             options = compile_options(compilation, family.device)
@@ -113,11 +113,10 @@ class Sampler:
         stop: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Trajectories:
-        """Trajectories for the prompts.
+        """Trajectories of a role for the prompts.
 
         Args:
-            prompts: n prompts; seeds: [n] int64, one a sample.
-            role: whose trajectories.
+            prompts: n prompts; seeds: [n] int64, one per sample.
             keep: states to return as well.
             stop: index of the state to stop at, 0 (the first noise) to T; None: T, the final latents.
             on_progress: called with (network calls done, network calls in all).
@@ -126,7 +125,9 @@ class Sampler:
         chunks = range(0, len(prompts), self.batch_size)
         steps = len(self.schedule) if stop is None else stop
         stored = self.backbone.family.precision if keep == "all" else self.backbone.family.dtype
-        with self._ready(role):
+        adapted = self.backbone.merged if self.merge_lora else self.backbone.role
+        compiled = self._compiled.get(id(self.backbone.network(role)))
+        with adapted(role), compiled.active() if compiled else nullcontext():
             for number, start in enumerate(chunks):
                 part, kept = slice(start, start + self.batch_size), []
                 for i, x in enumerate(self.walk(prompts[part], seeds[part], stop=steps)):
@@ -151,8 +152,8 @@ class Sampler:
     ) -> Iterator[Tensor]:
         """The states x at index ``first``, ``first`` + 1, ..., ``stop`` of one batch of trajectories.
 
-        The only denoising loop there is: whoever takes other steps passes a ``transition``, whoever stops early stops
-        iterating. Steps run in the backbone's role, and with a graph where the caller has gradients enabled.
+        The only denoising loop: other steps are a ``transition``, to stop early stop iterating. Steps run in the
+        backbone's role, and with a graph where the caller has gradients enabled.
 
         Args:
             prompts: B prompts; seeds: [B] int64.
@@ -184,7 +185,7 @@ class Sampler:
         return posterior_mean(step.x, m, rows, step.index, guidance_scale=self.guidance_scale, impl=self.impl)
 
     def add_noise(self, mean: Tensor, step: Step) -> Tensor:
-        """mean + sigma z; a step without noise draws none."""
+        """mean + sigma z."""
         sigma = self._sigma[step.i]
         if sigma == 0:
             return mean
@@ -196,19 +197,6 @@ class Sampler:
         family = self.backbone.family
         return self.schedule.to(family.device, family.precision)
 
-    @contextmanager
-    def _ready(self, role: Role) -> Iterator[None]:
-        adapted = self.backbone.merged if self.merge_lora else self.backbone.role
-        compiled = self._compiled.get(id(self.backbone.network(role)))
-        with adapted(role), compiled.active() if compiled else nullcontext():
-            yield
-
     def _noise(self, seeds: Tensor, dtype: torch.dtype) -> Tensor:
         family = self.backbone.family
         return philox_normal(seeds.to(family.device), family.latent_shape, dtype=dtype, device=family.device)
-
-
-def _lay_out_channels_last(network: nn.Module) -> None:
-    for parameter in network.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

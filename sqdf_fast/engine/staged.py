@@ -1,9 +1,9 @@
 """The staged executor: one vector-Jacobian product at a time, a few network rows or images at a time.
 
-The chain x_t -> policy -> x_{t-1} -> look-ahead -> x0_hat -> picture -> reward is first run without a graph. Then
-each link builds its own graph, is pulled back and freed, from the reward to the policy. What lives between the stages
-are latents; the peak is that of the largest stage and does not grow with the batch. Policy and look-ahead run forward
-twice.
+The chain x_t -> policy -> x_{t-1} -> look-ahead -> x0_hat -> image -> reward first runs without a graph. Then each link
+builds its own graph, takes its vector-Jacobian product and frees it, from the reward back to the policy. Only latents
+are kept between the stages: peak memory is that of the largest stage and does not grow with the batch. Policy and
+look-ahead run forward twice.
 """
 
 from __future__ import annotations
@@ -25,6 +25,18 @@ STAGES = ("transition", "look-ahead", "reward", "look-ahead vjp", "policy vjp")
 
 
 @dataclass(frozen=True)
+class RowSlice:
+    """Some halves of some samples of a network call, as rows [halves samples, ...]."""
+
+    halves: slice
+    samples: slice
+
+    def of(self, rows: Tensor) -> Tensor:
+        """[halves, S, ...] to the slice's rows."""
+        return rows[self.halves, self.samples].flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class _Call:
     """One network call on S samples of the batch, its rows made chunk by chunk.
 
@@ -37,7 +49,7 @@ class _Call:
     timesteps: Tensor
     halves: int
 
-    def parts(self, rows: int) -> Iterator[RowSlice]:
+    def slices(self, rows: int) -> Iterator[RowSlice]:
         """All of it, at most ``rows`` rows at a time; both halves of a sample together where two fit, as in joint."""
         together = min(rows, self.halves)
         size = rows // together
@@ -50,23 +62,11 @@ class _Call:
         return rows.unflatten(0, (self.halves, len(self.prompts)))
 
 
-@dataclass(frozen=True)
-class RowSlice:
-    """Which halves of which of a call's samples; its rows are [halves samples, ...]."""
-
-    halves: slice
-    samples: slice
-
-    def of(self, rows: Tensor) -> Tensor:
-        """[halves, S, ...] to the part's rows."""
-        return rows[self.halves, self.samples].flatten(0, 1)
-
-
 @dataclass
 class _Step:
     """What one step carries from stage to stage: latents and numbers, no graph."""
 
-    batch: ReplayBatch
+    prompts: list[str]
     x: Tensor
     index: Tensor
     seeds: Tensor
@@ -80,27 +80,25 @@ class StagedExecutor(Executor):
     @normalize_oom_errors()
     def accumulate(self, batch: ReplayBatch, seeds: Tensor) -> StepResult:
         device = self.backbone.family.device
-        step = _Step(
-            batch,
-            batch.x.to(device, self.precision),
-            batch.index.to(device),
-            seeds.to(device),
-            self.ahead(batch.index),
-        )
+        x, index = batch.x.to(device, self.precision), batch.index.to(device)
+        step = _Step(batch.prompts, x, index, seeds.to(device), self.ahead(batch.index))
+        # Forward, without a graph: x_{t-1} from the policy, KL to the reference, x0_hat.
         x_prev, kl, delta = self._transition(step)
         x0_hat = self._look_ahead(step, x_prev)
-        reward, slope = self._reward(step, x0_hat)
+        # Backward: d reward / d x0_hat, then through the look-ahead to x_{t-1}, then through the policy.
+        reward, grad_x0 = self._reward(step, x0_hat)
         del x0_hat
         loss, grad_reward, grad_kl = self._loss(step, reward, kl)
-        grad_x0 = slope.mul_(grad_reward.reshape(-1, *(1,) * (slope.ndim - 1)))
+        grad_x0.mul_(grad_reward.reshape(-1, *(1,) * (grad_x0.ndim - 1)))
         grad_x_prev = self._look_ahead_vjp(step, grad_x0)
         self._policy_vjp(step, grad_x_prev, grad_kl, delta)
         return StepResult(loss, reward, kl, batch.index)
 
     @torch.no_grad()
     def _transition(self, step: _Step) -> tuple[Tensor, Tensor, Tensor]:
+        """x_{t-1} [B, ...], KL [B], and what the backward pass needs."""
         self.begin("transition", "network")
-        call = self._call(step.batch.prompts, self.tables.timesteps[step.index], self.guidance_scale)
+        call = self._policy_call(step)
         with self.backbone.role("reference"):
             reference = self._outputs(call, step.x)
         with self.backbone.role("policy"):
@@ -119,70 +117,49 @@ class StagedExecutor(Executor):
 
     @torch.no_grad()
     def _look_ahead(self, step: _Step, x_prev: Tensor) -> Tensor:
+        """x0_hat [B, ...]."""
         self.begin("look-ahead", "network")
         if not step.ahead:
             return x_prev
         rows = torch.tensor(step.ahead, device=x_prev.device)
-        index = step.index[rows]
-        step.states.append(x_prev[rows])
-        family = self.backbone.family
-        # In full precision a merged LoRA is the LoRA up to the last bits, and saves its operators; in half it is not.
+        index, estimate = step.index[rows], x_prev[rows]
+        family, role, scale = self.backbone.family, self.lookahead_role, self.lookahead_scale
+        # In full precision merging changes the last bits only, and saves the LoRA's operators; in half it changes more.
         exact = family.dtype == family.precision
-        role = self.lookahead_role
         with self.backbone.merged(role, by_layer=True) if exact else self.backbone.role(role):
             for number in range(self.lookahead.calls):
-                output = self._outputs(self._look_ahead_call(step, index, number), step.states[-1])
-                estimate = posterior_mean(
-                    step.states[-1],
-                    output,
-                    self.lookahead.rows[:, number],
-                    index,
-                    guidance_scale=self.lookahead_scale,
-                    impl=self.impl,
-                )
                 step.states.append(estimate)
-        estimate = step.states.pop()
+                output = self._outputs(self._look_ahead_call(step, index, number), estimate)
+                table = self.lookahead.rows[:, number]
+                estimate = posterior_mean(estimate, output, table, index, guidance_scale=scale, impl=self.impl)
         return estimate if len(step.ahead) == len(x_prev) else x_prev.index_copy(0, rows, estimate)
 
     def _reward(self, step: _Step, x0_hat: Tensor) -> tuple[Tensor, Tensor]:
         """Rewards [B], and d reward / d x0_hat [B, ...]."""
         self.begin("reward", "decoder", "reward")
-        size = self.execution.decode_images
+        family, size = self.backbone.family, self.execution.decode_images
         rewards, slopes = [], []
         for start in range(0, len(x0_hat), size):
             part = slice(start, start + size)
-            reward, slope = self._scored(x0_hat[part], step.batch.prompts[part])
-            rewards.append(reward)
-            slopes.append(slope)
+            latents = x0_hat[part].to(family.dtype, copy=True).requires_grad_(True)
+            reward = decoded_reward(family, self.reward, latents, step.prompts[part])
+            (slope,) = torch.autograd.grad(reward.sum(), latents)
+            rewards.append(reward.detach())
+            slopes.append(slope.to(self.precision))
+            del reward  # or its graph lives until the next one is complete
         return torch.cat(rewards), torch.cat(slopes)
-
-    def _scored(self, x0_hat: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        family = self.backbone.family
-        latents = x0_hat.to(family.dtype, copy=True).requires_grad_(True)
-        reward = decoded_reward(family, self.reward, latents, prompts)
-        (slope,) = torch.autograd.grad(reward.sum(), latents)
-        return reward.detach(), slope.to(self.precision)
 
     def _loss(self, step: _Step, reward: Tensor, kl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, d loss / d reward and d loss / d kl."""
-        objective = self.objective
         reward, kl = reward.detach().requires_grad_(True), kl.detach().requires_grad_(True)
-        loss = credited_loss(
-            reward,
-            kl,
-            self.schedule,
-            step.index,
-            alpha=objective.alpha,
-            gamma=objective.gamma,
-            beta=temperature(objective.alpha, objective.kl_scale, step.x[0].numel()),
-            credit=objective.credit,
-            mask_nonpositive=objective.mask_nonpositive,
-            impl=self.impl,
-        )
+        beta = temperature(self.objective.alpha, self.objective.kl_scale, step.x[0].numel())
+        settings = self.objective.loss_settings
+        loss = credited_loss(reward, kl, self.schedule, step.index, beta=beta, impl=self.impl, **settings)
         grad_reward, grad_kl = torch.autograd.grad(loss, (reward, kl))
         return loss.detach(), grad_reward, grad_kl
 
     def _look_ahead_vjp(self, step: _Step, grad_x0: Tensor) -> Tensor:
+        """d loss / d x_{t-1} through the look-ahead, [B, ...]."""
         self.begin("look-ahead vjp", "network")
         if not step.ahead:
             return grad_x0
@@ -190,29 +167,23 @@ class StagedExecutor(Executor):
         index, grad = step.index[rows], grad_x0[rows]
         with self.backbone.role(self.lookahead_role):
             for number in reversed(range(self.lookahead.calls)):
-                grad, grad_output = posterior_mean_vjp(
-                    grad,
-                    self.lookahead.rows[:, number],
-                    index,
-                    guidance_scale=self.lookahead_scale,
-                    impl=self.impl,
-                )
-                x, call = step.states.pop(), self._look_ahead_call(step, index, number)
+                table, scale = self.lookahead.rows[:, number], self.lookahead_scale
+                grad, grad_output = posterior_mean_vjp(grad, table, index, guidance_scale=scale, impl=self.impl)
+                state, call = step.states.pop(), self._look_ahead_call(step, index, number)
                 grad_output = call.by_half(grad_output)
-                for part in call.parts(self.execution.backward_batch_rows):
-                    pulled = self._pulled_back(self._rows(call, part, x), part.of(grad_output))
-                    grad[part.samples] += pulled.unflatten(0, (-1, len(grad[part.samples]))).sum(0)
+                for part in call.slices(self.execution.backward_batch_rows):
+                    chunk = self._rows(call, part, state)
+                    x = chunk.x.detach().requires_grad_(True)
+                    output = self.backbone.run(chunk.at(x))
+                    # Not autograd.grad: counters that hook modules cannot follow it to a leaf. x alone has a gradient.
+                    output.backward(part.of(grad_output).to(output.dtype))
+                    assert x.grad is not None
+                    grad[part.samples] += x.grad.unflatten(0, (-1, len(grad[part.samples]))).sum(0)
+                    del output
         return grad if len(step.ahead) == len(grad_x0) else grad_x0.index_copy_(0, rows, grad)
 
-    def _pulled_back(self, rows: Rows, grad: Tensor) -> Tensor:
-        x = rows.x.detach().requires_grad_(True)
-        output = self.backbone.run(rows.at(x))
-        # Not autograd.grad: counters that hook modules cannot follow it to a leaf. Nothing else here has a gradient.
-        output.backward(grad.to(output.dtype))
-        assert x.grad is not None
-        return x.grad
-
     def _policy_vjp(self, step: _Step, grad_x_prev: Tensor, grad_kl: Tensor, delta: Tensor) -> None:
+        """Add the policy's gradients to its parameters."""
         self.begin("policy vjp", *self.groups.of_role("policy"))
         grad = denoise_step_vjp(
             grad_x_prev,
@@ -224,32 +195,31 @@ class StagedExecutor(Executor):
             kl_scale=self.objective.kl_scale,
             impl=self.impl,
         )
-        call = self._call(step.batch.prompts, self.tables.timesteps[step.index], self.guidance_scale)
+        call = self._policy_call(step)
         grad = call.by_half(grad)
         with self.backbone.role("policy"):
-            for part in call.parts(self.execution.backward_batch_rows):
+            for part in call.slices(self.execution.backward_batch_rows):
                 output = self.backbone.run(self._rows(call, part, step.x))
                 output.backward(part.of(grad).to(output.dtype))
-                del output  # or its graph lives until the next one is whole
+                del output  # or its graph lives until the next one is complete
 
-    def _call(self, prompts: list[str], timesteps: Tensor, scale: float) -> _Call:
-        """The rows of samples with these prompts; timesteps: [S]."""
-        return _Call(prompts, timesteps, 1 if scale == 1 else 2)
+    def _policy_call(self, step: _Step) -> _Call:
+        return _Call(step.prompts, self.tables.timesteps[step.index], 1 if self.guidance_scale == 1 else 2)
 
     def _look_ahead_call(self, step: _Step, index: Tensor, number: int) -> _Call:
-        prompts = [step.batch.prompts[i] for i in step.ahead]
-        return self._call(prompts, self.lookahead.timesteps[:, number][index], self.lookahead_scale)
+        prompts = [step.prompts[i] for i in step.ahead]
+        return _Call(prompts, self.lookahead.timesteps[:, number][index], 1 if self.lookahead_scale == 1 else 2)
 
     @torch.no_grad()
     def _outputs(self, call: _Call, x: Tensor) -> Tensor:
         """The network's outputs on all rows, [halves S, ...]."""
         outputs = None
-        for part in call.parts(self.execution.forward_batch_rows):
-            found = self.backbone.run(self._rows(call, part, x))
+        for part in call.slices(self.execution.forward_batch_rows):
+            chunk = self.backbone.run(self._rows(call, part, x))
             if outputs is None:
-                outputs = call.by_half(found.new_empty(call.halves * len(x), *found.shape[1:]))
-            place = outputs[part.halves, part.samples]
-            place.copy_(found.unflatten(0, place.shape[:2]))
+                outputs = call.by_half(chunk.new_empty(call.halves * len(x), *chunk.shape[1:]))
+            target = outputs[part.halves, part.samples]
+            target.copy_(chunk.unflatten(0, target.shape[:2]))
         assert outputs is not None
         return outputs.flatten(0, 1)
 

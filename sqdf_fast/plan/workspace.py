@@ -64,8 +64,11 @@ def _flash_backward(grad: Tensor, query: Tensor, *_: Any) -> int:
     return 4 * rows * (-(-width // 32) * 32 + 1)
 
 
-def _bfloat16_step(bytes_per_element: int) -> Callable[..., int]:
-    return lambda parameter, *_: bytes_per_element * parameter.numel() if parameter.dtype == torch.bfloat16 else 0
+def _adamw(parameter: Tensor, gradient: Tensor, state1: Tensor, *_: Any) -> int:
+    if parameter.dtype != torch.bfloat16:
+        return 0
+    # States of 8 bits: bitsandbytes' step on float32 copies, then rounded stochastically. Of 32 bits: our reference.
+    return (24 if state1.dtype == torch.uint8 else 32) * parameter.numel()
 
 
 def _output_positions(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
@@ -155,8 +158,5 @@ _ON_CPU: dict[Any, Callable[..., int]] = {
 # By name: the ops of this project exist once they are imported.
 _ON_CUDA: dict[str, Callable[..., int]] = {
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _flash_backward,
-    # bitsandbytes' step on float32 copies of parameter and gradient, then rounded stochastically.
-    "sqdf_fast.adamw_8bit": _bfloat16_step(24),
-    # The reference, which is what runs on CUDA.
-    "sqdf_fast.adamw_32bit": _bfloat16_step(32),
+    "sqdf_fast.adamw": _adamw,
 }

@@ -1,10 +1,10 @@
-"""What training costs, and how much of its limits is spent."""
+"""The cost of training, and the share of its limits that is spent."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from sqdf_fast.config import Limits
 from sqdf_fast.engine.runtime import Runtime
@@ -12,32 +12,19 @@ from sqdf_fast.engine.runtime import Runtime
 
 @dataclass(frozen=True)
 class Cost:
-    """What training has cost, evaluations apart.
-
-    Attributes:
-        unet_evaluations: rows that went through the network; seconds: of sampling and steps.
-        reward_evaluations: images that the reward scored.
-    """
+    """Cost of training without evaluations: network rows, seconds of sampling and steps, and images scored."""
 
     unet_evaluations: int = 0
     seconds: float = 0.0
     reward_evaluations: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.unet_evaluations + other.unet_evaluations,
-            self.seconds + other.seconds,
-            self.reward_evaluations + other.reward_evaluations,
-        )
+        return Cost(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
     def share(self, limits: Limits) -> float:
         """The share of the tightest limit that is spent; 0 without limits."""
-        shares = [0.0]
-        if limits.unet_evaluations is not None:
-            shares.append(self.unet_evaluations / limits.unet_evaluations)
-        if limits.seconds is not None:
-            shares.append(self.seconds / limits.seconds)
-        return max(shares)
+        spent = (self.unet_evaluations, limits.unet_evaluations), (self.seconds, limits.seconds)
+        return max((value / limit for value, limit in spent if limit is not None), default=0.0)
 
     def totals(self) -> dict[str, float]:
         """The fields of a record in metrics.jsonl."""
@@ -50,10 +37,7 @@ def meter_cost(runtime: Runtime) -> Callable[[], Cost]:
     evaluations, scored = runtime.backbone.evaluations, runtime.reward_evaluations
 
     def cost() -> Cost:
-        return Cost(
-            runtime.backbone.evaluations - evaluations,
-            time.monotonic() - started,
-            runtime.reward_evaluations - scored,
-        )
+        seconds = time.monotonic() - started
+        return Cost(runtime.backbone.evaluations - evaluations, seconds, runtime.reward_evaluations - scored)
 
     return cost

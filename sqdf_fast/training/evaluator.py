@@ -1,4 +1,4 @@
-"""Held-out prompts, judges, and what they say of a model: in training, of finished models, and in comparisons."""
+"""Held-out prompts and judges, for evaluations in training, of finished models, and in comparisons."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sqdf_fast.runs import save_samples
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What every evaluation of a run samples: the same N prompts and seeds, [N] int64, each time."""
+    """The N prompts and seeds, [N] int64, that every evaluation of a run samples."""
 
     prompts: list[str]
     seeds: Tensor
@@ -33,7 +33,7 @@ class HeldOut:
     def of(config: Config, seed: int = 0) -> HeldOut:
         """A fixed choice among the held-out prompts, each ``images_per_prompt`` times.
 
-        The seed is not the run's: runs of different seeds are evaluated on the same noise.
+        The seed is not the run's, so that all runs are evaluated on the same noise.
         """
         evaluation = config.evaluation
         pool = load_prompts(evaluation.prompts or config.prompts)
@@ -46,11 +46,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Scores:
-    """What reward and judges say of the images of the held-out prompts.
+    """Scores of the images of the held-out prompts.
 
     Attributes:
-        values: the ``eval_*`` values of :func:`sqdf_fast.evaluate.evaluate_images`.
-        by_prompt: means of each prompt, by judge.
+        values: the ``eval_*`` values of :func:`sqdf_fast.evaluate.evaluate_images`; by_prompt: means, by judge.
         better: which direction is good, by judge; diversity_measure: what its diversity compares.
     """
 
@@ -71,12 +70,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of a policy in training.
-
-    Attributes:
-        scores: of its images; images: float32 [N, 3, H, W] in [0, 1] on the CPU.
-        kl: mean of one step's KL to the reference; seconds: of all of it.
-    """
+    """One evaluation in training; images: float32 [N, 3, H, W] in [0, 1] on the CPU, kl: mean of one step's."""
 
     scores: Scores
     images: Tensor
@@ -85,19 +79,19 @@ class Evaluation:
 
 
 class Evaluator:
-    """Samples the held-out prompts and asks reward and judges.
+    """Samples the held-out prompts and scores the images with reward and judges.
 
     Args:
         config: of the run; reward: the one that training maximizes.
         held_out: prompts and noise; default: the configuration's.
-        judges: names in place of ``evaluation.judges``.
-        prompts: all that reward and judges will be asked about; default: the held-out ones.
+        judges: names that replace ``evaluation.judges``.
+        prompts: every prompt that is scored; default: the held-out ones.
 
     Attributes:
-        base: embeddings of the base model's images, once they have been judged; distances are measured from them.
+        base: embeddings of the base model's images, from which distances are measured; None until they are judged.
 
     Raises:
-        UserError: a judge or a held-out reward that cannot be loaded.
+        UserError: a judge or a held-out reward cannot be loaded.
     """
 
     def __init__(
@@ -118,7 +112,7 @@ class Evaluator:
         self.base: Tensor | None = None
 
     def evaluate(self, runtime: Runtime, *, is_base: bool) -> Evaluation:
-        """Sample the policy as it is now and judge it; ``is_base``: it is still the base model."""
+        """Sample and judge the current policy; ``is_base``: whether it is still the base model."""
         started, prompts = time.monotonic(), self.held_out.prompts
         sampled = runtime.sample(prompts, self.held_out.seeds, "evaluating", keep="trainable")
         assert sampled.states is not None
@@ -135,10 +129,9 @@ class Evaluator:
         return runtime.decode(runtime.sample(self.held_out.prompts, self.held_out.seeds, phase, role=role).x0)
 
     def judge(self, images: Tensor, device: torch.device, *, is_base: bool = False) -> Scores:
-        """Scores of images [N, 3, H, W] of the held-out prompts; the reward's weights are on ``device``.
+        """Scores of images [N, 3, H, W] of the held-out prompts, on the reward's ``device``.
 
-        Args:
-            is_base: they are the base model's; later images are compared with them.
+        ``is_base``: whether they are the base model's, which later images are compared with.
         """
         images_on_device = images.to(device)
         if is_base:

@@ -1,11 +1,11 @@
-"""A training run from start to end: planned, held to its memory budget, stopped and resumed."""
+"""A training run from start to end: planned, capped to its memory budget, stopped and resumed."""
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -38,13 +38,13 @@ def plan_for(
     """The fastest plan for ``config`` inside ``vram``, such as "24G"; "80%" is of the GPU here.
 
     Args:
-        gpu: whose speed the predicted time is for; None: the GPU here, or a common one of that memory.
-        allow: quantizations that may be tried; keep: settings that stay as they are, dotted keys; see `make_plan`.
+        gpu: GPU of the predicted time; None: the GPU here, or a common one of that memory.
+        allow: quantizations to try; keep: dotted keys of settings that the plan leaves as they are.
 
     Raises:
         UserError: an invalid budget, or a model or reward that cannot be simulated.
     """
-    # What cannot be planned is refused as it is for a run.
+    # Refuses what a run would refuse.
     with_settings(config, {"vram": vram})
     device = pick_device(config.device)
     total = None
@@ -52,45 +52,6 @@ def plan_for(
         properties = torch.cuda.get_device_properties(device)
         total, gpu = properties.total_memory, gpu or properties.name
     return make_plan(config, parse_memory(vram, total), device_name=gpu, allow=allow, keep=keep)
-
-
-def _planned(config: Config, keep: Sequence[str]) -> tuple[Config, Plan | None]:
-    """The configuration as its memory budget asks for, and the plan; as it is without a budget."""
-    budget = config.vram
-    if budget is None:
-        return config, None
-    device = pick_device(config.device)
-    # The plan is of the precision that will run here.
-    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
-    config = config.model_copy(update={"dtype": dtype})
-    plan = plan_for(config, budget, gpu=None if device.type == "cuda" else CPU.name, keep=keep)
-    if not plan.fits:
-        raise UserError(f"--vram {budget}: {config.model} does not fit; {plan.advice}")
-    return with_settings(config, plan.settings), plan
-
-
-def _hold_to(plan: Plan | None, config: Config) -> None:
-    """From now on this process takes no more of the GPU than the plan's budget."""
-    if plan is not None:
-        needed = plan.peak_gib + plan.reserve_gib
-        cap_process(
-            pick_device(config.device),
-            int(plan.vram_gib * GIB),
-            needed=int(needed * GIB),
-            context_bytes=CONTEXT_BYTES,
-        )
-
-
-def _planned_bytes(plan: Plan | None, config: Config) -> int | None:
-    # What a CPU's process has in memory is more than the tensors of the plan.
-    return int(plan.peak_gib * GIB) if plan is not None and pick_device(config.device).type == "cuda" else None
-
-
-def _stored_plan(run: RunFolder) -> Plan | None:
-    try:
-        return Plan.from_json(run.plan.read_text(encoding="utf-8")) if run.plan.exists() else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run.plan} is damaged ({error}); delete it to continue without a budget") from None
 
 
 def new_run(config: Config, path: Path | None, stop: threading.Event | None = None, keep: Sequence[str] = ()) -> str:
@@ -107,45 +68,71 @@ def new_run(config: Config, path: Path | None, stop: threading.Event | None = No
     if path is None:
         # A reward may be module:function or a weighted sum.
         reward = re.sub(r"[^\w.+-]+", "-", config.reward)
-        name = f"{Path(config.model).resolve().name}-{reward}"
-        path = RunFolder.next_free(Path("runs"), name)
+        path = RunFolder.next_free(Path("runs"), f"{Path(config.model).resolve().name}-{reward}")
     RunFolder.refuse_existing(path)
-    config, plan = _planned(config, keep)
-    _hold_to(plan, config)
-    with TrainingProgress(config.steps, planned_bytes=_planned_bytes(plan, config)) as progress:
-        _show_device_memory(config, progress)
-        with _room_to_start():
-            trainer = _assemble(config, RunFolder(path), stop, progress)
-            check(trainer)
+    plan, budget = None, config.vram
+    if budget is not None:
+        device = pick_device(config.device)
+        # Plan for the precision that will run here.
+        config = config.model_copy(update={"dtype": str(pick_dtype(config.dtype, device)).removeprefix("torch.")})
+        plan = plan_for(config, budget, gpu=None if device.type == "cuda" else CPU.name, keep=keep)
+        if not plan.fits:
+            raise UserError(f"--vram {budget}: {config.model} does not fit; {plan.advice}")
+        config = with_settings(config, plan.settings)
+
+    def begin(trainer: Trainer) -> None:
+        check(trainer)
         run = RunFolder.create(path, config)
         if plan is not None:
             write_text(run.plan, plan.as_json())
-        return _finish(trainer)
+
+    return _run(RunFolder(path), config, plan, stop, begin)
 
 
 def continue_run(path: Path, stop: threading.Event | None = None) -> str:
     """Train on from the newest checkpoint of a run folder and return its summary. Raises as :func:`new_run`."""
     run, config = RunFolder.open(path)
-    found = checkpoints(run.checkpoints)
-    plan = _stored_plan(run)
-    _hold_to(plan, config)
-    first = step_of(found[-1]) if found else 0
-    with TrainingProgress(config.steps, first, planned_bytes=_planned_bytes(plan, config)) as progress:
-        _show_device_memory(config, progress)
-        with _room_to_start():
-            trainer = _assemble(config, run, stop, progress)
-            trainer.resume()
+    try:
+        plan = Plan.from_json(run.plan.read_text(encoding="utf-8")) if run.plan.exists() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run.plan} is damaged ({error}); delete it to continue without a budget") from None
+    return _run(run, config, plan, stop, lambda trainer: trainer.resume())
+
+
+def _run(
+    run: RunFolder,
+    config: Config,
+    plan: Plan | None,
+    stop: threading.Event | None,
+    begin: Callable[[Trainer], None],
+) -> str:
+    """Train inside the plan's budget from where ``begin`` puts the trainer, and return the summary."""
+    device, planned = pick_device(config.device), None
+    if plan is not None:
+        needed = plan.peak_gib + plan.reserve_gib
+        cap_process(device, int(plan.vram_gib * GIB), needed=int(needed * GIB), context_bytes=CONTEXT_BYTES)
+        # A CPU's process has more in memory than the tensors of the plan.
+        planned = int(plan.peak_gib * GIB) if device.type == "cuda" else None
+    saved = checkpoints(run.checkpoints)
+    with TrainingProgress(config.steps, step_of(saved[-1]) if saved else 0, planned_bytes=planned) as progress:
+        if device.type == "cuda":
+            progress.message(str(DeviceMemory.of(device)))
+        try:
+            with normalize_oom_errors():
+                trainer = _assemble(config, run, stop, progress)
+                begin(trainer)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "out of memory before the first step; give --vram to plan where the weights are, or see with "
+                "nvidia-smi what other processes use"
+            ) from None
         return _finish(trainer)
 
 
 def check(trainer: Trainer) -> None:
-    """Run the reward, its gradient and the judges on two of the base model's images, before anything is trained.
-
-    Raises:
-        UserError: what the reward or a judge returns cannot be trained on, or a prompt cannot be judged.
-    """
+    """Run the reward, its gradient and the judges on two of the base model's images. Raises UserError if one fails."""
     runtime, evaluator, algorithm = trainer.runtime, trainer.evaluator, trainer.algorithm
-    # No more images at once than a step will score.
+    # No more images at once than in a step.
     number = min(2, runtime.execution.decode_images)
     prompts = (algorithm.prompts * 2)[:number]
     seeds = sample_seeds(trainer.config.seed, Stream.PREFLIGHT, 0, number)
@@ -157,34 +144,16 @@ def check(trainer: Trainer) -> None:
         evaluator.judges.alignment(images[:1], [prompt])
 
 
-def _show_device_memory(config: Config, progress: TrainingProgress) -> None:
-    device = pick_device(config.device)
-    if device.type == "cuda":
-        progress.message(str(DeviceMemory.of(device)))
-
-
 def _assemble(config: Config, run: RunFolder, stop: threading.Event | None, progress: TrainingProgress) -> Trainer:
     refuse_missing(config.logging.trackers)
     prompts, held_out = load_prompts(config.prompts), HeldOut.of(config)
     known = list(dict.fromkeys([*prompts, *held_out.prompts]))
-    # A wrong reward shows before gigabytes of model are loaded.
+    # The reward first: a wrong one is refused before gigabytes of model are loaded.
     reward = load_run_reward(config, known)
     runtime = Runtime.load(config, prompts=known, reward=reward, stop=stop, progress=progress)
     progress.memory = runtime.memory
     evaluator = Evaluator(config, reward, held_out, prompts=known)
     return Trainer(config, run, runtime, evaluator, make_algorithm(config, runtime, prompts), progress)
-
-
-@contextmanager
-def _room_to_start() -> Iterator[None]:
-    try:
-        with normalize_oom_errors():
-            yield
-    except torch.OutOfMemoryError:
-        raise UserError(
-            "out of memory before the first step; give --vram, which plans where the weights are, or see with "
-            "nvidia-smi what other processes hold"
-        ) from None
 
 
 def _finish(trainer: Trainer) -> str:
@@ -198,16 +167,16 @@ def _finish(trainer: Trainer) -> str:
         write_report(folder)
         raise Interrupted(folder) from None
     except UserError:
-        # The state is that of the last whole step: it is worth keeping, unless the disk itself is what failed.
+        # The state is that of the last complete step: keep it, unless the disk itself failed.
         with suppress(UserError):
             trainer.save()
             write_report(folder)
         raise
     except torch.OutOfMemoryError:
         # In the middle of an update some parameters are of the next step already.
-        if not trainer.whole:
+        if trainer.updating:
             raise UserError(
-                f"out of memory in the optimizer after step {trainer.step}, where nothing smaller can be tried; start "
+                f"out of memory in the optimizer after step {trainer.step}, which has no smaller settings; start "
                 "a new run with --vram, or with --set optimizer.kind=adamw8bit --set optimizer.states=cpu"
             ) from None
         trainer.save()

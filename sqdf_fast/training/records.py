@@ -1,4 +1,4 @@
-"""What metrics.jsonl says of a step, and the progress line of an evaluation."""
+"""The record of a step in metrics.jsonl, and the progress line of an evaluation."""
 
 from __future__ import annotations
 

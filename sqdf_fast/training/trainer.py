@@ -41,14 +41,9 @@ from sqdf_fast.training.watch import Watch
 class Trainer:
     """One run's loop.
 
-    State that decides what follows is (step, evaluated, spent), policy, optimizer and the algorithm's own; every
-    random number derives from the run's seed and these counters, so a resumed run equals the uninterrupted one
-    bit for bit (on one machine and version, on the CPU).
-
-    Args:
-        config: validated; run: the folder it owns.
-        runtime, evaluator, algorithm: what it computes with, who judges, and how the policy learns.
-        progress: shows what happens.
+    Its state is (step, evaluated, spent), policy, optimizer and the algorithm's own. Every random number derives from
+    the run's seed and these counters, so a resumed run equals the uninterrupted one bit for bit (on one machine and
+    version, on the CPU). ``updating``: whether an optimizer step was interrupted.
     """
 
     def __init__(
@@ -72,19 +67,14 @@ class Trainer:
         self.energy = EnergyMeter(runtime.family.device)
         self.step, self.evaluated = 0, -1
         self.spent, self._share_before = Cost(), 0.0
-        # Of a step whose samples are collected but that is not taken: a run stopped there resumes behind its sampling.
+        # Cost of collecting for a step that is not taken yet: a run stopped there resumes after its sampling.
         self._collected = Cost()
-        self._updating = False
+        self.updating = False
         self.watch = Watch(config.monitor.action, run.path / "best")
 
     @property
-    def whole(self) -> bool:
-        """Whether the state is that of a whole step: no update was broken off."""
-        return not self._updating
-
-    @property
     def share(self) -> float:
-        """The share of the run that is over: of its steps, or of a limit that is reached before them."""
+        """The completed share of the run: of its steps, or of a tighter limit."""
         return max(self.step / self.config.steps, self.spent.share(self.config.limits))
 
     @property
@@ -93,7 +83,7 @@ class Trainer:
         return self.share >= 1 or self.watch.ends_run
 
     def train(self) -> None:
-        """Train to the end. Raises Interrupted, and UserError when reward, gradient or disk fail."""
+        """Train to the end. Raises Interrupted, and UserError for errors of reward, gradient or disk."""
         every = self.config.checkpoint_every
         with MetricsLog(self.run.metrics) as log, closing(self._open_trackers()) as self.trackers:
             log.truncate(self.step, self.evaluated)
@@ -117,7 +107,7 @@ class Trainer:
             self.progress.message(f"{policy} holds the weights of step {step}")
 
     def save(self) -> Path:
-        """Write a checkpoint of the state as it is now, and the policy."""
+        """Write a checkpoint, and the policy."""
         stored, state = self.algorithm.state()
         tensors = {f"algorithm.{name}": tensor for name, tensor in stored.items()}
         for name, parameter in self.backbone.policy_parameters.items():
@@ -144,15 +134,15 @@ class Trainer:
         Raises:
             UserError: the checkpoint is damaged or of another configuration.
         """
-        found = checkpoints(self.run.checkpoints)
-        if not found:
+        saved = checkpoints(self.run.checkpoints)
+        if not saved:
             return
-        tensors, values = read_checkpoint(found[-1])
+        tensors, values = read_checkpoint(saved[-1])
         try:
             self._restore(tensors, values)
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"checkpoint {found[-1]} does not belong to this configuration ({str(error).splitlines()[0]}); "
+                f"checkpoint {saved[-1]} does not belong to this configuration ({str(error).splitlines()[0]}); "
                 "resume with the config.yaml of its run"
             ) from None
 
@@ -178,7 +168,7 @@ class Trainer:
         if self.step == 0 or self.done:
             return True
         if points := self.config.evaluation.points:
-            # The step that passed a mark: the first point is before training, the last at the end.
+            # After the step that passes a mark; the first point is before training, the last at the end.
             return int(self.share * (points - 1)) > int(self._share_before * (points - 1))
         every = self.config.evaluation.every
         return every > 0 and self.step % every == 0
@@ -220,18 +210,18 @@ class Trainer:
                 f"step {self.step + 1}: the gradient is not finite; the weights are untouched. "
                 "Lower optimizer.lr, raise objective.alpha, or check the reward's backward pass"
             )
-        self._updating = True
+        self.updating = True
         self.optimizer.step()
-        self._updating = False
+        self.updating = False
         runtime.meter.end_step()
         self._share_before = self.share
         self.step += 1
-        whole, self._collected = self._collected + cost(), Cost()
-        self.spent += whole
+        total, self._collected = self._collected + cost(), Cost()
+        self.spent += total
         record = {
             **step_record(self.step, result),
             "grad_norm": norm,
-            **asdict(whole),
+            **asdict(total),
             "memory_bytes": runtime.memory()[1],
             "stages": runtime.meter.finish(),
         }
@@ -245,7 +235,7 @@ class Trainer:
         self.progress.update(self.step, record["reward_mean"], record.get("kl_mean"), share=self.share)
 
     def _gradient(self) -> tuple[StepResult, float]:
-        """The step's gradient, clipped, and its norm before; after it the update itself needs no more memory."""
+        """The step's gradient, clipped, and its norm before; the update then allocates nothing more."""
         self.optimizer.zero_grad(set_to_none=True)
         result = self.algorithm.accumulate(self.step)
         self.runtime.enter("optimizer")

@@ -1,23 +1,22 @@
-"""The monitor of a run: its alarm, what follows from it, and the weights that it may restore."""
+"""The monitor of a run: its alarm, and the weights of an earlier evaluation that it may restore."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from sqdf_fast.monitor import Record, new_alarm
-from sqdf_fast.training.best_weights import BestWeights
+from sqdf_fast.files import atomic_folder
+from sqdf_fast.monitor import Record, is_good, new_alarm
+from sqdf_fast.runs.checkpoint import checkpoints
 
 
 class Watch:
-    """Looks at every evaluation for over-optimization.
+    """Checks every evaluation for over-optimization; ``alarm`` is the alarm's record, or None.
 
     Args:
         action: ``monitor.action``; folder: of the weights that "restore" keeps.
-
-    Attributes:
-        alarm: the alarm's record; None while there was none.
     """
 
     def __init__(self, action: Literal["off", "warn", "stop", "restore"], folder: Path) -> None:
@@ -35,11 +34,7 @@ class Watch:
         self.alarm = next((record for record in records if record.get("kind") == "alarm"), None)
 
     def observe(self, records: Sequence[Record], save: Callable[[Path], None]) -> str | None:
-        """Look at a run's metrics after an evaluation; the reason of a new alarm, whose record is ``alarm`` then.
-
-        Args:
-            save: writes the weights as they are now to a folder.
-        """
+        """The reason of a new alarm after an evaluation, or None; ``save`` writes the current weights to a folder."""
         if self.action == "off":
             return None
         evaluations = [record for record in records if record.get("kind") == "evaluation"]
@@ -52,7 +47,36 @@ class Watch:
         return alarm.reason
 
     def restore(self, policy: Path) -> bool | None:
-        """Put the best weights in the place of the folder ``policy``: whether they were kept; None without need."""
+        """Replace the folder ``policy`` by the best weights: whether they were kept; None without need."""
         if self.alarm is None or self.action != "restore":
             return None
         return self._best.restore(self.alarm["best_step"], policy)
+
+
+class BestWeights:
+    """``folder/step_{step}``, of the last evaluation with no judge below its best. Raises UserError on disk errors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def keep(self, evaluations: Sequence[Record], save: Callable[[Path], None]) -> None:
+        """Replace older weights by those of the last of ``evaluations``, written by ``save``, if it is good."""
+        if not is_good(evaluations):
+            return
+        path = self._of(int(evaluations[-1]["step"]))
+        with atomic_folder(path) as folder:
+            save(folder)
+        for old in checkpoints(self.folder):
+            if old != path:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self, step: int, policy: Path) -> bool:
+        """Replace the folder ``policy`` by the weights of ``step``; False where they are not kept."""
+        if not self._of(step).is_dir():
+            return False
+        with atomic_folder(policy) as folder:
+            shutil.copytree(self._of(step), folder, dirs_exist_ok=True)
+        return True
+
+    def _of(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}"

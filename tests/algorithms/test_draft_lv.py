@@ -9,7 +9,7 @@ from sqdf_fast.engine.noise import Stream
 
 @pytest.mark.parametrize("noises", [1, 3])
 def test_its_gradient_is_the_published_one(model, noises):
-    """DRaFT-1's, and that of the picture noised with DDIMScheduler.add_noise and predicted anew, n times."""
+    """DRaFT-1's, and that of the image noised with DDIMScheduler.add_noise and predicted anew, n times."""
     found = make(settings(model, "draft-lv", draft_lv={"noises": noises}))
     truth = Published(model, found)
     weights, last = truth.weights(), truth.scheduler.timesteps[-1:]

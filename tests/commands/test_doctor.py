@@ -60,7 +60,7 @@ def test_without_cuda_the_report_says_why() -> None:
 
 def test_a_gpu_is_described_in_one_line() -> None:
     gpu = info.Gpu(0, "Card", (8, 9), 24 * 2**30, 20 * 2**30, "600.1", 7)
-    assert info._gpu_line(gpu) == "GPU 0: Card, sm_89, 20.0 of 24.0 GiB free, driver 600.1, 7 % busy"
+    assert str(gpu) == "GPU 0: Card, sm_89, 20.0 of 24.0 GiB free, driver 600.1, 7 % busy"
 
 
 class Nvml(types.ModuleType):
@@ -103,14 +103,16 @@ def test_the_driver_is_asked_about_the_gpu_that_torch_means(monkeypatch: pytest.
     assert nvml.opened == 0
 
 
-def test_without_nvml_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvml_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert info._without_driver() == "the package nvidia-ml-py is missing"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert info._gpus() == ([], "the package nvidia-ml-py is missing")
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
-    assert info._package_state(info.Package("triton", None, "cuda")) == "not installed (extra: cuda)"
-    assert info._package_state(info.Package("torch", None, "")) == "MISSING"
+    assert str(info.Package("triton", None, "cuda")) == "not installed (extra: cuda)"
+    assert str(info.Package("torch", None, "")) == "MISSING"
 
 
 def test_the_module_prints_the_report() -> None:

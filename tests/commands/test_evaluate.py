@@ -135,10 +135,10 @@ def test_what_is_no_target_is_said_in_one_line(run, here):
     shutil.copy(run / "lora" / "pytorch_lora_weights.safetensors", here / "mine.safetensors")
     RunFolder.create(here / "fresh", make_config("shapes", flags=SMALL))
     for target, message in (
-        ("empty", "empty is no run .* no LoRA .* no model"),
-        ("absent", "absent is no run"),
-        (f"{run.parent}/absent", "absent is no run"),
-        ("empty/absent", "absent is no run"),
+        ("empty", "empty is not a run .* a LoRA .* or a model"),
+        ("absent", "absent is not a run"),
+        (f"{run.parent}/absent", "absent is not a run"),
+        ("empty/absent", "absent is not a run"),
         ("mine.safetensors", "outside a run folder: name its base model with --model"),
         ("fresh", "has no trained lora yet"),
     ):

@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch, model) -> Path:
 
 
 def drawn(capsys, model: Path, *arguments: str) -> tuple[bytes, list[str]]:
-    """The picture of a base model, and what was said on standard output."""
+    """The image of a base model, and what was said on standard output."""
     assert main(["sample", str(model), "a red star", "a ring", "-n", "1", *arguments]) == 0
     said = capsys.readouterr().out.splitlines()
     return Image.open(said[0]).tobytes(), said

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import closing
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_others_are_what_is_used_without_this_process(cuda, nvml):
     assert (memory.total, memory.free, memory.reserved) == (24 * GIB, 10 * GIB, 2 * GIB)
     assert (memory.others, memory.processes, memory.reason) == (6 * GIB, 2, None)
     assert memory.available == 18 * GIB
-    assert str(memory) == "cuda:0: 10.0 of 24.0 GiB free; 2 other processes hold 6.0 GiB"
+    assert str(memory) == "cuda:0: 10.0 of 24.0 GiB free; 2 other processes use 6.0 GiB"
     assert nvml.opened == 0
 
 
@@ -77,7 +78,10 @@ def test_a_partition_of_a_gpu_is_found_by_its_own_name(cuda, nvml):
     ("break_it", "reason"),
     [
         (lambda nvml: nvml.closed.add("init"), "no NVIDIA driver: Driver Not Loaded"),
-        (lambda nvml: nvml.closed.update({"memory v1", "memory v2"}), "the driver does not tell: memory v1 not permit"),
+        (
+            lambda nvml: nvml.closed.update({"memory v1", "memory v2"}),
+            "the driver refuses the query: memory v1 not permit",
+        ),
         (lambda nvml: setattr(nvml, "kind", "VGPU"), "the driver does not know cuda:0: Not Found"),
     ],
 )
@@ -88,7 +92,7 @@ def test_without_the_driver_cudas_own_figures_remain(cuda, nvml, break_it, reaso
     assert reason in memory.reason
     # What is free and what is ours already.
     assert memory.available == 12 * GIB
-    assert str(memory).startswith("cuda:0: 10.0 of 24.0 GiB free; what others hold is not known (")
+    assert str(memory).startswith("cuda:0: 10.0 of 24.0 GiB free; what other processes use is not known (")
     assert nvml.opened == 0
 
 
@@ -100,7 +104,7 @@ def test_without_the_package_the_reason_names_it(cuda, monkeypatch):
 def test_a_cpu_has_no_memory_of_its_own(nvml):
     memory = DeviceMemory.of(CPU)
     assert (memory.total, memory.free, memory.others, memory.available) == (None, None, None, None)
-    assert str(memory) == "cpu is no GPU: its memory is the machine's own"
+    assert str(memory) == "cpu is not a GPU: its memory is the machine's own"
 
 
 def test_the_cap_is_the_allocators_share_of_the_card(cuda, nvml):
@@ -120,9 +124,9 @@ def test_a_cpu_is_not_capped(cuda):
 @pytest.mark.parametrize(
     ("computing", "closed", "holders"),
     [
-        ([(os.getpid(), 0), (-7, 9 * GIB)], set(), "1 other process holds"),
-        ([(os.getpid(), 0), (-7, 8 * GIB), (-8, GIB)], set(), "2 other processes hold"),
-        ([], {"processes"}, "others hold"),
+        ([(os.getpid(), 0), (-7, 9 * GIB)], set(), "1 other process uses"),
+        ([(os.getpid(), 0), (-7, 8 * GIB), (-8, GIB)], set(), "2 other processes use"),
+        ([], {"processes"}, "other processes use"),
     ],
 )
 def test_a_budget_that_others_hold_is_refused(cuda, nvml, computing, closed, holders):
@@ -130,7 +134,7 @@ def test_a_budget_that_others_hold_is_refused(cuda, nvml, computing, closed, hol
     with pytest.raises(UserError) as refusal:
         cap_process(CUDA, 20 * GIB, needed=16 * GIB)
     assert str(refusal.value) == (
-        f"16.0 GiB of cuda:0 cannot be had: {holders} 9.0 of its 24.0 GiB; "
+        f"16.0 GiB of cuda:0 are not available: {holders} 9.0 of its 24.0 GiB; "
         "stop them (nvidia-smi lists them), or give --vram 15.0G or less"
     )
     assert cuda.fractions == []
@@ -139,7 +143,7 @@ def test_a_budget_that_others_hold_is_refused(cuda, nvml, computing, closed, hol
 def test_a_budget_is_refused_by_cudas_own_figures_where_the_driver_is_silent(cuda, nvml):
     nvml.closed = {"init"}
     cuda.free, cuda.reserved = GIB // 4, GIB // 4
-    message = "8.0 GiB of cuda:0 cannot be had: others hold 23.5 of its 24.0 GiB; .*, or take another GPU$"
+    message = "8.0 GiB of cuda:0 are not available: other processes use 23.5 of its 24.0 GiB; .*, or use another GPU$"
     with pytest.raises(UserError, match=message):
         cap_process(CUDA, 8 * GIB)
 
@@ -255,7 +259,7 @@ def test_the_peak_of_a_dropped_step_is_no_stages(cuda):
 
 
 def test_energy_is_the_difference_of_the_drivers_counter(cuda, nvml):
-    with EnergyMeter(CUDA) as meter:
+    with closing(EnergyMeter(CUDA)) as meter:
         assert meter.reason is None
         assert meter.stop() is None
         meter.start()
@@ -272,7 +276,7 @@ def test_without_a_counter_energy_is_power_times_time(cuda, nvml):
     nvml.closed = {"energy"}
     clock = Clock()
     # No sample falls between start and stop: their mean power times the time between them.
-    with EnergyMeter(CUDA, interval=3600, clock=clock) as meter:
+    with closing(EnergyMeter(CUDA, interval=3600, clock=clock)) as meter:
         meter.start()
         clock.now, nvml.milliwatts = 10.0, 300_000
         assert meter.stop() == 2000.0
@@ -296,14 +300,14 @@ def test_power_is_summed_by_the_trapezoidal_rule():
 @pytest.mark.parametrize(
     ("device", "closed", "reason"),
     [
-        (CPU, set(), "cpu is no GPU: it has no energy counter"),
+        (CPU, set(), "cpu is not a GPU: it has no energy counter"),
         (CUDA, {"init"}, "no NVIDIA driver: Driver Not Loaded"),
-        (CUDA, {"energy", "power"}, "this GPU tells neither energy nor power"),
+        (CUDA, {"energy", "power"}, "this GPU reports neither energy nor power"),
     ],
 )
 def test_where_nothing_can_be_read_joules_are_none_and_the_reason_is_said(cuda, nvml, device, closed, reason):
     nvml.closed = closed
-    with EnergyMeter(device) as meter:
+    with closing(EnergyMeter(device)) as meter:
         assert re.match(reason, meter.reason)
         meter.start()
         assert meter.stop() is None

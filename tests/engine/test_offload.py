@@ -95,7 +95,7 @@ def tensors_of(layer: bitsandbytes.nn.Linear4bit) -> list[torch.Tensor]:
     return [layer.weight, layer.bias, *(tensor for state in states for tensor in (state.absmax, state.code))]
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["float32 scales", "quantised scales"])
+@pytest.mark.parametrize("nested", [False, True], ids=["float32 scales", "quantized scales"])
 def test_of_a_4_bit_layer_nothing_stays_and_its_output_comes_back(nested):
     torch.manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(

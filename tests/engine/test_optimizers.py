@@ -361,9 +361,9 @@ def test_a_step_through_staging_is_the_same_step(dtype: torch.dtype, monkeypatch
     optimizer = every_kind(staged, "adamw8bit")
     monkeypatch.setattr(optimizer, "_home", lambda parameter: torch.device("cpu", 0))
     run(optimizer, staged, range(2))
-    optimizer._staging._places[0].fill_(255)
+    optimizer._staging._buffers[0].fill_(255)
     run(optimizer, staged, range(2, 3))
-    assert len(optimizer._staging._places) == 2
+    assert len(optimizer._staging._buffers) == 2
     assert same(direct, staged)
 
 
@@ -392,7 +392,7 @@ def test_copies_run_beside_the_update_in_an_order_that_spoils_nothing(monkeypatc
     names |= {p.grad.data_ptr(): f"gradient {i}" for i, p in enumerate(remote)}
     log: list[str] = []
     main, side, running = FakeStream("main", log), FakeStream("side", log), []
-    device, copy, empty, update = torch.Tensor.device, torch.Tensor.copy_, torch.empty, optimizers._Job.update
+    device, copy, empty, update = torch.Tensor.device, torch.Tensor.copy_, torch.empty, BlockwiseAdamW._update
 
     def copied(there: torch.Tensor, here: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         for tensor, way in ((here, "down"), (there, "up")):
@@ -402,9 +402,9 @@ def test_copies_run_beside_the_update_in_an_order_that_spoils_nothing(monkeypatc
                 log.append(f"{names[tensor.data_ptr()]} {way}")
         return copy(there, here)
 
-    def updated(job, *given) -> None:
-        log.append(f"update {job.number}")
-        update(job, *given)
+    def updated(optimizer, state, group, number, *given) -> None:
+        log.append(f"update {number}")
+        update(optimizer, state, group, number, *given)
 
     @contextmanager
     def on(stream: FakeStream):
@@ -422,7 +422,7 @@ def test_copies_run_beside_the_update_in_an_order_that_spoils_nothing(monkeypatc
         patched.setattr(torch.Tensor, "device", places)
         patched.setattr(torch.Tensor, "copy_", copied)
         patched.setattr(torch, "empty", pinned)
-        patched.setattr(optimizers._Job, "update", updated)
+        patched.setattr(BlockwiseAdamW, "_update", updated)
         patched.setattr(torch.cuda, "Stream", lambda device: side)
         patched.setattr(torch.cuda, "current_stream", lambda device: main)
         patched.setattr(torch.cuda, "stream", on)

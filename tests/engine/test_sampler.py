@@ -216,7 +216,7 @@ def test_blocks_that_cannot_be_compiled_are_a_user_error(model, monkeypatch):
 
 
 def test_cuda_graphs_are_refused_on_a_cpu(model):
-    with pytest.raises(UserError, match=r"cuda-graphs on cpu; .*sampling\.compile=regional"):
+    with pytest.raises(UserError, match=r"cuda-graphs needs a CUDA device, not cpu; .*sampling\.compile=regional"):
         sampler(model, compilation="cuda-graphs")
 
 

@@ -66,17 +66,19 @@ def test_a_cuda_step_of_adamw_on_bfloat16_holds_what_the_reference_makes():
     with MemoryCount() as count:
         count.register([parameter, gradient, *states], "weights")
         before = count.live_bytes
-        reference.update(Step(parameter, gradient, *states, coefficients, 1))
-    assert workspace.on_cuda(torch.ops.sqdf_fast.adamw_32bit.default, (parameter,)) == count.peak_bytes - before
+        reference.update(Step(parameter, gradient, *states, None, None, coefficients, 1))
+    op = torch.ops.sqdf_fast.adamw.default
+    assert workspace.on_cuda(op, (parameter, gradient, *states)) == count.peak_bytes - before
     with MemoryCount() as count:
         # Parameter and gradient in float32, as bitsandbytes' step of a bfloat16 parameter makes them.
         wide, wide_gradient = parameter.float(), gradient.float()
         reference.round_stochastically(wide, 1)
         del wide_gradient
-    assert workspace.on_cuda(torch.ops.sqdf_fast.adamw_8bit.default, (parameter,)) == count.peak_bytes
-    for op in (torch.ops.sqdf_fast.adamw_32bit.default, torch.ops.sqdf_fast.adamw_8bit.default):
-        assert workspace.on_cuda(op, (wide,)) == 0
-        assert workspace.on_cpu(op, (parameter,)) == 0
+    codes = torch.zeros(2, elements, dtype=torch.uint8)
+    assert workspace.on_cuda(op, (parameter, gradient, *codes)) == count.peak_bytes
+    for moments in (states, codes):
+        assert workspace.on_cuda(op, (wide, gradient, *moments)) == 0
+        assert workspace.on_cpu(op, (parameter, gradient, *moments)) == 0
 
 
 def test_what_an_operator_without_outputs_holds_is_counted():

@@ -1,4 +1,4 @@
-"""SQDF on the consistency model itself, from the command line's flag to pictures."""
+"""SQDF on the consistency model itself, from the command line's flag to images."""
 
 from __future__ import annotations
 
@@ -128,11 +128,11 @@ def test_the_command_line_has_the_flag(tmp_path, monkeypatch):
     from click.testing import CliRunner
 
     from sqdf_fast import cli
-    from sqdf_fast.commands import train
+    from sqdf_fast.training import lifecycle
 
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(train, "start_training", lambda config, keep, output, say: seen.append(config))
+    monkeypatch.setattr(lifecycle, "new_run", lambda config, *given: seen.append(config))
     arguments = ["train", "--model", "shapes", "--policy", "consistency"]
     assert CliRunner().invoke(cli.app, arguments, catch_exceptions=False).exit_code == 0
     assert (seen[0].policy.base, seen[0].sampling.num_inference_steps) == ("consistency", 4)

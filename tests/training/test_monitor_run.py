@@ -104,7 +104,7 @@ def test_stop_ends_the_run_with_the_weights_that_it_has_and_off_says_nothing(mod
     new_run(config(model, "off", steps=6), folder / "whole")
     assert same(run, folder / "whole")
     assert records(folder / "whole", "alarm") == []
-    assert "Over-optimisation" not in (folder / "whole" / "report.html").read_text(encoding="utf-8")
+    assert "Over-optimization" not in (folder / "whole" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

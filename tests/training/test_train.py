@@ -537,7 +537,7 @@ PLANNED = {"execution.executor": "staged", "execution.backward_batch_rows": 1}
 
 @pytest.fixture
 def held(monkeypatch) -> Cuda:
-    """A GPU of 24 GiB, of which others hold one. Runs on it are planned, capped, begun and do nothing.
+    """A GPU of 24 GiB, one of them used by others. Runs on it are planned, capped, begun and do nothing.
 
     Its ``asked`` are budget and card of every plan, its ``begun`` configuration and planned bytes of every run.
     """
@@ -567,13 +567,13 @@ def test_a_run_and_its_continuation_are_held_to_their_budget(model, folder, held
     run = folder / "run"
     new_run(config(model, vram=vram, dtype="bfloat16"), run)
     assert held.asked == [(int(budget * GIB), "NVIDIA GeForce RTX 4090")]
-    # The share of the whole card that is left to the allocator: what others hold and the context are not.
+    # The share of the whole card that is left to the allocator: without what others use and without the context.
     fraction = (allowed - CONTEXT_BYTES / GIB) / 24
     assert held.fractions == [pytest.approx(fraction, rel=1e-9)]
     (begun,) = held.begun
     assert (begun[0].execution.executor, begun[0].execution.backward_batch_rows) == ("staged", 1)
     assert begun[1] == 14 * GIB
-    said = "cuda:0: 10.0 of 24.0 GiB free; 1 other process holds 1.0 GiB"
+    said = "cuda:0: 10.0 of 24.0 GiB free; 1 other process uses 1.0 GiB"
     assert said in capsys.readouterr().err
     continue_run(run)
     assert len(held.asked) == 1
@@ -590,7 +590,7 @@ def test_a_run_that_others_leave_no_room_is_refused_again_and_again(model, folde
         lambda: continue_run(run),
         lambda: new_run(config(model, vram="24G", dtype="bfloat16"), folder / "other"),
     ):
-        with pytest.raises(UserError, match=r"16\.0 GiB of cuda:0 cannot be had: 1 other process holds 10\.0"):
+        with pytest.raises(UserError, match=r"16\.0 GiB of cuda:0 are not available: 1 other process uses 10\.0"):
             again()
     assert len(held.begun) == 1
 
