@@ -389,7 +389,7 @@ PLACES = {
     **{stage: (stage, Executor, "begin", lambda _, name, *needed, stage=stage: name == stage) for stage in STAGES},
     "policy vjp, second chunk": ("policy vjp", Backbone, "run", chunk_of_the_policy_vjp),
     "clipping": ("optimizer", trainer, "clip_grad_norm"),
-    "states of the optimizer": ("optimizer", optimizers, "_fresh_adamw"),
+    "states of the optimizer": ("optimizer", optimizers, "_fresh_state"),
 }
 
 
