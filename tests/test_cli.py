@@ -113,6 +113,7 @@ def test_an_unwritable_place(model, folder, capsys):
     assert "cannot be written" in refused(capsys, "train", "--model", str(model), *SMALL, "--output", "file/run")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(model, folder):
     # The kernel refuses files beyond this size, as a full disk does: the metrics still fit, the checkpoint does not.
     script = f"""

@@ -49,7 +49,7 @@ def machine_info() -> dict[str, Any]:
         "compute_capability": ".".join(map(str, found.gpus[0].capability)) if found.gpus else None,
         "driver": found.gpus[0].driver if found.gpus else None,
         "cuda": found.cuda,
-        "python": found.python,
+        "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "pytest-benchmark", "sqdf-fast")},
     }
 

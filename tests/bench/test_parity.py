@@ -175,6 +175,7 @@ def test_an_implementation_that_raises_leaves_the_others_their_numbers(tampered)
     assert measured.rows["eager"]["copy_gb_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_a_wrong_implementation_fails_and_gets_no_number(tmp_path):
     (tmp_path / "wrong.py").write_text(WRONG)
     output = tmp_path / "bench.json"

@@ -189,7 +189,7 @@ def test_on_a_consistency_model_every_algorithm_looks_ahead_by_it(tmp_path):
     assert found.own["draft-1"] == {"algorithm": "draft", "draft.truncation": 1}
     # What is set on purpose is refused all the same.
     looking = changed(SMALL, settings=settings, methods={"sqdf": {"settings": {"objective.lookahead": "tweedie"}}})
-    with pytest.raises(UserError, match=r"method 'sqdf': objective\.lookahead = tweedie does not go with"):
+    with pytest.raises(UserError, match=r"method 'sqdf': objective\.lookahead = tweedie is incompatible with"):
         Comparison(make_protocol(looking), tmp_path)
 
 

@@ -115,6 +115,7 @@ def kept(shapes, **keep):
     return choices(shapes.profile("none"), CONFIG, CARD, keep), keep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keep",
     [

@@ -416,6 +416,7 @@ def test_running_out_of_memory_loses_no_step_and_changes_no_result(model, folder
     assert f"out of memory in stage {stage!r}" in event
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("called", "step"), [(allocate_states, 0), (clip_grad_norm, 1)], ids=["states", "clipping"])
 def test_out_of_memory_before_every_update_saves_the_last_whole_step(
     model, folder, finished, monkeypatch, called, step
@@ -672,6 +673,7 @@ def test_a_whole_network_is_trained_resumed_and_loaded(model, folder, dtype):
     assert (folder / "one.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_buffer_of_x0_trains_and_resumes(model, folder):
     settings = {"replay": {"store": "x0"}, "steps": 4}
     new_run(config(model, **settings), folder / "run")
@@ -688,6 +690,7 @@ def test_a_buffer_of_x0_trains_and_resumes(model, folder):
     assert kept[1].nbytes == kept[0].nbytes * kept[1].shape[1]
 
 
+@pytest.mark.slow
 def test_eight_bit_states_resume_bit_for_bit(model, folder):
     settings = {"policy": {"rank": 512}, "optimizer": {"kind": "adamw8bit"}, "steps": 4, "checkpoint_every": 1}
     new_run(config(model, **settings), folder / "run")
@@ -733,6 +736,7 @@ def test_a_finished_run_resumed_changes_nothing(model, folder, finished):
     assert json.dumps(read_metrics(folder / "run" / "metrics.jsonl")) == lines
 
 
+@pytest.mark.slow
 def test_lookaheads_differ_and_all_train(model, folder, finished):
     for number, objective in enumerate(({"lookahead": "deterministic", "lookahead_steps": 2}, {"credit": "posterior"})):
         new_run(config(model, objective=objective), folder / f"run{number}")
