@@ -11,6 +11,8 @@ import pytest
 # Before anything imports the libraries that read them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# Inductor's caches of whole graphs do not know an operator's schema: a graph of an earlier schema would be run again.
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 # A benchmark that a test starts runs in a process of its own; with this it would believe to share the machine's timing.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 
