@@ -33,6 +33,7 @@ def test_importing_the_package_imports_no_library() -> None:
     assert run("import sys, sqdf_fast; print({'torch', 'numpy', 'diffusers'} & set(sys.modules))") == "set()"
 
 
+@pytest.mark.slow
 def test_every_public_name_resolves() -> None:
     code = "import sqdf_fast; print(sorted(getattr(sqdf_fast, name).__name__ for name in sqdf_fast.__all__))"
     assert run(code) == str(sorted(sqdf_fast.__all__))
@@ -97,6 +98,7 @@ def test_the_kernels_distribution_is_imported_and_not_our_folder(probing, stand_
     assert lines == [f"{stand_in}/kernels/__init__.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("started", ["in the checkout", pytest.param("through the script", marks=pytest.mark.slow)])
 def test_other_libraries_do_not_take_our_folder_for_the_kernels_distribution(probing, started: str) -> None:
     lines, printed = probing(started, PROBE_LIBRARIES="1")

@@ -225,6 +225,7 @@ def test_an_old_key_is_one_line_on_standard_error(folder):
     ]
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_as_a_table_and_as_json(capsys, monkeypatch, folder):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     arguments = ["plan", "--model", "shapes", "--reward", "taste", "--vram", "2G", "--gpu", "RTX 3060"]

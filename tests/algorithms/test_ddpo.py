@@ -178,6 +178,7 @@ def lora(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "lora" / "pytorch_lora_weights.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ddpo", slow("awm")])
 def test_a_reward_without_a_gradient_trains_and_a_resumed_run_is_the_same(model, folder, algorithm):
     new_run(run_config(model, algorithm), folder / "whole")

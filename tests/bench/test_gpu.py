@@ -11,6 +11,7 @@ def text(output, scratch):
     return {"text": output}
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_is_recorded_and_the_next_runs(tmp_path):
     output = tmp_path / "result.json"
     chosen = [
@@ -35,6 +36,7 @@ def test_a_part_that_fails_or_hangs_is_recorded_and_the_next_runs(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_what_no_longer_fits_is_left_out_and_named(tmp_path, capsys):
     output = tmp_path / "result.json"
     chosen = [Part("first", ("-c", "import time; time.sleep(60)"), 60, text), Part("second", ("-c", ""), 60, text)]

@@ -62,6 +62,7 @@ def test_toy_figures_and_empty_runs_are_not_filed(tmp_path, recorded, command, c
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_plots_are_drawn_and_linked(results, docs, command):
     assert command("pages", *map(str, results), "--docs", str(docs)) == 0
     names = sorted(path.name for path in (docs / "images").iterdir())

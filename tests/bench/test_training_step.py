@@ -93,6 +93,7 @@ def test_what_is_recorded_of_every_way(monkeypatch):
     assert list(rows["staged + checkpointing + offload"]["stage_bytes"]) == stages
 
 
+@pytest.mark.slow
 def test_with_its_quirks_it_is_what_our_options_for_them_give(ours):
     executor = make_executor(
         ours.backbone,
@@ -113,6 +114,7 @@ def test_with_its_quirks_it_is_what_our_options_for_them_give(ours):
     assert relative(gradient, expected) < 1e-10
 
 
+@pytest.mark.slow
 def test_every_quirk_changes_the_numbers(ours):
     _, plain = accumulated(ours, published_with(ours, NO_QUIRKS))
     for quirk in ("denormalized_twice", "hard_clamp", "masked", "grid"):

@@ -115,6 +115,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
     assert str(info.Package("torch", None, "")) == "MISSING"
 
 
+@pytest.mark.slow
 def test_the_module_prints_the_report() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sqdf_fast.commands.doctor"], capture_output=True, text=True, check=True

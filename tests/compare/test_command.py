@@ -141,6 +141,7 @@ def test_killed_and_started_again(model, folder, capsys, launcher):
     assert "out belongs to another comparison: its settings is" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_methods_that_train_nothing_have_a_point_for_each_strength(model, folder, capsys):
     assert main(arguments(model, "--methods", "best-of-n", "--seeds", "3,4", *IN_PROCESS)) == 0
     (method,) = json.loads((folder / "out" / "results.json").read_text())["methods"]

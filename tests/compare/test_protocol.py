@@ -253,6 +253,7 @@ def test_variants_of_the_lookahead_leave_the_steps_of_another_one_behind(tmp_pat
 STUDY, DATA = Path(__file__).parents[2] / "bench" / "study", Path(__file__).parent / "data"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["study", "longer"])
 def test_the_recorded_protocols_mean_what_they_meant(name, tmp_path):
     """Trials, methods and variants, in what their algorithm reads, are those of version 0.1.0."""

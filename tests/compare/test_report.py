@@ -255,6 +255,7 @@ def test_json_holds_it_all(results, folder):
     assert found["duels"][0]["difference"]["true_reward"]["mean"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_the_page_nests_and_asks_the_network_for_nothing(results, folder):
     source = write_page(results, folder).read_text(encoding="utf-8")
     page = Page(source)

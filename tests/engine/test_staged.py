@@ -183,6 +183,7 @@ def row_by_row(world, monkeypatch) -> None:
     monkeypatch.setattr(reward, "forward", lambda images, prompts: each(score, images, prompts))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("row_by_row")
 def test_in_float32_every_chunking_is_the_joint_executor_beside_the_operators_rounding(world, exact_world):
     joint, exact = (in_the_world(w, Execution(executor="joint", micro_batch=3)) for w in (world, exact_world))

@@ -15,6 +15,7 @@ CALL = {"num_inference_steps": 5, "guidance_scale": 4.0, "eta": 1.0}
 PROMPTS = ["a red star", "a blue ring", "a large heart"]
 
 
+@pytest.mark.slow
 def test_the_reward_rises(load_example, capsys):
     load_example("callback").main(["--rounds", "2", "--updates", "3"])
     shown = dict(line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines())

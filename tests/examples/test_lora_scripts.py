@@ -67,6 +67,7 @@ def noise_error(pipe, data) -> float:
     return mse_loss(output, noise).item()
 
 
+@pytest.mark.slow
 def test_mse_lowers_the_error_of_the_noise(load_example, load_pipeline, tmp_path, capsys):
     script, folder = load_example("lora_mse"), negatives(tmp_path)
     script.main(
@@ -82,6 +83,7 @@ def test_mse_lowers_the_error_of_the_noise(load_example, load_pipeline, tmp_path
     assert noise_error(load_pipeline(tmp_path / "lora"), data) < 0.8 * noise_error(base, data)
 
 
+@pytest.mark.slow
 def test_sqdf_raises_the_reward(load_example, load_pipeline, mean_reward, tmp_path, capsys):
     load_example("lora_sqdf").main(f"--output_dir {tmp_path}/lora --max_train_steps 12 --train_batch_size 4".split())
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("reward ")]) == 12

@@ -387,6 +387,7 @@ print(step().unique().tolist())
 """
 
 
+@pytest.mark.slow
 def test_a_simulated_step_leaves_nothing_behind() -> None:
     done = subprocess.run([sys.executable, "-c", FAKE_FIRST], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "[0.5]\n"), done.stderr

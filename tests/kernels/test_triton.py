@@ -158,6 +158,7 @@ def test_why_triton_cannot_run(monkeypatch):
     assert "pip install 'sqdf-fast[cuda]'" in shared.unavailable(cuda, half)
 
 
+@pytest.mark.slow
 def test_importing_the_ops_imports_no_triton_kernel_and_their_modules_need_no_triton():
     program = f"""
 import importlib, sys

@@ -30,6 +30,7 @@ def plan(shapes):
     return shapes.plan(2 * GIB, CARD)
 
 
+@pytest.mark.slow
 def test_a_plan_fits_with_its_reserve(plan):
     assert plan.fits
     assert plan.reserve_gib == reserve_bytes(2 * GIB) / GIB

@@ -107,6 +107,7 @@ def load_family_lora():
     return load_family("shapes", device=torch.device("cpu"), dtype=torch.float32).default_consistency_lora()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [slow(CONFIG, id="LoRA, AdamW"), pytest.param(WHOLE, id="whole network, 8-bit AdamW")]
 )
@@ -184,6 +185,7 @@ def beside(counted, *kinds):
     )
 
 
+@pytest.mark.slow
 def test_activations_of_every_stage_grow_in_a_straight_line_with_the_chunk(embedded):
     peaks = []
     for size in (1, 2, 3):

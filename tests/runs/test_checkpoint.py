@@ -66,6 +66,7 @@ def test_damage_is_found(tmp_path, fault):
         read_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_line_and_the_old_checkpoint_stays(tmp_path):
     # A file-size limit makes the kernel refuse the write, as a full disk does.
     script = f"""

@@ -95,6 +95,7 @@ def test_restore_ends_the_run_with_the_weights_before_the_turn(
     assert same(run, folder / "short")
 
 
+@pytest.mark.slow
 def test_stop_ends_the_run_with_the_weights_that_it_has_and_off_says_nothing(model: Path, folder: Path) -> None:
     run = folder / "run"
     new_run(config(model, "stop"), run)

@@ -200,6 +200,7 @@ def test_the_reward_rises_and_the_kl_holds_it(model, folder):
     assert abs(gain("held")) < 0.1 * gain("free")
 
 
+@pytest.mark.slow
 def test_the_fused_ops_train_by_default_and_train_the_same_model(model, folder, monkeypatch):
     """impl decides how the arithmetic is done, never what is computed: float32 rounding apart, the LoRA is the same."""
     calls = []
@@ -483,6 +484,7 @@ def test_out_of_memory_before_the_first_step_is_one_line(model, folder, monkeypa
     assert not (folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_the_judges_saves_the_state(model, folder, finished, monkeypatch):
     whole = finished(config(model))
     evaluate, calls = evaluator.evaluate_images, []
@@ -649,6 +651,7 @@ def test_half_the_joint_peak_is_enough_and_gives_the_same_weights(folder, monkey
     assert not (folder / "none").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_a_whole_network_is_trained_resumed_and_loaded(model, folder, dtype):
     settings = {
