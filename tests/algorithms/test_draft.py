@@ -216,6 +216,7 @@ def stop_within_the_second_step(run: Path, questions: int) -> StopWhen:
     return StopWhen(interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "questions"), [("draft-kl", 2), slow("refl", 0)])
 def test_a_run_stopped_within_a_step_and_resumed_equals_the_whole_bit_for_bit(model, folder, algorithm, questions):
     config = whole_run(model, algorithm, dtype="float32")

@@ -67,6 +67,7 @@ def test_the_published_way_has_our_gradient(ours, way):
     assert relative(ours.step(way).gradient(), published) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ours")
 def test_what_is_recorded_of_every_way(monkeypatch):
     """The whole measurement, on a model so small that the figures say nothing of speed."""

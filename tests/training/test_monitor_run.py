@@ -71,6 +71,7 @@ def same(one: Path, two: Path) -> bool:
     return all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_restore_ends_the_run_with_the_weights_before_the_turn(
     model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
